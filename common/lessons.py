@@ -1,11 +1,12 @@
-"""Finds the lessons and what they define. Their file names start with a digit, so `import` can't spell them."""
+"""Finds the lessons and what they define: their names start with a digit, so `import` can't spell them."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from common.errors import unknown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,12 +29,12 @@ def load_lesson(name: str) -> ModuleType:
     '01_resnet_beginner'
 
     Raises:
-        ValueError: there is no such lesson; the message names the closest one.
+        UserError: there is no such lesson; the message names the closest one.
     """
     names = lesson_names()
     module_name = {lesson[:2]: lesson for lesson in names}.get(name, name)
     if module_name not in names:
-        raise ValueError(f"unknown lesson {name!r}{closest(name, names)}")
+        raise unknown("lesson", name, names)
     return importlib.import_module(module_name)
 
 
@@ -56,17 +57,9 @@ def get_model(name: str) -> Callable[..., nn.Module]:
     """The builder of one model of the course.
 
     Raises:
-        ValueError: there is no such model; the message names the closest one.
+        UserError: there is no such model; the message names the closest one.
     """
     models = all_models()
     if name not in models:
-        raise ValueError(f"unknown model {name!r}{closest(name, models)}")
+        raise unknown("model", name, models)
     return models[name]
-
-
-def closest(name: str, known: object) -> str:
-    """How an error message goes on: the name that was probably meant, or all of them."""
-    known = list(known)
-    if match := difflib.get_close_matches(name, known, n=1):
-        return f"; did you mean {match[0]}?"
-    return "; known are " + ", ".join(known)

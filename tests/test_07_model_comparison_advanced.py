@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
+from common.errors import UserError
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.pretrained import load_torchvision_state
 from common.profiling import count_macs, count_parameters
@@ -22,7 +23,7 @@ def build_meta(name: str, **options: object) -> nn.Module:
         return lesson.MODELS[name](**options)
 
 
-# --- the architectures ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ the architectures
 
 
 def test_torchvision_has_these() -> None:
@@ -117,7 +118,7 @@ def test_width_mult_scales_the_parameters(name: str) -> None:
     assert 2 < params[1] / params[0] < 5 and 2 < params[2] / params[1] < 5
 
 
-# --- common.lessons ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ common.lessons
 
 
 def test_lessons_are_found_by_number_and_by_name() -> None:
@@ -137,5 +138,5 @@ def test_all_models_holds_every_lessons() -> None:
     [(load_lesson, "01_resnet_beginer", "01_resnet_beginner"), (get_model, "resnet81", "resnet18")],
 )
 def test_an_unknown_name_names_the_closest(call: object, argument: str, meant: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown .* '{argument}'; did you mean {meant}"):
+    with pytest.raises(UserError, match=f"unknown .* '{argument}' .did you mean {meant}"):
         call(argument)

@@ -1,0 +1,319 @@
+"""Models side by side as plain records: who is on the Pareto front, who fits a constraint, and the tables. No torch."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import UserError, unknown
+from common.records import write_atomically, write_csv, write_json
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model of a comparison: what it is, what it costs, how well it does. None: not known, or not measured."""
+
+    task: str  # what the accuracy is for: "ImageNet", "digits"
+    model: str
+    lesson: str  # its number, "01"
+    year: int  # of the paper
+    input_px: int  # side of the square image that all figures are for
+    params: int
+    macs: int  # multiply-adds for one image
+    thop_macs: int | None = None  # the same by thop, for comparison
+    thop_note: str = ""  # where the two differ
+    size_mb: float = 0.0  # of the saved float32 weights
+    latency_ms: float | None = None  # median for one image
+    latency_iqr_ms: float | None = None
+    batch_size: int | None = None  # of the two figures below
+    images_per_second: float | None = None
+    memory_mb: float | None = None  # peak during inference
+    device: str = ""
+    dtype: str = ""
+    top1: float | None = None  # fraction in [0, 1]
+    top1_std: float | None = None  # over seeds
+    top5: float | None = None
+    seeds: int = 0  # 0: published, not measured here
+    epochs: int | None = None
+    train_seconds: float | None = None  # mean over seeds
+    source: str = ""  # of the accuracy
+
+
+# ------------------------------------------------------------------------------------------ the Pareto front
+
+
+def pareto_front(candidates: Iterable[Candidate], cost: str) -> list[Candidate]:
+    """Those that no other beats: none is as cheap and more accurate, or as accurate and cheaper. By rising cost.
+
+    Args:
+        cost: the field to keep low, such as "macs"; candidates that have none, or no `top1`, are left out.
+    """
+    known = [c for c in candidates if getattr(c, cost) is not None and c.top1 is not None]
+    front: list[Candidate] = []
+    for candidate in sorted(known, key=lambda c: (getattr(c, cost), -c.top1)):
+        if not front or candidate.top1 > front[-1].top1:
+            front.append(candidate)
+        elif (getattr(candidate, cost), candidate.top1) == (getattr(front[-1], cost), front[-1].top1):
+            front.append(candidate)  # a tie: neither beats the other
+    return front
+
+
+# --------------------------------------------------------------------------------------- "params<5M,latency<20ms"
+
+
+class Quantity(NamedTuple):
+    """A word of the constraint language: the field it reads, and what each unit multiplies by."""
+
+    field: str
+    units: dict[str, float]
+
+
+COUNT = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}
+BYTES = {"KB": 1e-3, "MB": 1, "GB": 1e3}
+SHARE = {"%": 0.01, "": 0.01}
+
+QUANTITIES: dict[str, Quantity] = {
+    "params": Quantity("params", COUNT),
+    "macs": Quantity("macs", COUNT),
+    "size": Quantity("size_mb", BYTES),
+    "latency": Quantity("latency_ms", {"us": 1e-3, "ms": 1, "s": 1e3}),
+    "throughput": Quantity("images_per_second", {"/s": 1, "": 1}),
+    "memory": Quantity("memory_mb", BYTES),
+    "top1": Quantity("top1", SHARE),
+    "top5": Quantity("top5", SHARE),
+    "px": Quantity("input_px", {"": 1, "px": 1}),
+    "year": Quantity("year", {"": 1}),
+}
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One condition, such as latency<20ms."""
+
+    text: str
+    field: str
+    compare: Callable[[float, float], bool]
+    limit: float  # in the unit of the field
+
+    def met_by(self, candidate: Candidate) -> bool:
+        """False too where the candidate's figure is not known."""
+        value = getattr(candidate, self.field)
+        return value is not None and self.compare(value, self.limit)
+
+
+def parse_constraints(text: str) -> list[Constraint]:
+    """Read "params<5M,latency<20ms".
+
+    >>> [c] = parse_constraints("latency <= 0.5s")
+    >>> c.field, c.limit
+    ('latency_ms', 500.0)
+
+    Raises:
+        UserError: names the first part that is no constraint, an unknown word, or a wrong or missing unit.
+    """
+    constraints = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*(\d+\.?\d*|\.\d+)\s*(\S*)\s*", part)
+        if not match:
+            raise UserError(
+                f"--choose: {part.strip()!r} is no constraint; write a word, <, <=, > or >=, a number and its "
+                "unit, such as params<5M, and a comma between two"
+            )
+        word, sign, number, unit = match.groups()
+        if word not in QUANTITIES:
+            raise unknown("word in --choose", word, QUANTITIES)
+        quantity = QUANTITIES[word]
+        if unit not in quantity.units:
+            units = ", ".join(u or "none" for u in quantity.units)
+            said = f"unknown unit {unit!r} of {word}" if unit else f"{word} needs a unit"
+            raise UserError(f"--choose: {part.strip()}: {said}; units of {word}: {units}")
+        limit = float(number) * quantity.units[unit]
+        constraints.append(Constraint(part.strip(), quantity.field, COMPARISONS[sign], limit))
+    return constraints
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one constraint takes away: the best model with all of them, and with all but this one."""
+
+    constraint: str
+    points: float | None  # of top-1, a fraction; None where nothing fits with it, or nothing even without it
+    without: Candidate | None  # the best model if this constraint were dropped
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What fits, best first, and what each constraint costs."""
+
+    ranked: list[Candidate]
+    costs: list[Cost]
+    best_of_all: Candidate | None
+    unmeasured: list[str]  # models left out because a figure that is asked for was not measured
+
+
+def choose(candidates: Sequence[Candidate], constraints: Sequence[Constraint]) -> Choice:
+    """Rank the candidates that meet every constraint by top-1; of two equals the one with fewer multiply-adds."""
+
+    def ranked(under: Sequence[Constraint]) -> list[Candidate]:
+        fits = [c for c in candidates if c.top1 is not None and all(k.met_by(c) for k in under)]
+        return sorted(fits, key=lambda c: (-c.top1, c.macs))
+
+    chosen = ranked(constraints)
+    costs = []
+    for i, constraint in enumerate(constraints):
+        relaxed = ranked([*constraints[:i], *constraints[i + 1 :]])
+        points = relaxed[0].top1 - chosen[0].top1 if chosen else None
+        costs.append(Cost(constraint.text, points, relaxed[0] if relaxed else None))
+    unmeasured = [c.model for c in candidates if any(getattr(c, k.field) is None for k in constraints)]
+    return Choice(chosen, costs, next(iter(ranked([])), None), unmeasured)
+
+
+def describe_choice(choice: Choice, limit: int = 10) -> str:
+    """The ranking and the price of each constraint, as lines to print."""
+    lines = []
+    for rank, c in enumerate(choice.ranked[:limit], start=1):
+        latency = "" if c.latency_ms is None else f"{c.latency_ms:9.1f} ms"
+        lines.append(
+            f"{rank:3}. {c.model:<22}{percent(c.top1):>8}{si(c.params):>9} params{si(c.macs):>9} MACs{latency}"
+        )
+    if len(choice.ranked) > limit:
+        lines.append(f"     and {len(choice.ranked) - limit} more")
+    if not choice.ranked:
+        lines.append("Nothing fits.")
+    for cost in choice.costs:
+        if cost.without is None:
+            told = "nothing would fit without it either"
+        elif cost.points is None:
+            told = f"without it {cost.without.model} would fit ({percent(cost.without.top1)})"
+        elif cost.without == choice.ranked[0]:
+            told = "costs nothing: the same model wins without it"
+        else:
+            told = (
+                f"costs {100 * cost.points:.2f} points: without it {cost.without.model} "
+                f"({percent(cost.without.top1)})"
+            )
+        lines.append(f"{cost.constraint}: {told}")
+    if choice.ranked and choice.best_of_all:
+        lost = 100 * (choice.best_of_all.top1 - choice.ranked[0].top1)
+        lines.append(
+            f"All together cost {lost:.2f} points against {choice.best_of_all.model} "
+            f"({percent(choice.best_of_all.top1)}), the best of all."
+        )
+    if choice.unmeasured:
+        lines.append(f"Not measured, so left out: {', '.join(choice.unmeasured)}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------- the tables
+
+
+def si(value: float) -> str:
+    """Three significant digits and a prefix.
+
+    >>> [si(v) for v in (812, 61100840, 1_814_000_000, 999_999, 0)]
+    ['812', '61.1M', '1.81G', '1M', '0']
+    """
+    value = float(f"{value:.3g}")
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if value >= factor:
+            return f"{value / factor:.3g}{prefix}"
+    return f"{value:.3g}"
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    return "" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def decimal(value: float | None) -> str:
+    """As many decimals as the size deserves.
+
+    >>> [decimal(v) for v in (0.1234, 12.34, 1234.5, None)]
+    ['0.123', '12.3', '1234', '']
+    """
+    if value is None:
+        return ""
+    return f"{value:.3f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+class Column(NamedTuple):
+    """One column of the table that people read: its head, how a candidate's cell reads, and what it sorts by."""
+
+    head: str
+    cell: Callable[[Candidate], str]
+    key: Callable[[Candidate], float | str | None]
+
+
+def _accuracy(c: Candidate) -> str:
+    return percent(c.top1) + (f" ± {100 * c.top1_std:.2f}" if c.top1_std is not None else "")
+
+
+COLUMNS: list[Column] = [
+    Column("model", lambda c: c.model, lambda c: c.model),
+    Column("lesson", lambda c: c.lesson, lambda c: c.lesson),
+    Column("year", lambda c: str(c.year), lambda c: c.year),
+    Column("px", lambda c: str(c.input_px), lambda c: c.input_px),
+    Column("top-1", _accuracy, lambda c: c.top1),
+    Column("top-5", lambda c: percent(c.top5), lambda c: c.top5),
+    Column("params", lambda c: si(c.params), lambda c: c.params),
+    Column("MACs", lambda c: si(c.macs), lambda c: c.macs),
+    Column("MACs by thop", lambda c: "" if c.thop_macs is None else si(c.thop_macs), lambda c: c.thop_macs),
+    Column("file MB", lambda c: decimal(c.size_mb), lambda c: c.size_mb),
+    Column("latency ms", lambda c: decimal(c.latency_ms), lambda c: c.latency_ms),
+    Column("IQR ms", lambda c: decimal(c.latency_iqr_ms), lambda c: c.latency_iqr_ms),
+    Column("images/s", lambda c: decimal(c.images_per_second), lambda c: c.images_per_second),
+    Column("at batch", lambda c: str(c.batch_size or ""), lambda c: c.batch_size),
+    Column("peak MB", lambda c: decimal(c.memory_mb), lambda c: c.memory_mb),
+    Column("epochs", lambda c: str(c.epochs or ""), lambda c: c.epochs),
+    Column("training s", lambda c: decimal(c.train_seconds), lambda c: c.train_seconds),
+]
+
+
+def filled_columns(candidates: Sequence[Candidate]) -> list[Column]:
+    """The columns that say something about at least one of them."""
+    return [column for column in COLUMNS if any(column.cell(c) for c in candidates)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Candidates that may be compared with each other: same task, same accuracy, same machine."""
+
+    title: str
+    note: str  # where the figures come from
+    candidates: list[Candidate]
+
+
+def markdown_table(candidates: Sequence[Candidate]) -> str:
+    columns = filled_columns(candidates)
+    rows = [[column.cell(c) for column in columns] for c in candidates]
+    heads = [column.head for column in columns]
+    widths = [max(map(len, cells)) for cells in zip(heads, *rows)]
+    lines = [heads, ["-" * (width - 1) + ":" if i else "-" * width for i, width in enumerate(widths)], *rows]
+    return "\n".join(
+        "| "
+        + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+        + " |"
+        for line in lines
+    )
+
+
+def write_tables(folder: Path, title: str, tables: Sequence[Table]) -> None:
+    """comparison.md to read, comparison.csv for a spreadsheet, comparison.json for a program."""
+    parts = [f"# {title}"]
+    for table in tables:
+        parts += [f"## {table.title}", table.note, markdown_table(table.candidates)]
+        notes = [f"- {c.model}: {c.thop_note}" for c in table.candidates if c.thop_note]
+        if notes:
+            parts += ["Where thop counts otherwise:", "\n".join(notes)]
+    write_atomically(folder / "comparison.md", "\n\n".join(parts) + "\n")
+    write_csv(folder / "comparison.csv", [c for table in tables for c in table.candidates])
+    write_json(folder / "comparison.json", {"title": title, "tables": [asdict(table) for table in tables]})
