@@ -775,12 +775,13 @@ def _label_points(
             steps = [np.linspace(a, b, 40) for a, b in itertools.pairwise(path)]
             obstacles.append(_boxes(np.concatenate(steps), 3 * pixel, 3 * pixel))
         obstacles = np.concatenate(obstacles)
-        offsets = _clear_offsets(spots, sizes, obstacles, area.extents, 7 * pixel)
+        step = 7 * pixel
+        offsets = _clear_offsets(spots, sizes, obstacles, area.extents, step)
         for label, offset, (width, height) in zip(labels, offsets, sizes):
             label.xyann = tuple(offset)
             # A line to the point, where the name has moved away from it.
             gap = np.hypot(*np.maximum(np.abs(offset) - (width / 2, height / 2), 0))
-            label.arrow_patch.set_visible(bool(gap > 12 * pixel))
+            label.arrow_patch.set_visible(bool(gap >= 1.6 * step))
 
     if labels:
         ax.add_artist(_before_drawing(place))
@@ -815,10 +816,11 @@ def _clear_offsets(
         sides = np.maximum(np.minimum(boxes[:, None, 2:], taken[None, :, 2:]) - corner, 0)
         overlap = np.nansum(sides.prod(axis=-1), axis=1)
         outside = np.maximum([area[:2] - boxes[:, :2], boxes[:, 2:] - area[2:]], 0).sum(axis=(0, 2))
-        # A label nearer to another point than to its own would be read as that point's.
+        # Without a line to its point, a label would be read as that of another point as near.
         gaps = np.maximum(np.maximum(boxes[:, None, :2] - spots, spots - boxes[:, None, 2:]), 0)
         gaps = np.hypot(gaps[..., 0], gaps[..., 1])  # (places, points)
         misread = np.where(distances[i] > 1, gaps, np.inf).min(axis=1) < 1.3 * gaps[:, i]
+        misread &= gaps[:, i] < 1.6 * step
         best = (overlap + 50 * outside + step * (farness + 14 * misread)).argmin()
         offsets[i], labels[i] = places[best], boxes[best]
     return offsets
