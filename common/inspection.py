@@ -1,0 +1,142 @@
+"""Looks inside a trained model and hands back numpy arrays; leaves the model as it was found.
+
+Works on every model of lessons 01 to 06: `model.stages` names the parts, `model.forward_features(x)` gives the
+last feature map. A model wrapped by torch.compile is looked at in its plain form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def first_filters(model: nn.Module) -> np.ndarray:
+    """The weights of the first convolution, (out, in, kh, kw).
+
+    Raises:
+        ValueError: the model has no convolution.
+    """
+    for module in _plain(model).modules():
+        if isinstance(module, nn.Conv2d):
+            return _array(module.weight)
+    raise ValueError(f"{type(model).__name__} has no convolution whose filters could be shown")
+
+
+def stage_activations(model: nn.Module, x: Tensor) -> dict[str, np.ndarray]:
+    """What each child of `model.stages` puts out for one image (1, C, H, W), as (C, h, w) by name.
+
+    Numbered stages are called "stage 1", "stage 2", ...; named ones keep their names.
+    """
+    model = _plain(model)
+    if len(x) != 1:
+        raise ValueError(f"stage_activations takes one image, (1, C, H, W), not {tuple(x.shape)}")
+    seen: dict[str, np.ndarray] = {}
+
+    def keep(name: str, stage: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = _array(output[0])
+
+    handles = []
+    try:
+        for name, stage in model.stages.named_children():
+            label = f"stage {int(name) + 1}" if name.isdigit() else name
+            handles.append(stage.register_forward_hook(partial(keep, label)))
+        with _evaluating(model), torch.no_grad():
+            model(_beside(model, x))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def grad_cam(model: nn.Module, x: Tensor, class_index: Tensor | Sequence[int] | None = None) -> np.ndarray:
+    """Where the last feature map speaks for a class: (N, C, H, W) -> (N, h, w) in [0, 1].
+
+    Each channel k of the feature map A is weighted by the mean over all places of d score / d A_k; what speaks
+    against the class is cut off.  Selvaraju et al. 2017, eq. 1 and 2. Each image's map is divided by its own
+    largest value; it is zero everywhere if nothing spoke for the class.
+
+    Args:
+        class_index: (N,), the class whose logit is explained; by default the predicted one of each image.
+    """
+    model = _plain(model)
+    features: Tensor | None = None
+    compute_features = model.forward_features
+
+    def watched_features(x: Tensor) -> Tensor:
+        """The feature map as a leaf of its own graph: gradients reach it even if every layer is frozen, and
+        stop there, so that no parameter's .grad is touched."""
+        nonlocal features
+        with torch.no_grad():
+            features = compute_features(x).detach()
+        features.requires_grad_()
+        return features.clone()  # the head may work in place
+
+    model.forward_features = watched_features
+    try:
+        with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
+            logits = model(_beside(model, x).clone())  # (N, K)
+            if features is None:
+                raise ValueError(f"{type(model).__name__}.forward does not call forward_features")
+            if class_index is None:
+                class_index = logits.argmax(dim=1)
+            chosen = torch.as_tensor(class_index, dtype=torch.long, device=logits.device)
+            # Images don't mix in eval mode, so the gradient of the sum holds each image's own.
+            score = logits.gather(1, chosen[:, None]).sum()
+            (gradient,) = torch.autograd.grad(score, features)  # (N, C, h, w)
+    finally:
+        del model.forward_features  # the method of the class is back
+
+    weights = gradient.mean(dim=(2, 3), keepdim=True)  # (N, C, 1, 1)
+    cam = (weights * features.detach()).sum(dim=1).relu()  # (N, h, w)
+    largest = cam.amax(dim=(1, 2), keepdim=True)
+    return _array(torch.where(largest > 0, cam / largest, 0))
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """The Euclidean norm of each parameter's gradient, by name, after a backward pass. Parameters without a
+    gradient are left out. One synchronisation with the device, so that it can be called at every step."""
+    gradients = {name: p.grad for name, p in _plain(model).named_parameters() if p.grad is not None}
+    if not gradients:
+        return {}
+    norms = torch.stack([gradient.norm().float() for gradient in gradients.values()])
+    return dict(zip(gradients, norms.tolist()))
+
+
+def to_images(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised images (N, C, H, W) as they look: (N, H, W, 3) in [0, 1]. One channel becomes gray."""
+    x = x.detach().float().cpu()
+    mean, std = (torch.as_tensor(v, dtype=torch.float32).reshape(1, -1, 1, 1) for v in (mean, std))
+    images = (x * std + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (N, H, W, C)
+    return images.expand(-1, -1, -1, 3).numpy().copy()
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper, whose compiled code would not see hooks."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _beside(model: nn.Module, x: Tensor) -> Tensor:
+    """`x` on the model's device, in the type of its weights."""
+    like = next(model.parameters(), x)
+    return x.to(device=like.device, dtype=like.dtype)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy().copy()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every submodule's own mode restored after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
