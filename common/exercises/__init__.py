@@ -1,0 +1,159 @@
+"""The exercises: what each asks for (one manifest per lesson), what it is worth (points.csv), how it is checked.
+
+Manifests are INI files, so that an instructor can change them without programming. One section per exercise:
+
+    [1.3]
+    title = The basic block
+    level = beginner | intermediate | advanced
+    parts = BasicBlock                     classes, functions or Class.method, taken out of the lesson for the starter
+    hint = One sentence for the student.
+    try =                                  one case a line
+        BasicBlock(8, 16, stride=2) on 2x8x6x6        a module and the shape of its random input
+        ResNet(Bottleneck, (3, 4, 6, 3)) on meta 1x3x224x224        only counted and shaped, not computed
+        DenseLayer(36, 12) on [2x24x8x8, 2x12x8x8]                  a list of inputs
+        round_channels(32, 1.1)                                     no "on": the value itself
+    unseen =                               more of the same, for the hidden check
+    setup =                                optional: definitions that the cases use
+"""
+
+from __future__ import annotations
+
+import configparser
+import csv
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent.parent
+LEVELS = ("beginner", "intermediate", "advanced")
+VISIBILITIES = ("visible", "hidden", "after_due_date", "after_published")  # Gradescope's words
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to try: an expression and, for a module, the shapes of its inputs."""
+
+    expression: str
+    inputs: tuple[tuple[int, ...], ...] | None  # None: a plain value is expected
+    as_list: bool = False  # forward takes one list of tensors
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        if self.inputs is None:
+            return self.expression
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.inputs)
+        return f"{self.expression} on [{shapes}]" if self.as_list else f"{self.expression} on {shapes}"
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise of a lesson, as its manifest describes it."""
+
+    number: str  # "1.3"
+    lesson: str  # "01"
+    title: str
+    level: str
+    parts: tuple[str, ...]
+    hint: str
+    cases: tuple[Case, ...]
+    unseen: tuple[Case, ...]
+    setup: str = ""
+
+
+@dataclass(frozen=True)
+class Worth:
+    """One line of points.csv: what passing one check of one exercise is worth, and who may see the result."""
+
+    exercise: str
+    check: str
+    points: float
+    visibility: str
+
+    @property
+    def lesson(self) -> str:
+        return f"{int(self.exercise.split('.')[0]):02d}"
+
+
+@lru_cache
+def manifests() -> dict[str, Path]:
+    """Lesson number -> its manifest."""
+    return {path.name[:2]: path for path in sorted(FOLDER.glob("[0-9][0-9]_*.ini"))}
+
+
+def lesson_path(lesson: str) -> Path:
+    """The lesson's own script, the reference of its exercises. The manifest is called like it."""
+    return ROOT / f"{manifests()[lesson].stem}.py"
+
+
+@lru_cache
+def exercises(lesson: str) -> dict[str, Exercise]:
+    """The exercises of one lesson by number.  Raises: ValueError, naming the manifest and what is wrong in it."""
+    path = manifests()[lesson]
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(path, encoding="utf-8")
+    found = {}
+    for number in parser.sections():
+        section = parser[number]
+        try:
+            found[number] = Exercise(
+                number=number,
+                lesson=lesson,
+                title=section["title"],
+                level=section["level"],
+                parts=tuple(section["parts"].split()),
+                hint=" ".join(section["hint"].split()),
+                cases=_cases(section["try"]),
+                unseen=_cases(section.get("unseen", "")),
+                setup=_dedent(section.get("setup", "")),
+            )
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path.name}, section [{number}]: {error}") from None
+        if found[number].level not in LEVELS:
+            raise ValueError(f"{path.name}, section [{number}]: level must be one of {', '.join(LEVELS)}")
+    return found
+
+
+@lru_cache
+def points() -> tuple[Worth, ...]:
+    """The one table of points, in its own order. Every total and every denominator is a sum over it."""
+    with (FOLDER / "points.csv").open(newline="", encoding="utf-8") as file:
+        table = tuple(
+            Worth(row["exercise"], row["check"], float(row["points"]), row["visibility"])
+            for row in csv.DictReader(file)
+        )
+    for row in table:
+        if row.visibility not in VISIBILITIES or row.points <= 0:
+            raise ValueError(f"points.csv: {row}")
+    return table
+
+
+def worth(lessons: tuple[str, ...]) -> tuple[Worth, ...]:
+    """The lines of the table that belong to these lessons."""
+    return tuple(row for row in points() if row.lesson in lessons)
+
+
+def _cases(text: str) -> tuple[Case, ...]:
+    return tuple(_case(line.strip()) for line in text.splitlines() if line.strip())
+
+
+_SHAPES = re.compile(r"(?P<expression>.+) on (?P<meta>meta )?(?P<shapes>\[?\d+(x\d+)*(, \d+(x\d+)*)*\]?)")
+
+
+def _case(line: str) -> Case:
+    match = _SHAPES.fullmatch(line)
+    if match is None:
+        return Case(line, None)
+    shapes = match["shapes"].strip("[]").split(", ")
+    return Case(
+        match["expression"],
+        tuple(tuple(map(int, shape.split("x"))) for shape in shapes),
+        as_list=match["shapes"].startswith("["),
+        device="meta" if match["meta"] else "cpu",
+    )
+
+
+def _dedent(text: str) -> str:
+    """A multi-line value without its leading "|"s, which keep Python's indentation from configparser."""
+    return "\n".join(line.removeprefix("|").removeprefix(" ") for line in text.splitlines())

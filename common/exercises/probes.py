@@ -1,0 +1,565 @@
+"""What runs inside a worker: put the submission together, try it out, say what was seen. No verdicts here.
+
+The parent compares these observations with those of the reference lesson, made by the same code. Weights are not
+copied from one to the other, because a student may name and register layers in any order. Both sides fill theirs
+by rule instead: a layer's numbers follow from the seed, its kind and shape, and how many of its like ran before.
+"""
+
+from __future__ import annotations
+
+import __future__
+
+import ast
+import base64
+import builtins
+import difflib
+import hashlib
+import io
+import json
+import linecache
+import os
+import re
+import sys
+import tokenize
+import traceback
+import types
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterable, Iterator
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
+SAMPLE = 4096  # numbers of an output that are sent to the parent; of a larger one, every n-th
+
+# What a submission may not take its models from.
+FORBIDDEN = {
+    "torchvision.models": "torchvision's models",
+    "torch.hub": "models from the network",
+    "timm": "timm",
+    "common.lessons": "the course's own lessons",
+    "common.exercises": "the grader",
+    "common.sandbox": "the grader",
+    "common.grade": "the grader",
+}
+LESSON_NAME = re.compile(r"\d\d_\w+")
+LESSON_FILE = re.compile(r"\d\d_\w+\.(py|[\w.-]+\.pyc)")
+
+
+class Trouble(Exception):
+    """Something to tell the student, in one line."""
+
+
+# --------------------------------------------------------------------------- questions and answers
+
+
+def answer_questions(connection: socket.socket) -> None:
+    """One JSON line for each that comes, until the other end closes."""
+    torch.set_num_threads(1)
+    submission = Submission()
+    probes: dict[str, Callable[..., dict]] = {
+        "load": submission.load,
+        "observe": submission.observe,
+        "evaluate": submission.evaluate,
+    }
+    for line in connection.makefile("r", encoding="utf-8"):
+        question = json.loads(line)
+        number, probe = question.pop("number"), probes[question.pop("probe")]
+        try:
+            answer = probe(**question)
+        except BaseException as error:  # SystemExit and KeyboardInterrupt of the submission too
+            answer = {"error": submission.describe(error)}
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except Exception:  # the submission may have closed or replaced it
+                pass
+        connection.sendall(json.dumps({**answer, "number": number}).encode() + b"\n")
+
+
+def plain(value: object) -> Any:
+    """`value` as JSON data. A tensor becomes its type, shape and bytes; of a large one a regular sample."""
+    if isinstance(value, Tensor):
+        shape, flat = list(value.shape), value.detach().cpu().flatten()
+        flat = flat[:: -(-flat.numel() // SAMPLE) or 1].to(
+            torch.float64 if value.is_floating_point() else torch.int64
+        )
+        return {"$tensor": [str(flat.numpy().dtype), shape, base64.b64encode(flat.numpy().tobytes()).decode()]}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in (sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return f"<{type(value).__name__}>"
+
+
+class Submission:
+    """A student's file, or the reference, as a module that other exercises' parts were replaced in."""
+
+    def __init__(self) -> None:
+        self.filename = "<submission>"
+        self.namespace: dict[str, Any] = {}
+
+    def load(
+        self, filename: str, source: str, parts: list[str], grafts: dict[str, Any], setup: str = ""
+    ) -> dict:
+        """Run the file, with everything that is not this exercise's replaced by the reference's.
+
+        Args:
+            filename: what to call the file in messages.
+            source: its bytes in base64.
+            parts: the exercise's classes, functions and `Class.method`s; they must be there.
+            grafts: of the reference, never with the exercise's own parts: "imports", "replace" and "lacking",
+                the latter two name -> source text.
+            setup: helpers of the manifest's cases.
+        """
+        self.filename = filename
+        text = decode(base64.b64decode(source))
+        linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+        tree = ast.parse(text, filename)
+        refuse_imports(tree)
+        require_parts(tree, parts, filename)
+        lock_doors()
+
+        module = types.ModuleType("submission")
+        module.__file__ = filename
+        sys.modules["submission"] = module  # dataclasses look their module up
+        self.namespace = vars(module)
+        self.namespace.update(borrowed_imports(tree, grafts["imports"]))
+        for code in graft(tree, filename, grafts["replace"], grafts["lacking"]):
+            exec(code, self.namespace)
+        exec(compile(setup, "<manifest>", "exec", dont_inherit=True), self.namespace)
+        return {}
+
+    def observe(self, expression: str, inputs: list[list[int]], as_list: bool, device: str, seed: int) -> dict:
+        """Build the module that `expression` gives and watch it work on random inputs of the given shapes."""
+        torch.manual_seed(seed)
+        with torch.device(device):
+            module = eval(expression, self.namespace)
+        if not isinstance(module, nn.Module):
+            raise Trouble(f"gives {_a(module)}, where an nn.Module is expected")
+        generator = torch.Generator().manual_seed(seed)
+        tensors = [torch.randn(shape, generator=generator).to(device) for shape in inputs]
+
+        def forward(grad: bool = False) -> list[Tensor]:
+            x = [t.clone() for t in tensors]  # a block that works in place must not spoil the next pass
+            for t in x:
+                t.requires_grad_(grad)
+            self.last_inputs = x
+            with torch.set_grad_enabled(grad):
+                return outputs(module(x) if as_list else module(*x))
+
+        seen: dict[str, Any] = {"parameters": sum(p.numel() for p in module.parameters())}
+        layers, error = in_order_of_use(module, forward)
+        seen["layers"] = [[name, what(layer), own_parameters(layer)] for name, layer in layers]
+        if error is not None:
+            seen["forward_error"] = self.describe(error)
+            return seen
+        seen["shapes"] = [list(y.shape) for y in forward()]
+        if device == "meta":
+            return seen
+        try:
+            seen.update(self._watch(module, [layer for _, layer in layers], forward, seed))
+        except Exception as failure:
+            seen["forward_error"] = self.describe(failure)
+        return seen
+
+    def _watch(
+        self, module: nn.Module, layers: list[nn.Module], forward: Callable[..., list[Tensor]], seed: int
+    ) -> dict:
+        seen: dict[str, Any] = {}
+        fill(module, layers, seed)
+        module.eval()
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        in_eval = forward()
+        seen["eval"] = plain(in_eval)
+        seen["eval_repeats"] = _equal(in_eval, forward())
+        seen["eval_changes"] = [k for k, v in module.state_dict().items() if not torch.equal(v, before[k])]
+
+        ys = forward(grad=True)
+        generator = torch.Generator().manual_seed(seed + 1)
+        total = sum((y * torch.randn(y.shape, generator=generator)).sum() for y in ys)
+        if total.requires_grad:
+            total.backward()
+        seen["no_gradient"] = [
+            name
+            for name, p in module.named_parameters()
+            if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)
+        ]
+        seen["input_gradient"] = plain([t.grad for t in self.last_inputs])
+
+        module.train()
+        passes = []
+        for i in range(2):
+            module.load_state_dict(before)
+            torch.manual_seed(seed + i)
+            passes.append(forward())
+        seen["train"] = plain(passes[0])
+        seen["train_repeats"] = _equal(*passes)
+        seen["train_is_eval"] = _equal(passes[0], in_eval)
+        state = module.state_dict()
+        seen["train_changes"] = sum(not torch.equal(v, before[k]) for k, v in state.items())
+
+        module.eval()
+        fill(module, layers, seed, zero=True)
+        seen["zero"] = plain(forward())
+        return seen
+
+    def evaluate(self, expression: str, seed: int) -> dict:
+        """The value of an expression."""
+        torch.manual_seed(seed)
+        value = eval(expression, self.namespace)
+        if value is NotImplemented:
+            raise Trouble("gives NotImplemented")
+        return {"value": plain(value)}
+
+    def describe(self, error: BaseException) -> str:
+        """An error in one line, with the last line of the submission that led to it."""
+        if isinstance(error, Trouble):
+            return str(error)
+        if isinstance(error, SyntaxError) and error.filename == self.filename:
+            return f"syntax error in line {error.lineno}: {error.msg}: {(error.text or '').strip()[:120]}"
+        where = ""
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == self.filename:
+                where = f" (line {frame.lineno}: {(frame.line or '').strip()[:120]})"
+        try:
+            text = " ".join(str(error).split())[:300]
+        except Exception:  # an exception whose own __str__ fails
+            text = ""
+        if isinstance(error, SystemExit):
+            return f"it calls sys.exit(){where}"
+        if isinstance(error, NotImplementedError):
+            return f"not done yet: {text}"
+        if isinstance(error, MemoryError) or "can't allocate memory" in text:
+            return f"out of memory{where}: {text}"
+        return f"{type(error).__name__}: {text}{where}"
+
+
+# ------------------------------------------------------------------------------- putting it together
+
+
+def decode(data: bytes) -> str:
+    """Source text by Python's own rule: UTF-8, or what one of the first two lines declares."""
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        text = data.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError, LookupError):
+        bad = next((i for i, line in enumerate(data.split(b"\n"), 1) if not _is_utf8(line)), 1)
+        raise Trouble(
+            f"not readable as text: line {bad} is not UTF-8 and the file declares no other encoding; "
+            "save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise Trouble("not readable as text: the file holds zero bytes; save it as UTF-8")
+    return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def refuse_imports(tree: ast.Module) -> None:
+    """Raises: Trouble, at the first place where a finished model is taken from elsewhere."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Attribute):
+            names = [_dotted(node)]
+        elif isinstance(node, ast.Call) and _dotted(node.func).endswith(("import_module", "__import__")):
+            names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        for name in names:
+            source = next((w for k, w in FORBIDDEN.items() if f"{name}.".startswith(f"{k}.")), None)
+            if LESSON_NAME.match(name):
+                source = "a lesson of the course"
+            if source:
+                raise Trouble(
+                    f"not allowed: line {node.lineno} takes from {source} ({name}); build the model yourself"
+                )
+
+
+def _dotted(node: ast.expr) -> str:
+    """'torch.hub.load' for such a node, '' for anything that isn't names joined by dots."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        owner = _dotted(node.value)
+        return f"{owner}.{node.attr}" if owner else ""
+    return ""
+
+
+def lock_doors() -> None:
+    """The same rule for what the source does not show. It stops the idle, not the determined: see the docs."""
+
+    def guard(event: str, args: tuple) -> None:
+        if event == "open" and isinstance(args[0], (str, bytes)):
+            name = os.path.basename(os.fsdecode(args[0]))
+            if LESSON_FILE.fullmatch(name):
+                raise PermissionError(f"not allowed: a submission may not read {name}")
+        elif event in ("os.kill", "os.killpg") and args[0] != os.getpid():
+            raise PermissionError("not allowed: a submission may not send signals to other processes")
+
+    sys.addaudithook(guard)
+    locked = sys.modules["torchvision.models"] = _Locked("torchvision.models")
+    if "torchvision" in sys.modules:
+        sys.modules["torchvision"].models = locked
+    sys.modules["timm"] = None  # type: ignore[assignment]  # importing it raises ImportError
+
+
+class _Locked(types.ModuleType):
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError("not allowed: a submission may not use torchvision's models")
+
+
+def definitions(body: list[ast.stmt]) -> dict[str, ast.stmt]:
+    """Name -> statement for the classes, functions and assignments of a module's or class's body."""
+    found: dict[str, ast.stmt] = {}
+    for node in body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found[node.name] = node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found.update({t.id: node for t in targets if isinstance(t, ast.Name)})
+    return found
+
+
+def require_parts(tree: ast.Module, parts: list[str], filename: str) -> None:
+    """Raises: Trouble, naming the part that is missing, and what looks like it."""
+    top = definitions(tree.body)
+    for part in parts:
+        owner, _, name = part.rpartition(".")
+        names = top
+        if owner and isinstance(top.get(owner), ast.ClassDef):
+            names = definitions(top[owner].body)
+        elif owner:
+            name = owner
+        if name not in names:
+            same = [other for other in names if other.lower() == name.lower()]
+            close = same or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            guess = f"; did you mean {close[0]}?" if close else ""
+            raise Trouble(f"missing: {name} is not defined in {filename}{guess}")
+
+
+def borrowed_imports(tree: ast.Module, imports: str) -> dict[str, Any]:
+    """The reference's imports, for the grafted definitions, less the names that the submission itself forgot.
+
+    Otherwise a submission without `import torch.nn.functional as F` would work here and nowhere else.
+    """
+    used, bound = set(), set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+    borrowed: dict[str, Any] = {}
+    exec(compile(imports, "<reference>", "exec", dont_inherit=True), borrowed)
+    return {k: v for k, v in borrowed.items() if k not in used - bound and k != "__builtins__"}
+
+
+def graft(
+    tree: ast.Module, filename: str, replace: dict[str, str], lacking: dict[str, str]
+) -> Iterator[types.CodeType]:
+    """The submission statement by statement, with the reference's in place of those to be replaced.
+
+    Statement by statement, because each code object carries one file name: no message shall quote grafted text
+    as the student's.
+    """
+    own = definitions(tree.body)
+    for name, text in replace.items():
+        owner, _, method = name.rpartition(".")
+        if owner and isinstance(own.get(owner), ast.ClassDef):
+            # A method: goes into the student's class, which this exercise is about.
+            body = [n for n in own[owner].body if getattr(n, "name", None) != method]
+            own[owner].body = [*body, *ast.parse(text).body]
+
+    future = __future__.annotations.compiler_flag
+    declared = any(isinstance(n, ast.ImportFrom) and n.module == "__future__" for n in tree.body)
+
+    def code(node: ast.stmt, name: str, flags: int) -> types.CodeType:
+        return compile(ast.Module([node], []), name, "exec", flags=flags, dont_inherit=True)
+
+    def reference(names: Iterable[str]) -> Iterator[types.CodeType]:
+        for name in names:
+            if name not in own:
+                yield from (code(node, "<reference>", future) for node in ast.parse(lacking[name]).body)
+
+    # Classes and functions that the submission lacks come first, tables built from classes last.
+    kinds = {name: ast.parse(text).body[0] for name, text in lacking.items()}
+    tables = [n for n, node in kinds.items() if not isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    imports = 0
+    while imports < len(tree.body) and isinstance(
+        tree.body[imports], (ast.Expr, ast.Import, ast.ImportFrom)
+    ):
+        imports += 1
+    for node in tree.body[:imports]:
+        yield code(node, filename, future * declared)
+    yield from reference(name for name in lacking if name not in tables)
+    for node in tree.body[imports:]:
+        name = getattr(node, "name", None)
+        if name in replace:
+            yield from (code(n, "<reference>", future) for n in ast.parse(replace[name]).body)
+        else:
+            yield code(node, filename, future * declared)
+    yield from reference(tables)
+
+
+# ----------------------------------------------------------------------------------------- watching
+
+
+def outputs(result: object) -> list[Tensor]:
+    """All tensors of what `forward` returned: one, or those of a tuple, list or dict."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, dict):
+        result = list(result.values())
+    if isinstance(result, (list, tuple)) and result and all(r is None or isinstance(r, Tensor) for r in result):
+        return [r for r in result if r is not None]
+    raise Trouble(f"forward gives {_a(result)}, where a tensor is expected")
+
+
+def _a(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b))
+
+
+def in_order_of_use(
+    module: nn.Module, forward: Callable[[], list[Tensor]]
+) -> tuple[list[tuple[str, nn.Module]], Exception | None]:
+    """The layers that hold parameters, as a forward pass meets them, then those it never meets.
+
+    And the error, if the pass fails.
+    """
+    layers = {
+        layer: name or "(the module itself)"
+        for name, layer in module.named_modules()
+        if layer._parameters or isinstance(layer, NORMS)
+    }
+    met: dict[nn.Module, None] = {}
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: met.setdefault(layer)) for layer in layers]
+    module.eval()
+    error = None
+    try:
+        forward()
+    except Exception as failure:
+        error = failure
+    for hook in hooks:
+        hook.remove()
+    order = [*met, *(layer for layer in layers if layer not in met)]
+    return [(layers[layer], layer) for layer in order], error
+
+
+def own_parameters(layer: nn.Module) -> int:
+    return sum(p.numel() for p in layer._parameters.values() if p is not None)
+
+
+def what(layer: nn.Module) -> str:
+    """A layer in words, the same words for a 1x1 convolution and the linear layer that computes the same."""
+    bias = "" if getattr(layer, "bias", None) is None else ", bias"
+    if isinstance(layer, nn.Linear):
+        return f"1x1 convolution or linear {layer.in_features} -> {layer.out_features}{bias or ', no bias'}"
+    if isinstance(layer, nn.Conv2d):
+        kernel, channels = layer.kernel_size, f"{layer.in_channels} -> {layer.out_channels}"
+        if kernel == (1, 1) and layer.stride == (1, 1) and layer.groups == 1 and not _padding(layer):
+            return f"1x1 convolution or linear {channels}{bias or ', no bias'}"
+        details = [
+            f", {word} {value}"
+            for word, value, usual in (
+                ("stride", layer.stride, (1, 1)),
+                ("padding", _padding(layer), 0),
+                ("dilation", layer.dilation, (1, 1)),
+                ("groups", layer.groups, 1),
+            )
+            if value != usual
+        ]
+        text = f"{kernel[0]}x{kernel[1]} convolution {channels}{''.join(details)}{bias or ', no bias'}"
+        return re.sub(r"\((\d+), \1\)", r"\1", text)
+    if isinstance(layer, NORMS):
+        size = getattr(layer, "num_features", None) or getattr(layer, "normalized_shape", "")
+        eps = "" if layer.eps == 1e-5 else f", eps {layer.eps:g}"
+        return f"{type(layer).__name__} {size}{eps}"
+    shapes = [tuple(p.shape) for p in layer._parameters.values() if p is not None]
+    return f"{type(layer).__name__} with {shapes}"
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, ...] | int:
+    padding = layer.padding
+    if padding == "valid":
+        padding = (0, 0)
+    if padding == "same":
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size))
+    return 0 if padding == (0, 0) else padding
+
+
+@torch.no_grad()
+def fill(module: nn.Module, layers: list[nn.Module], seed: int, zero: bool = False) -> None:
+    """Random parameters and running statistics by the rule above; with `zero`, zeros and fresh statistics.
+
+    A norm is known by the layer that ran before it: two branches may run in either order. A bias in front of a
+    norm stays zero: the norm would take it away again, and who left one on shall lose the points for that alone.
+    """
+    counts: Counter[tuple] = Counter()
+    previous: tuple = ()
+
+    def draw(key: tuple, role: str, like: Tensor) -> Tensor:
+        digest = hashlib.sha256(f"{seed} {key} {role}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.randn(like.shape, generator=generator)
+
+    for position, layer in enumerate(layers):
+        norm = isinstance(layer, NORMS)
+        weight = layer._parameters.get("weight")
+        if norm:
+            key: tuple = ("norm", *previous)
+        else:
+            shapes = [list(p.shape) for p in layer._parameters.values() if p is not None]
+            # (out, in, 1, 1) of a convolution is (out, in) of a linear layer.
+            shape = list(weight.shape) if weight is not None else shapes
+            key = (str(shape[:2] if shape[2:] == [1, 1] else shape),)
+        counts[key] += 1
+        key = (*key, counts[key])
+        after = layers[position + 1] if position + 1 < len(layers) else None
+        for role, p in layer._parameters.items():
+            if p is None:
+                continue
+            noise = draw(key, role, p)
+            if zero or (role == "bias" and isinstance(after, NORMS) and not norm):
+                p.zero_()
+            elif norm:
+                p.copy_(1 + 0.3 * noise.clamp(-2, 2) if role == "weight" else 0.3 * noise)
+            elif role == "weight" and p.dim() > 1:
+                p.copy_(noise * (2 / p[0].numel()) ** 0.5)
+            else:
+                p.copy_(0.3 * noise)
+        for role, buffer in layer._buffers.items():
+            if norm and buffer is not None:
+                noise = draw(key, role, buffer)
+                fresh = {"running_mean": 0.0, "running_var": 1.0}.get(role, 0)
+                if role == "num_batches_tracked" or zero:
+                    buffer.fill_(fresh)
+                else:
+                    buffer.copy_(0.3 * noise if role == "running_mean" else (0.5 * noise).exp())
+        previous = key

@@ -1,0 +1,517 @@
+"""Somebody else's code in a process of its own: started, questioned, limited and killed from outside.
+
+Three processes take part. The **parent** (the grader) asks questions and keeps the scores; it never runs a
+student's code and never unpickles what it is sent. The **host** is a small helper that imports torch once and
+forks, because importing torch takes seconds and forking takes milliseconds. Each **worker** is such a fork: a
+session and process group of its own, with limits, an empty folder, no way to reach the host's connection and,
+where the grader runs as root, an unprivileged user of its own and no network. It answers questions until the
+parent kills it, with everything it has started.
+
+What this stops: endless loops, crashes, exits, floods of output, memory, processes and threads, writing over the
+grader's files. What it does not stop: code that reads what its user may read, and code that uses a hole in the
+kernel. Without root the worker is the same user as the grader and could kill it. For people whom you do not
+know, run the whole grader in a container (docs/GRADING.md).
+
+It needs fork, sessions and resource limits: Linux or macOS. On Linux the host imports torch before it forks; on
+macOS, where a fork after Apple's frameworks have started is unsafe, each worker imports it for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+ROOT = Path(__file__).resolve().parent.parent
+LINUX = sys.platform.startswith("linux")
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one worker may take. Seconds are of the wall clock: a sleeping worker costs the class as much."""
+
+    import_seconds: float = 30.0
+    exercise_seconds: float = 30.0
+    lesson_seconds: float = 240.0
+    memory_mb: int = 1000  # anonymous and shared memory of all its processes; torch's own libraries are not counted
+    processes: int = 64  # processes and threads together
+    file_mb: int = 16  # of each file that it writes
+    output_kb: int = 16  # of what it prints, the rest is thrown away
+    answer_mb: int = 32
+
+
+class WorkerLost(Exception):
+    """The worker can't answer any more. `kind` is one word for programs, the message one line for people."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class SandboxUnavailable(RuntimeError):
+    """This machine can't isolate a submission."""
+
+
+def require_platform() -> None:
+    """Raises: SandboxUnavailable, where processes can't be forked and limited."""
+    if resource is None or not hasattr(os, "fork"):
+        raise SandboxUnavailable(
+            f"marking needs fork and resource limits, which {sys.platform} does not have: "
+            "use Linux, macOS, WSL or the container of docs/GRADING.md"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- parent
+
+
+class Host:
+    """The parent's end of one host process, which runs one worker at a time. Use as a context manager.
+
+    Args:
+        preload: modules that the host imports before it forks, so that no worker pays for them.
+        limits: what each worker may take.
+    """
+
+    def __init__(self, preload: tuple[str, ...] = (), limits: Limits = Limits()) -> None:
+        require_platform()
+        self.limits = limits
+        self.preload = preload if LINUX else ()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.control: socket.socket | None = None
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the host process, unless it runs."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        self.close()
+        ours, theirs = socket.socketpair()
+        environment = {k: v for k, v in os.environ.items() if k in _KEPT_VARIABLES}
+        environment.update(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1", **_ONE_THREAD)
+        command = [sys.executable, "-m", "common.sandbox", str(theirs.fileno()), *self.preload]
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,
+        )
+        theirs.close()
+        self.control = ours
+
+    def fork(self) -> tuple[int, socket.socket, int, Path]:
+        """A new worker: its process id, the socket to question it, the pipe with its output, its folder."""
+        self.start()
+        folder = Path(tempfile.mkdtemp(prefix="submission-"))
+        questions, theirs = socket.socketpair()
+        output, their_output = os.pipe()
+        try:
+            request = {"folder": str(folder), "limits": asdict(self.limits)}
+            fds = [theirs.fileno(), their_output]
+            socket.send_fds(self.control, [json.dumps(request).encode() + b"\n"], fds)
+            answer = _read_line(self.control)
+        except OSError:
+            answer = b""
+        finally:
+            theirs.close()
+            os.close(their_output)
+        if not answer:
+            questions.close()
+            os.close(output)
+            shutil.rmtree(folder, ignore_errors=True)
+            self.close()
+            raise WorkerLost("grader", "the grader's helper process could not start a worker")
+        return json.loads(answer)["pid"], questions, output, folder
+
+    def reap(self, pid: int) -> int | None:
+        """Wait for a killed worker and clear away whatever it left running. Its exit status, None if unknown."""
+        try:
+            self.control.sendall(json.dumps({"reap": pid}).encode() + b"\n")
+            return json.loads(_read_line(self.control))["status"]
+        except (OSError, ValueError):
+            self.close()  # the host is gone too: the next worker gets a new one
+            return None
+
+    def close(self) -> None:
+        if self.control is not None:
+            self.control.close()
+            self.control = None
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+class Worker:
+    """One worker and the questions to it. Use as a context manager; leaving it kills the worker.
+
+    Raises (all methods): WorkerLost, once and for all, when the worker died, lied about the protocol or went
+    over a limit.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.limits = host.limits
+        self.pid, self.socket, self.output, self.folder = host.fork()
+        self.socket.setblocking(False)
+        os.set_blocking(self.output, False)
+        self.readers = [self.socket, self.output]
+        self.printed = b""
+        self.lost: WorkerLost | None = None
+        self.closed = False
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """The worker's answer, plain JSON data: to be judged, never to be trusted."""
+        if self.lost is not None:
+            raise self.lost
+        # An answer must repeat this number: a submission can't lay out answers before it is asked.
+        number = secrets.token_hex(8)
+        try:
+            self._send(json.dumps({**question, "number": number}).encode() + b"\n", seconds)
+            answer = json.loads(self._receive(seconds))
+            if not isinstance(answer, dict) or answer.pop("number", None) != number:
+                raise ValueError
+            return answer
+        except (ValueError, RecursionError):
+            self._lose("protocol", "the submission interfered with the grader's connection")
+        except OSError:
+            self._died()
+
+    def close(self) -> None:
+        """Kill the worker and everything it has started, and remove its folder."""
+        if self.closed:
+            return
+        self.closed = True
+        _kill_group(self.pid)
+        self.status = self.host.reap(self.pid)
+        with contextlib.suppress(OSError):
+            self._drain()
+        self.socket.close()
+        os.close(self.output)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def text(self) -> str:
+        """The beginning of what the submission printed."""
+        return self.printed.decode("utf-8", "replace")
+
+    def _send(self, message: bytes, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while message:
+            self._wait(deadline, seconds, writing=True)
+            with contextlib.suppress(BlockingIOError):
+                message = message[self.socket.send(message) :]
+
+    def _receive(self, seconds: float) -> bytes:
+        deadline, received = time.monotonic() + seconds, bytearray()
+        while not received.endswith(b"\n"):
+            self._wait(deadline, seconds)
+            try:
+                part = self.socket.recv(1 << 20)
+            except BlockingIOError:
+                continue
+            if not part:
+                self._died()
+            received += part
+            if len(received) > self.limits.answer_mb << 20:
+                self._lose("protocol", f"the submission answered with more than {self.limits.answer_mb} MB")
+        return bytes(received)
+
+    def _wait(self, deadline: float, seconds: float, writing: bool = False) -> None:
+        """Until the socket is ready. Reads the output meanwhile, and enforces every limit."""
+        checked = time.monotonic()
+        while True:
+            writers = [self.socket] if writing else []
+            ready, writable, _ = select.select(self.readers, writers, [], POLL_SECONDS)
+            now = time.monotonic()
+            if self.output in ready:
+                self._drain()
+            if now > deadline:
+                self._lose("time", f"stopped after {seconds:g} s: an endless loop, or far too slow")
+            if now - checked > POLL_SECONDS:
+                checked = now
+                self._check_usage()
+            if self.socket in ready or writable:
+                return
+
+    def _drain(self) -> None:
+        """Read what was printed, at most a little at a time; keep the beginning."""
+        with contextlib.suppress(BlockingIOError):
+            text = os.read(self.output, 1 << 20)
+            if not text and self.output in self.readers:
+                self.readers.remove(self.output)  # closed at the other end
+            room = (self.limits.output_kb << 10) - len(self.printed)
+            self.printed += text[: max(0, room)]
+
+    def _check_usage(self) -> None:
+        usage = _usage(self.pid, self.host.process.pid)
+        if usage.ended:
+            self._died()
+        if usage.memory_mb > self.limits.memory_mb:
+            self._lose("memory", f"stopped: it used more than {self.limits.memory_mb} MB of memory")
+        if usage.tasks > self.limits.processes:
+            self._lose(
+                "processes", f"stopped: it started more than {self.limits.processes} processes or threads"
+            )
+
+    def _died(self) -> NoReturn:
+        self.close()
+        if self.status is None:
+            self._lose("grader", "the submission ended the grader's helper process")
+        if os.WIFSIGNALED(self.status):
+            number = os.WTERMSIG(self.status)
+            name = signal.Signals(number).name
+            if number == signal.SIGKILL:  # ours, after it closed the connection, or the kernel's
+                self._lose("death", "the submission closed its connection or was killed by the system")
+            self._lose("death", f"the process crashed ({name})")
+        code = os.WEXITSTATUS(self.status)
+        self._lose("death", f"the submission ended the process itself with exit code {code} (os._exit?)")
+
+    def _lose(self, kind: str, message: str) -> NoReturn:
+        self.lost = WorkerLost(kind, message)
+        self.close()
+        raise self.lost from None
+
+
+_KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV")
+_ONE_THREAD = {
+    f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM", "NUMEXPR")
+}
+
+
+@dataclass
+class _Usage:
+    memory_mb: float = 0.0
+    tasks: int = 0
+    ended: bool = False
+
+
+def _usage(pid: int, host: int) -> _Usage:
+    """Memory and number of processes and threads of the worker `pid` and of all that descends from its host."""
+    usage = _Usage()
+    if not LINUX:
+        listing = subprocess.run(
+            ["ps", "-o", "pid=,rss=,stat=", "-g", str(pid)], capture_output=True, text=True, check=False
+        )
+        for line in listing.stdout.splitlines():
+            process, rss, state = line.split()[:3]
+            usage.memory_mb += int(rss) / 1024
+            usage.tasks += 1
+            usage.ended |= int(process) == pid and state.startswith("Z")
+        return usage
+    for process in _descendants(host):
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+        except OSError:
+            continue
+        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        usage.ended |= process == pid and fields["State"].strip().startswith("Z")
+        usage.tasks += int(fields["Threads"]) if "Threads" in fields else 1
+        for field in ("RssAnon", "RssShmem"):
+            usage.memory_mb += int(fields.get(field, "0 kB").split()[0]) / 1024
+    return usage
+
+
+def _descendants(ancestor: int) -> list[int]:
+    """Process ids of all that `ancestor` started, directly or not. Linux only; elsewhere none."""
+    if not LINUX:
+        return []
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                stat = Path(f"/proc/{entry}/stat").read_text()
+                parent = int(stat.rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry))
+    found, queue = [], [ancestor]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)  # before it had become the leader of its own group
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        part = connection.recv(1)
+        if not part:
+            return b""
+        line += part
+    return bytes(line)
+
+
+# ------------------------------------------------------------------------------------------------ host
+
+
+def serve(control: socket.socket, preload: list[str]) -> None:
+    """The host: fork a worker or clear one away, as the parent asks, until the parent is gone."""
+    _prctl(_SET_CHILD_SUBREAPER, 1)  # what a worker leaves behind becomes our child, whatever its group
+    for name in preload:
+        __import__(name)
+    gc.collect()
+    gc.freeze()  # the collector of a worker need not touch, and so copy, the pages shared with us
+    user = _spare_user()
+    while True:
+        message, fds, _, _ = socket.recv_fds(control, 1 << 16, 2)
+        if not message:
+            break
+        request = json.loads(message)
+        if "folder" in request:
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                try:
+                    _become_worker(request["folder"], Limits(**request["limits"]), fds, user)
+                finally:
+                    os._exit(70)
+            for fd in fds:
+                os.close(fd)
+            answer = {"pid": pid}
+        else:
+            answer = {"status": _reap(request["reap"])}
+        control.sendall(json.dumps(answer).encode() + b"\n")
+    for process in _descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _reap(pid: int) -> int:
+    """Status of the dead worker. Its orphans are our children now: kill and bury them all."""
+    _, status = os.waitpid(pid, 0)
+    while True:
+        for process in _descendants(os.getpid()):
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        try:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(0.005)
+        except ChildProcessError:
+            return status
+
+
+def _spare_user() -> int | None:
+    """A user id for the workers that nobody has, if we are root and that user could still import what it needs."""
+    if os.geteuid() != 0:
+        return None
+    user = 20_000 + os.getpid() % 40_000
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+            readable = [os.access(path, os.R_OK) for path in (__file__, os.__file__, *_package_files())]
+            os._exit(0 if all(readable) else 1)
+        except BaseException:
+            os._exit(1)
+    return user if os.waitpid(pid, 0)[1] == 0 else None
+
+
+def _package_files() -> list[str]:
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "numpy"))
+    return [file for file in files if file]
+
+
+# ---------------------------------------------------------------------------------------------- worker
+
+
+def _become_worker(folder: str, limits: Limits, fds: list[int], user: int | None) -> None:
+    """In the fork: leave the host's session, lower every limit, then answer questions."""
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    answers, output = fds
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in (nothing, output, output, answers)]
+    for number, fd in enumerate(high):
+        os.dup2(fd, number)
+    os.closerange(len(high), 4096)
+    os.environ.update(HOME=folder, TMPDIR=folder, MPLBACKEND="agg")
+    tempfile.tempdir = None
+    os.chdir(folder)
+    _lower_limits(limits, own_user=user is not None)
+    if user is not None:
+        os.chown(folder, user, user)
+        _libc_call("unshare", _NEW_NETWORK)  # refused in some containers, which is no reason to stop
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    _prctl(_NO_NEW_PRIVILEGES, 1)
+    from common.exercises.probes import answer_questions
+
+    answer_questions(socket.socket(fileno=3))
+
+
+def _lower_limits(limits: Limits, own_user: bool) -> None:
+    def lower(name: str, value: int) -> None:
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            resource.setrlimit(getattr(resource, name), (value, value))
+
+    lower("RLIMIT_CORE", 0)
+    lower("RLIMIT_FSIZE", limits.file_mb << 20)
+    lower("RLIMIT_NOFILE", 256)
+    lower("RLIMIT_CPU", int(limits.import_seconds + limits.lesson_seconds) + 5)
+    if LINUX:
+        # torch maps gigabytes that it never touches, so this is only a ceiling for absurd requests. What is
+        # really used is watched by the parent.
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        lower("RLIMIT_AS", mapped + 8 * (limits.memory_mb << 20))
+    if own_user:  # the limit counts all processes of a user: for a shared one it would be anybody's guess
+        lower("RLIMIT_NPROC", limits.processes)
+
+
+_NO_NEW_PRIVILEGES, _SET_CHILD_SUBREAPER, _NEW_NETWORK = 38, 36, 0x40000000
+
+
+def _prctl(option: int, value: int) -> None:
+    _libc_call("prctl", option, value, 0, 0, 0)
+
+
+def _libc_call(name: str, *arguments: int) -> None:
+    """A Linux call that Python 3.10 has no name for."""
+    if LINUX:
+        getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

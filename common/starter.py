@@ -1,0 +1,177 @@
+"""Make the starter of an assignment out of its lesson: `python -m common.starter 01 --out DIR`.
+
+The lesson stays as it is, marker-free. The manifest says which classes and functions are the exercises; their
+bodies go, their signatures and docstrings stay. What is made anew from the lesson can't drift away from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.exercises import ROOT, exercises, lesson_path, manifests, worth
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from common.exercises import Exercise
+
+
+def make_starter(lesson: str, only: Iterable[str] | None = None) -> str:
+    """The text of the starter of `lesson`, with the exercises `only` (numbers; all where None) taken out."""
+    chosen = [e for e in exercises(lesson).values() if only is None or e.number in set(only)]
+    source = lesson_path(lesson).read_text(encoding="utf-8")
+    return _with_assignment(take_out(source, chosen), lesson, chosen)
+
+
+def take_out(source: str, chosen: list[Exercise]) -> str:
+    """`source` with the body of every part of the exercises replaced by a NotImplementedError.
+
+    Raises: ValueError, if a part is not in the source.
+    """
+    lines = source.splitlines()
+    tree = ast.parse(source)
+    jobs: list[tuple[ast.FunctionDef, str]] = []
+    for exercise in chosen:
+        message = f"Exercise {exercise.number}: {exercise.hint}"
+        for part in exercise.parts:
+            jobs += [(function, message) for function in functions_of(tree, part)]
+    for function, message in sorted(jobs, key=lambda job: -job[0].lineno):  # from the end: line numbers stay true
+        _empty(lines, function, message)
+    return "\n".join(lines) + "\n"
+
+
+def functions_of(tree: ast.Module, part: str) -> list[ast.FunctionDef]:
+    """What a manifest's part stands for: one function, one method, or all methods of a class.
+
+    Raises: ValueError, if there is no such thing.
+    """
+    owner, _, method = part.partition(".")
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == part:
+            return [node]
+        if isinstance(node, ast.ClassDef) and node.name == owner:
+            methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and method in ("", n.name)]
+            if methods:
+                return methods
+    raise ValueError(f"the lesson has no {part}")
+
+
+def _empty(lines: list[str], function: ast.FunctionDef, message: str) -> None:
+    """Replace the function's body in `lines`; keep its docstring."""
+    first = function.body[0]
+    docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
+    indent = " " * (function.col_offset + 4)
+    body = [indent + line for line in _raise(message, 100 - len(indent))]
+    if docstring:
+        start = first.end_lineno
+    elif first.lineno == function.lineno:  # def f(): return 1
+        line = lines[first.lineno - 1]
+        lines[first.lineno - 1] = line[: first.col_offset].rstrip()
+        start = first.lineno
+    else:
+        start = _header_end(lines, function)
+    lines[start : function.end_lineno] = body
+
+
+def _header_end(lines: list[str], function: ast.FunctionDef) -> int:
+    """Number of lines down to the colon that ends the signature. Comments below it belong to the body."""
+    end = function.body[0].lineno - 1
+    while end > function.lineno and not lines[end - 1].split("#")[0].rstrip().endswith(":"):
+        end -= 1
+    return end
+
+
+def _raise(message: str, width: int) -> list[str]:
+    """`raise NotImplementedError(message)` in lines of at most `width` characters."""
+    line = f"raise NotImplementedError({_quoted(message)})"
+    if len(line) <= width:
+        return [line]
+    pieces, piece = [], ""
+    for word in message.split(" "):
+        if len(_quoted(piece + word)) + 5 > width:
+            pieces.append(piece)
+            piece = ""
+        piece += word + " "
+    pieces.append(piece.rstrip())
+    return ["raise NotImplementedError(", *(f"    {_quoted(piece)}" for piece in pieces), ")"]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text + "'" if '"' in text and "'" not in text else '"' + text.replace('"', '\\"') + '"'
+
+
+def _with_assignment(source: str, lesson: str, chosen: list[Exercise]) -> str:
+    """A markdown cell behind the lesson's docstring that lists what to do and how to check it."""
+    name = lesson_path(lesson).name
+    rows = worth((lesson,))
+    text = [
+        "# %% [markdown]",
+        "# ## Your exercises",
+        "#",
+        "# Every `raise NotImplementedError` below marks a piece that is yours to write. The docstrings say what goes",
+        "# in and what comes out. Keep names and signatures: the rest of the script and the checks rely on them.",
+        "#",
+    ]
+    for exercise in chosen:
+        total = sum(row.points for row in rows if row.exercise == exercise.number)
+        parts = ", ".join(f"`{part}`" for part in exercise.parts)
+        text.append(f"# - **{exercise.number} {exercise.title}** ({exercise.level}, {total:g} points): {parts}")
+    text += [
+        "#",
+        "# Check yourself as often as you like, from the course's folder:",
+        "#",
+        f"#     python -m common.grade path/to/{name}",
+        "",
+    ]
+    lines = source.splitlines()
+    first = ast.parse(source).body[0]
+    docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
+    start = first.end_lineno if docstring else 0
+    return "\n".join([*lines[:start], "", *text, *lines[start:]]) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0; 2 for a lesson that has no exercises, a folder that can't be written, a file in the way."""
+    parser = argparse.ArgumentParser(prog="python -m common.starter", description=__doc__.split("\n\n")[0])
+    parser.add_argument("lesson", nargs="+", help="number of a lesson, 01 to 08, or all")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the starters to")
+    parser.add_argument("--only", nargs="+", metavar="N.M", help="take out these exercises only")
+    parser.add_argument("--force", action="store_true", help="overwrite a file that is there")
+    options = parser.parse_args(argv)
+    lessons = list(manifests()) if options.lesson == ["all"] else [n.zfill(2)[:2] for n in options.lesson]
+    for lesson in lessons:
+        if lesson not in manifests():
+            return _fail(f"lesson {lesson} has no exercises; there are some in {', '.join(manifests())}")
+        known = exercises(lesson)
+        unknown = [n for n in options.only or () if n.split(".")[0].zfill(2) == lesson and n not in known]
+        if unknown:
+            return _fail(f"no exercise {unknown[0]} in lesson {lesson}; it has {', '.join(known)}")
+        path = options.out / lesson_path(lesson).name
+        if path.resolve() == lesson_path(lesson).resolve():
+            return _fail(f"{path} is the lesson itself: choose another folder")
+        if path.exists() and not options.force:
+            return _fail(f"{path} exists, and may hold somebody's work: remove it or add --force")
+        only = options.only and [n for n in options.only if n in known]
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+            path.write_text(make_starter(lesson, only), encoding="utf-8")
+        except OSError as error:
+            return _fail(f"can't write {path}: {error.strerror}")
+        numbers = list(known) if only is None else only
+        total = sum(row.points for row in worth((lesson,)) if row.exercise in numbers)
+        print(f"{path}: {len(numbers)} exercises, {total:g} points")
+        print(f"  next: open it, look for NotImplementedError, then  python -m common.grade {path}")
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"starter: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
