@@ -1,0 +1,208 @@
+"""Lesson 3: the two Inception nets are the papers', with and without their auxiliary heads."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from common.pretrained import load_torchvision_state
+from common.profiling import count_macs, count_parameters, macs_by_module
+from tests.parity import PUBLISHED, largest_difference, torchvision_twin
+
+lesson = import_module("03_inception_intermediate")
+NAMES = list(lesson.MODELS)
+
+# Inception-v3's auxiliary head needs a 17x17 map: torchvision's only trains from 299 pixels on.
+TWIN_PX = {"googlenet": 64, "inception_v3": 299}
+SMALLEST_PX = {"googlenet": 64, "inception_v3": 75}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def twin(request: pytest.FixtureRequest) -> nn.Module:
+    """Torchvision's model with its auxiliary heads, which is what the official checkpoints hold."""
+    model = torchvision_twin(request.param, TWIN_PX[request.param], init_weights=False)
+    model.name = request.param
+    return model
+
+
+def build_on_meta(name: str, **options: object) -> nn.Module:
+    with torch.device("meta"):
+        return lesson.MODELS[name](**options)
+
+
+def build_empty(name: str, **options: object) -> nn.Module:
+    """Weights of no particular value, to be overwritten."""
+    return build_on_meta(name, **options).to_empty(device="cpu")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_and_macs_are_the_published_ones(name: str) -> None:
+    row = PUBLISHED[name]
+    model = build_on_meta(name, aux=False)
+    assert count_parameters(model) == int(row["params"])
+    with_aux = count_parameters(build_on_meta(name))
+    assert with_aux - count_parameters(model) == int(row["params_aux_heads"])
+    px = int(row["input_px"])
+    assert count_macs(model, (3, px, px)) / 1e9 == pytest.approx(float(row["gmacs"]), rel=0.005)
+
+
+# Szegedy et al. 2015, table 1, column "ops", in millions of multiply-adds.
+PAPER_OPS = {
+    "3a": 128,
+    "3b": 304,
+    "4a": 73,
+    "4b": 88,
+    "4c": 100,
+    "4d": 119,
+    "4e": 170,
+    "5a": 54,
+    "5b": 71,
+}
+
+
+@pytest.mark.parametrize("name", PAPER_OPS)
+def test_five_by_five_costs_what_the_paper_s_table_says(name: str) -> None:
+    counts = macs_by_module(build_on_meta("googlenet", five_by_five=True), (3, 224, 224))
+    macs = next(sum(ops.values()) for path, ops in counts.items() if path.endswith(f".{name}"))
+    # The paper's own 5a is 54M only with a reduction of 48 channels, where its row says 32.
+    slip = 49 * 16 * (832 + 25 * 128) / 1e6 if name == "5a" else 0
+    assert macs / 1e6 + slip == pytest.approx(PAPER_OPS[name], rel=0.01)
+
+
+def test_five_by_five_changes_the_third_branch_and_nothing_else() -> None:
+    plain = build_on_meta("googlenet").state_dict()
+    paper = build_on_meta("googlenet", five_by_five=True).state_dict()
+    assert list(plain) == list(paper)
+    differ = [name for name in plain if plain[name].shape != paper[name].shape]
+    assert len(differ) == 9
+    assert all("branches.2.1.0.weight" in name for name in differ)
+    assert all(paper[name].shape[2:] == (5, 5) for name in differ)
+
+
+@pytest.mark.parametrize("aux", [True, False])
+def test_logits_are_torchvisions_whether_aux_is_kept_or_not(twin: nn.Module, aux: bool) -> None:
+    ours = build_empty(twin.name, aux=aux)
+    assert largest_difference(ours, twin, SMALLEST_PX[twin.name]) < 1e-4
+
+
+def test_a_checkpoint_without_auxiliary_heads_fits_a_model_without(twin: nn.Module) -> None:
+    bare = {name: t for name, t in twin.state_dict().items() if not name.lower().startswith("aux")}
+    load_torchvision_state(build_empty(twin.name, aux=False), bare)
+    with pytest.raises(ValueError, match="aux_heads"):
+        load_torchvision_state(build_empty(twin.name, aux=True), bare)
+
+
+@torch.no_grad()
+def test_training_returns_torchvisions_auxiliary_logits(twin: nn.Module) -> None:
+    """Batch statistics and no dropout, on the image size the heads were made for."""
+    state = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
+    ours = load_torchvision_state(build_empty(twin.name), state).train()
+    twin.train()
+    for module in [*ours.modules(), *twin.modules()]:
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    px = int(PUBLISHED[twin.name]["input_px"])
+    x = torch.randn(2, 3, px, px, generator=torch.Generator().manual_seed(2))
+    logits, *aux_logits = twin(x)
+    expected = [
+        logits,
+        *reversed(aux_logits),
+    ]  # torchvision lists the deepest head first, we the first
+    actual = ours(x)
+    twin.eval().load_state_dict(state)
+    assert len(actual) == len(expected) == {"googlenet": 3, "inception_v3": 2}[twin.name]
+    for ours_logits, theirs in zip(actual, expected):
+        assert (ours_logits - theirs).abs().max() < 1e-3 * theirs.abs().max()
+
+
+@torch.no_grad()
+def test_transform_input_is_torchvisions(twin: nn.Module) -> None:
+    ours = build_empty(twin.name, transform_input=True)
+    twin.transform_input = True
+    try:
+        assert largest_difference(ours, twin, SMALLEST_PX[twin.name]) < 1e-4
+        ours.transform_input = False  # a plain attribute, as in torchvision
+        assert largest_difference(ours, twin, SMALLEST_PX[twin.name]) > 1e-2
+    finally:
+        twin.transform_input = False
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [8, 32])
+def test_small_form_trains_all_its_parameters(name: str, size: int) -> None:
+    torch.manual_seed(0)
+    model = lesson.MODELS[name](num_classes=10, small_input=True)
+    outputs = model(torch.randn(2, 3, size, size))
+    assert isinstance(outputs, tuple)
+    assert [tuple(logits.shape) for logits in outputs] == [(2, 10)] * (1 + len(model.aux_heads))
+    loss_fn = lesson.AuxiliaryLoss(nn.CrossEntropyLoss(), model.aux_weight)
+    loss_fn(outputs, torch.tensor([0, 1])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(m.weight.grad.any() for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_alone_without_aux_and_in_eval_mode(name: str) -> None:
+    x = torch.zeros(2, 3, 16, 16)
+    bare = lesson.MODELS[name](num_classes=10, small_input=True, aux=False)
+    assert isinstance(bare.train()(x), Tensor)
+    kept = lesson.MODELS[name](num_classes=10, small_input=True, aux=True)
+    assert isinstance(kept.eval()(x), Tensor)
+
+
+def test_full_form_of_v3_trains_below_299_pixels() -> None:
+    model = build_on_meta("inception_v3", num_classes=10)
+    with torch.device("meta"):
+        assert [logits.shape for logits in model(torch.zeros(2, 3, 224, 224))] == [(2, 10)] * 2
+
+
+def test_auxiliary_loss_adds_the_papers_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(5, 10, generator=generator) for _ in range(3)]
+    targets = torch.arange(5)
+    main, first, second = (nn.functional.cross_entropy(each, targets) for each in logits)
+    weights = {name: build_on_meta(name).aux_weight for name in NAMES}
+    assert weights == {"googlenet": 0.3, "inception_v3": 0.4}
+    loss_fn = lesson.AuxiliaryLoss(nn.CrossEntropyLoss(), 0.3)
+    torch.testing.assert_close(loss_fn(tuple(logits), targets), main + 0.3 * first + 0.3 * second)
+    torch.testing.assert_close(loss_fn(logits[0], targets), main)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reset_classifier_reaches_the_auxiliary_heads(name: str) -> None:
+    model = lesson.MODELS[name](num_classes=10, small_input=True)
+    model.reset_classifier(3)
+    assert model.get_classifier().out_features == 3
+    assert {logits.shape[1] for logits in model(torch.zeros(2, 3, 8, 8))} == {3}
+
+
+def test_width_mult_thins_every_convolution() -> None:
+    full, half = (
+        build_on_meta("googlenet", aux=False),
+        build_on_meta("googlenet", aux=False, width_mult=0.5),
+    )
+    for wide, thin in zip(full.parameters(), half.parameters()):
+        if wide.dim() == 4 and wide.shape[1] > 3:
+            assert (thin.shape[0], thin.shape[1]) == (wide.shape[0] // 2, wide.shape[1] // 2)
+
+
+def test_without_batch_norm_every_convolution_has_a_bias() -> None:
+    model = build_on_meta("googlenet", batch_norm=False)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert all(conv.bias is not None for conv in convolutions)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    # 57 convolutions in 9 modules of 6 and a stem of 3, and one in each auxiliary head.
+    assert len(convolutions) == 57 + 2
+
+
+def test_torchvisions_own_names_are_the_ones_the_rule_expects() -> None:
+    """`arrange_torchvision_state` relies on what torchvision calls its auxiliary heads."""
+    for name in NAMES:
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name, weights=None, init_weights=False)
+        aux = sum(p.numel() for n, p in model.named_parameters() if n.lower().startswith("aux"))
+        assert aux == int(PUBLISHED[name]["params_aux_heads"])
