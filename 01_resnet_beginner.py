@@ -1,26 +1,95 @@
-# placeholder head, replaced below
+"""Lesson 1, beginner: ResNet, learning the difference.
+
+He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2015 (arXiv 1512.03385).
+
+The idea in one sentence: let a block of layers learn what to add to its input instead of its whole
+output, and a network of a hundred layers trains as easily as one of ten.
+
+    python 01_resnet_beginner.py                                  # trains; digits on a CPU, CIFAR-10 on a GPU
+    python 01_resnet_beginner.py --experiment skip-connections    # the paper's claim, measured
+    python 01_resnet_beginner.py --model resnet50 --summary       # what is inside
+"""
+
+# %% [markdown]
+# ## The problem, and the one equation
+#
+# A deeper network contains the shallower one: let the extra layers copy their input, and it
+# computes the same. So it should never do worse. Before 2015 it did, on the *training* set too: 56
+# plain layers ended above 20 (the paper's figure 1). Solvers find it hard to make a stack of layers
+# copy. ResNet makes copying the default:
+#
+# $$y = x + F(x)$$
+#
+# With $F = 0$ the block is the identity, and the gradient reaches $x$ undiminished, whatever $F$
+# does: $\partial y / \partial x = 1 + F'(x)$.
+#
+#         x ──────────────┬── conv ── BN ── ReLU ── conv ── BN ──(+)── ReLU ── y
+#                         └──────────── shortcut ─────────────────┘
 
 # %%
+from dataclasses import dataclass
+
+from common.cli import in_notebook, main, parse_flags
+from common.config import TrainConfig, knob
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """What this lesson can be told; every field is a flag, and `--help` prints them all."""
+
+    model: str = knob(
+        "resnet18", "a name of MODELS: resnet18, resnet50, resnext50_32x4d, resnet20, ..."
+    )
+    shortcut: str = knob(
+        "",
+        "where the shape changes: A pads with zeros, B projects (default: as in the paper)",
+        ("A", "B", ""),
+    )
+    zero_init_residual: bool = knob(True, "start each residual branch at zero")
+    depths: str = knob("20,56", "layers of the nets that --experiment skip-connections compares")
+
+    # What differs from the defaults of common/config.py; the record at the top was measured with
+    # these.
+    RECIPES = {"digits": {"image_size": 8, "epochs": 12, "batch_size": 64, "base_lr": 0.2}}
+
+
+# Flags are read before torch is imported, so that --help answers at once; a notebook gets the
+# defaults.
+config = parse_flags(Config) if __name__ == "__main__" else Config()
+
+# %%
+import inspect
+from collections.abc import Callable
+from functools import partial
+from statistics import mean
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %%
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from common import plotting, runtime
+from common.data import load_data
+from common.evaluation import evaluate
+from common.experiments import Trial, train_trial
+from common.pretrained import load_pretrained
+from common.profiling import profile
+from common.runs import Run, banner, draw_figures, prepare
+from common.training import fit, make_optimizer, make_schedule, train_one_epoch
 
 # %% [markdown]
 # ## The shortcut: three ways to carry the input past the block
 #
-# Where a block keeps its shape the shortcut is the identity. Where it halves the resolution and widens the
-# channels, something has to give. The paper's options: **A** subsamples and pads with zeros (no parameters),
+# Where a block keeps its shape the shortcut is the identity. Where it halves the resolution and
+# widens the channels, something has to give. The paper's options: **A** subsamples and pads with
+# zeros (no parameters),
 # **B** projects with a 1x1 convolution.
 
 
 # %%
 class PadShortcut(nn.Module):
-    """Option A: every `stride`-th pixel, missing channels filled with zeros.  He et al. 2015, sec. 3.3.
+    """Option A: every `stride`-th pixel, missing channels filled with zeros.  He et al. 2015, sec.
+    3.3.
 
     (N, C_in, H, W) -> (N, C_out, H/stride, W/stride), no parameters.
 
@@ -45,6 +114,8 @@ def make_shortcut(option: str, in_channels: int, out_channels: int, stride: int)
         return nn.Identity()
     if option == "A":
         return PadShortcut(in_channels, out_channels, stride)
+    if option != "B":
+        raise ValueError(f"shortcut is 'A' (pad) or 'B' (project), not {option!r}")
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -57,9 +128,11 @@ def make_shortcut(option: str, in_channels: int, out_channels: int, stride: int)
 
 # %%
 class SqueezeExcitation(nn.Module):
-    """Scale each channel by a gate in (0, 1) computed from all channels' means.  Hu et al. 2018, sec. 3.
+    """Scale each channel by a gate in (0, 1) computed from all channels' means.  Hu et al. 2018,
+    sec. 3.
 
-    (N, C, H, W) -> (N, C, H, W). 1x1 convolutions are linear layers that keep the last two dimensions.
+    (N, C, H, W) -> (N, C, H, W). 1x1 convolutions are linear layers that keep the last two
+    dimensions.
 
     >>> SqueezeExcitation(64)(torch.zeros(1, 64, 8, 8)).shape
     torch.Size([1, 64, 8, 8])
@@ -118,9 +191,10 @@ class BasicBlock(nn.Module):
 # %% [markdown]
 # ## The bottleneck: squeeze, convolve, expand
 #
-# At 50 layers and more, two 3x3 convolutions at full width cost too much. A 1x1 first narrows the channels by
-# four, so that the 3x3 in the middle is cheap, and a second 1x1 widens them again. With `groups` the middle
-# convolution becomes ResNeXt's set of parallel paths; with a larger `base_width` the net becomes a Wide ResNet.
+# At 50 layers and more, two 3x3 convolutions at full width cost too much. A 1x1 first narrows the
+# channels by four, so that the 3x3 in the middle is cheap, and a second 1x1 widens them again. With
+# `groups` the middle convolution becomes ResNeXt's set of parallel paths; with a larger
+# `base_width` the net becomes a Wide ResNet.
 
 
 # %%
@@ -129,8 +203,8 @@ class Bottleneck(nn.Module):
 
     (N, C_in, H, W) -> (N, 4 * channels, H/stride, W/stride)
 
-    NOTE: the stride sits on the 3x3 and not, as in the paper, on the first 1x1, which would skip three pixels
-    of four unseen. torchvision and ResNeXt do the same ("ResNet v1.5").
+    NOTE: the stride sits on the 3x3 and not, as in the paper, on the first 1x1, which would skip
+    three pixels of four unseen. torchvision and ResNeXt do the same ("ResNet v1.5").
 
     >>> Bottleneck(64, 64)(torch.zeros(1, 64, 8, 8)).shape
     torch.Size([1, 256, 8, 8])
@@ -173,7 +247,8 @@ class Bottleneck(nn.Module):
 
 # %%
 class PlainBlock(nn.Module):
-    """The basic block without its shortcut: what everyone stacked before 2015.  He et al. 2015, fig. 3 middle.
+    """The basic block without its shortcut: what everyone stacked before 2015.  He et al. 2015,
+    fig. 3 middle.
 
     (N, C_in, H, W) -> (N, channels, H/stride, W/stride)
 
@@ -183,7 +258,9 @@ class PlainBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "") -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int = 1, shortcut: str = ""
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -196,8 +273,8 @@ class PlainBlock(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """BatchNorm and ReLU before each convolution, so that the sum is never rectified and the identity runs
-    from the stem to the head.  He et al. 2016, fig. 4(e).
+    """BatchNorm and ReLU before each convolution, so that the sum is never rectified and the
+    identity runs from the stem to the head.  He et al. 2016, fig. 4(e).
 
     (N, C_in, H, W) -> (N, channels, H/stride, W/stride)
 
@@ -207,7 +284,9 @@ class PreActBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B") -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B"
+    ) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
@@ -232,8 +311,8 @@ class PreActBlock(nn.Module):
 class ResNet(nn.Module):
     """(N, 3, H, W) -> (N, num_classes).  He et al. 2015, table 1.
 
-    A 7x7 stem and a max-pool quarter the resolution, each stage after the first halves it and widens the
-    channels, and the head averages what is left.
+    A 7x7 stem and a max-pool quarter the resolution, each stage after the first halves it and
+    widens the channels, and the head averages what is left.
 
     Args:
         block: the class that every stage repeats.
@@ -241,9 +320,10 @@ class ResNet(nn.Module):
         channels: width of each stage, before the block's `expansion`.
         stem_channels: width of the stem; 64 on ImageNet, 16 on CIFAR.
         small_input: a 3x3 stem of stride 1 and no max-pool, for images of 32 pixels and less.
-            NOTE: the paper has no such form of ResNet-18 to -152; it's the one of the CIFAR literature.
-        zero_init_residual: start the last BatchNorm of each residual branch at zero, so that each block starts
-            as the identity.  Goyal et al. 2017, sec. 5.1.
+            NOTE: the paper has no such form of ResNet-18 to -152; it's the one of the CIFAR
+                literature.
+        zero_init_residual: start the last BatchNorm of each residual branch at zero, so that each
+            block starts as the identity.  Goyal et al. 2017, sec. 5.1.
         **block_options: handed to each block: `shortcut`, `se_reduction`, `groups`, `base_width`.
     """
 
@@ -286,18 +366,23 @@ class ResNet(nn.Module):
         self.init_weights(zero_init_residual)
 
     def init_weights(self, zero_init_residual: bool) -> None:
-        """He initialisation (He et al. 2015, "Delving deep"): variance kept from layer to layer through ReLU."""
+        """He initialisation (He et al. 2015, "Delving deep"): variance kept from layer to layer
+        through ReLU.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            # A plain net has no shortcut to fall back on, and a pre-activation branch ends in a convolution.
+            # A plain net has no shortcut to fall back on, and a pre-activation branch ends in a
+            # convolution.
             elif zero_init_residual and isinstance(module, BasicBlock):
                 nn.init.zeros_(module.bn2.weight)
             elif zero_init_residual and isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, C, h, w), the last feature map: 1/32 of the input's resolution, 1/8 if small."""
+        """(N, 3, H, W) -> (N, C, h, w), the last feature map: 1/32 of the input's resolution, 1/8
+        if small.
+        """
         return self.stages(self.stem(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -346,18 +431,24 @@ TABLE: dict[str, Row] = {
 
 
 def resnet(name: str, **options: int | str | bool) -> ResNet:
-    """The model of one row of the table: `num_classes`, `small_input`, `zero_init_residual`, `shortcut`."""
+    """The model of one row of the table: `num_classes`, `small_input`, `zero_init_residual`,
+    `shortcut`.
+    """
     row = TABLE[name]
     return ResNet(row.block, row.depths, **{**row.options, **options})
 
 
 def cifar_resnet(
-    depth: int, block: type[nn.Module] = BasicBlock, small_input: bool = True, **options: int | str | bool
+    depth: int,
+    block: type[nn.Module] = BasicBlock,
+    small_input: bool = True,
+    **options: int | str | bool,
 ) -> ResNet:
-    """The nets of section 4.2: depth = 6n + 2, three stages of n blocks, 16, 32 and 64 channels wide.
+    """The nets of section 4.2: depth = 6n + 2, three stages of n blocks, 16, 32 and 64 channels
+    wide.
 
-    Their one form is the 32x32 form, whatever `small_input` says. `shortcut` is "A" by default, as in the
-    paper; "B" projects.
+    Their one form is the 32x32 form, whatever `small_input` says. `shortcut` is "A" by default, as
+    in the paper; "B" projects.
 
     >>> sum(p.numel() for p in cifar_resnet(20, num_classes=10).parameters())
     269722
@@ -373,3 +464,176 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(resnet, name) for name in TABLE},
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
 }
+
+
+# %% [markdown]
+# ## The experiment: does the shortcut do it?
+#
+# Three families at equal depth, with the same parameters but for a few norms, the same seeds and
+# the same recipe: no shortcut, the shortcut of 2015, the clean shortcut of 2016. Watch three
+# things: whether the deeper net *trains* worse than the shallower one, how they test, and how much
+# gradient reaches the first layer.
+
+
+# %%
+FAMILIES: dict[str, type[nn.Module]] = {
+    "plain": PlainBlock,
+    "residual": BasicBlock,
+    "pre-activation": PreActBlock,
+}
+
+
+def skip_connections(config: Config) -> dict[str, object]:
+    """Figures 1 and 6 of the paper, at the size that the dataset allows; prints a verdict, draws a
+    figure.
+    """
+    depths = [int(d) for d in config.depths.split(",")]
+    config, device = prepare(config)
+    data = load_data(config, device)
+    run = Run.open(config, "01_resnet_beginner")
+    trials: dict[tuple[str, int], Trial] = {}
+    for depth in depths:
+        for family, block in FAMILIES.items():
+            # Branches that start at zero came later and would help one family only.
+            build = partial(
+                cifar_resnet, depth, block, num_classes=data.num_classes, zero_init_residual=False
+            )
+            trials[family, depth] = train_trial(f"{family}-{depth}", build, data, config, device)
+
+    named = {t.name: t for t in trials.values()}
+    figure, (loss, accuracy, gradient) = plotting.panels(3, "Skip connections at equal depth")
+    steps = max(1, len(trials["plain", depths[0]].loss) // 20)
+    plotting.curves(
+        {n: [r.train_loss for r in t.history] for n, t in named.items()},
+        "epoch", "training loss", "Training loss", ax=loss,
+    )  # fmt: skip
+    plotting.bars(
+        {n: t.test_top1 for n, t in named.items()},
+        "test top-1",
+        "Test accuracy",
+        percent=True,
+        ax=accuracy,
+    )
+    plotting.curves(
+        {n: t.first_layer_gradient for n, t in named.items()},
+        "step", "gradient norm", "Gradient at the first layer", log_y=True, smooth=steps, ax=gradient,
+    )  # fmt: skip
+    run.figure("skip_connections", figure)
+    rows = [
+        {**t.row(), "first gradient": f"{mean(t.first_layer_gradient[:steps]):.3g}"}
+        for t in named.values()
+    ]
+    return run.conclude(rows, skip_verdict(trials, depths))
+
+
+def skip_verdict(trials: dict[tuple[str, int], Trial], depths: list[int]) -> list[str]:
+    """What the numbers say of the paper's two claims, whichever way they fall."""
+    shallow, deep = min(depths), max(depths)
+
+    def loss(family: str, depth: int) -> float:
+        return trials[family, depth].history[-1].train_loss
+
+    verdict = []
+    if shallow != deep:
+        for family in FAMILIES:
+            before, after = loss(family, shallow), loss(family, deep)
+            change = "trains worse" if after > before else "trains better"
+            verdict.append(
+                f"{family}: {deep} layers {change} than {shallow} (final training loss {after:.4f} against {before:.4f})"
+            )
+    for family in ("residual", "pre-activation"):
+        gap = trials[family, deep].test_top1 - trials["plain", deep].test_top1
+        word = "ahead of" if gap > 0 else "behind" if gap < 0 else "level with"
+        verdict.append(
+            f"at {deep} layers {family} is {word} plain in test accuracy, by {abs(gap):.2%}"
+        )
+    degrades = shallow != deep and loss("plain", deep) > loss("plain", shallow)
+    cured = degrades and loss("residual", deep) - loss("residual", shallow) < loss(
+        "plain", deep
+    ) - loss("plain", shallow)
+    if not degrades:
+        verdict.append(
+            "the degradation of plain nets did not show here: try more depth (--depths 20,110)"
+        )
+    elif cured:
+        verdict.append(
+            "the claim holds here: depth hurts the plain net, and less so with the shortcut"
+        )
+    else:
+        verdict.append("the claim fails here: the shortcut does not undo the harm that depth does")
+    return verdict
+
+
+EXPERIMENTS: dict[str, Callable[[Config], object]] = {"skip-connections": skip_connections}
+
+# %% [markdown]
+# ## One run, from data to report
+#
+# Flat and explicit: this is the whole recipe. `fit` repeats `train_one_epoch`, whose source is in
+# the last cell.
+
+
+# %%
+def build(config: Config, num_classes: int) -> nn.Module:
+    """The model that the flags ask for."""
+    options = {"shortcut": config.shortcut} if config.shortcut else {}
+    if config.model in TABLE or config.shortcut or not config.zero_init_residual:
+        options["zero_init_residual"] = config.zero_init_residual
+    return MODELS[config.model](num_classes=num_classes, small_input=config.small_input, **options)
+
+
+def run(config: Config) -> dict[str, object]:
+    """Train, test once with the best epoch's weights, profile, draw, save; what result.json holds
+    comes back.
+    """
+    config, device = prepare(config)
+    data = load_data(config, device)
+    model = build(config, data.num_classes).to(
+        device, memory_format=runtime.memory_format(config.image_size)
+    )
+    if config.pretrained:
+        load_pretrained(model, config.model)
+
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, data.train)
+
+    run = Run.open(config, "01_resnet_beginner")
+    banner(config, device, data, model, run)
+    history = fit(model, data, loss_fn, optimizer, schedule, config, run)
+
+    test = evaluate(
+        model, data.test, data.class_names
+    )  # the only time that the test images are seen
+    cost = profile(model, data.input_size)
+    draw_figures(run, model, data, history, test)
+    return run.finish(model, data, history, test, cost)
+
+
+# %% [markdown]
+# ## The loop itself
+#
+# Nothing is hidden behind `fit`: this is what runs for every batch.
+
+# %%
+if in_notebook():
+    print(inspect.getsource(train_one_epoch))
+
+# %% [markdown]
+# ## What to notice
+#
+# - The training loss starts near $\ln 10 = 2.3$, that of a guess among ten classes.
+# - `most_wrong.png` shows digits that people would get wrong too; `grad_cam.png` where the net looked.
+# - ResNet-34 has the multiply-adds of a third of VGG-16's and is more accurate (`--model resnet34 --summary`).
+#
+# ## Exercises
+#
+# 1. Write `BasicBlock` without looking. With the last BatchNorm at zero, what does the block compute?
+# 2. Write option A of the shortcut. Why does ResNet-20 lose 2,752 parameters by it?
+# 3. Write `Bottleneck`. How many multiply-adds does it take at 256 channels, and how many do two 3x3 at full width?
+# 4. Add squeeze-and-excitation to the basic block (`se_resnet18`). Which share of the parameters is it?
+# 5. Repeat the experiment at 110 layers. From which step on does the plain net's gradient fall behind?
+
+# %%
+if __name__ == "__main__":
+    main(config, MODELS, build, run, EXPERIMENTS)

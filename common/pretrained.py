@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from common import checkpoint
+from common.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,22 +18,24 @@ if TYPE_CHECKING:
 def load_torchvision_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """Copy a torchvision checkpoint of the same architecture into `model`, and return it.
 
-    The lessons name their layers to teach, torchvision to stay compatible, so names can't be matched. What
-    both share is the order in which a forward pass meets the layers, and both register them in it: the n-th
-    tensor of one is the n-th of the other. Every tensor of both sides is used exactly once, and nothing is
-    copied unless all of them fit.
+    The lessons name their layers to teach, torchvision to stay compatible, so names can't be
+    matched. What both share is the order in which a forward pass meets the layers, and both
+    register them in it: the n-th tensor of one is the n-th of the other. Every tensor of both sides
+    is used exactly once, and nothing is copied unless all of them fit.
 
-    A model whose torchvision twin keeps another order, or carries tensors that ours was built without (the
-    auxiliary heads of GoogLeNet and Inception-v3), says so in a method
+    A model whose torchvision twin keeps another order, or carries tensors that ours was built
+    without (the auxiliary heads of GoogLeNet and Inception-v3), says so in a method
     `arrange_torchvision_state(state_dict) -> dict`.
 
     Raises:
-        ValueError: names the first pair of tensors that differ in shape or meaning, or the first one left over.
+        ValueError: names the first pair of tensors that differ in shape or meaning, or the first
+            one left over.
     """
     arrange = getattr(model, "arrange_torchvision_state", dict)
     source, target = arrange(state_dict), model.state_dict()
-    # Checkpoints from before torch 0.4.1 (vgg_bn, densenet) have no num_batches_tracked. It counts training
-    # steps and takes no part in the output, so it is matched where both have it and left alone otherwise.
+    # Checkpoints from before torch 0.4.1 (vgg_bn, densenet) have no num_batches_tracked. It counts
+    # training steps and takes no part in the output, so it is matched where both have it and left
+    # alone otherwise.
     if not any(_role(name) == "num_batches_tracked" for name in source):
         target = {k: v for k, v in target.items() if _role(k) != "num_batches_tracked"}
 
@@ -55,3 +61,74 @@ def load_torchvision_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -
 def _role(name: str) -> str:
     """'weight', 'bias', 'running_mean', ...: what a tensor is, whatever its layer is called."""
     return name.rpartition(".")[2]
+
+
+# ------------------------------------------------------------------------------------ where weights come from
+
+
+def bundled_weights(name: str) -> Path | None:
+    """The file of a network that travels with the course, or None."""
+    path = Path(__file__).parent / "weights" / f"{name}.pt"
+    return path if path.exists() else None
+
+
+def load_pretrained(model: nn.Module, name: str) -> nn.Module:
+    """Put trained weights into `model`, whose classifier may have any number of classes.
+
+    The course's own weights where it has some for `name`, which needs no network; else
+    torchvision's official ones, downloaded once. A classifier of another size than theirs is left
+    as it was initialised.
+
+    Raises:
+        UserError: there are no weights for `name`, they can't be downloaded, or they don't fit the
+            model.
+    """
+    num_classes = model.get_classifier().out_features
+    path = bundled_weights(name)
+    state = checkpoint.load(path)["model"] if path else official_state(name)
+    theirs = next(reversed(state.values())).shape[0]  # the classifier's bias comes last
+    if theirs != num_classes:
+        model.reset_classifier(theirs)
+    try:
+        if path:
+            model.load_state_dict(state)
+        else:
+            load_torchvision_state(model, state)
+            if hasattr(model, "transform_input"):
+                model.transform_input = True  # their inputs are scaled to [-1, 1]
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--pretrained {name}: the weights don't fit this form of the model ({str(error).splitlines()[0]}); "
+            "official weights are for images of 96 px and more"
+        ) from None
+    if theirs != num_classes:
+        model.reset_classifier(num_classes)
+    return model
+
+
+def official_state(name: str) -> dict[str, Tensor]:
+    """Torchvision's official ImageNet checkpoint of `name`, version 1, from its cache or the
+    network.
+
+    Raises:
+        UserError: torchvision has none, or it can't be downloaded.
+    """
+    from torchvision import models
+
+    # Torchvision's own loading knows the older checkpoints' names. The heads that it drops by
+    # default are asked for.
+    options = {"aux_logits": True} if name in ("googlenet", "inception_v3") else {}
+    try:
+        weights = models.get_model_weights(name).IMAGENET1K_V1
+    except (ValueError, AttributeError):
+        raise UserError(
+            f"--pretrained {name}: torchvision has no weights for it; leave out --pretrained"
+        ) from None
+    try:
+        return models.get_model(name, weights=weights, **options).state_dict()
+    except (OSError, RuntimeError) as error:
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"--pretrained {name}: {weights.url} can't be downloaded ({reason}); put the file into {cache}/ by hand"
+        ) from None

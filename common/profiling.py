@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from copy import deepcopy
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from common.records import LayerRecord, Profile
+from common.runtime import autocast, describe
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable and frozen parameters, shared ones once. Buffers (BatchNorm's statistics) don't count."""
+    """Number of trainable and frozen parameters, shared ones once. Buffers (BatchNorm's statistics)
+    don't count.
+    """
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """Multiply-adds of one image of `input_size = (C, H, W)` through `model` in eval mode.
 
-    Convolutions, linear layers and attention products count, as in the papers' tables; BatchNorm, activations,
-    pooling and biases don't. Works on a model built on the meta device, where it computes no numbers at all:
+    Convolutions, linear layers and attention products count, as in the papers' tables; BatchNorm,
+    activations, pooling and biases don't. Works on a model built on the meta device, where it
+    computes no numbers at all:
 
     >>> with torch.device("meta"):
     ...     layer = nn.Conv2d(3, 64, 3, padding=1)
@@ -33,10 +43,13 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 
 def macs_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, dict[str, int]]:
-    """Multiply-adds of one image by module path, then by operator; 'Global' holds the whole model."""
+    """Multiply-adds of one image by module path, then by operator; 'Global' holds the whole
+    model.
+    """
     with _evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(_dummy_image(model, input_size))
-    # FlopCounterMode counts an addition and a multiplication as two operations; the papers as one multiply-add.
+    # FlopCounterMode counts an addition and a multiplication as two operations; the papers as one
+    # multiply-add.
     return {
         path: {str(op): flops // 2 for op, flops in ops.items()}
         for path, ops in counter.get_flop_counts().items()
@@ -50,7 +63,9 @@ def _dummy_image(model: nn.Module, input_size: tuple[int, int, int], batch_size:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every submodule's own mode restored after (a frozen BatchNorm stays frozen)."""
+    """Eval mode inside, every submodule's own mode restored after (a frozen BatchNorm stays
+    frozen).
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -58,3 +73,164 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def layer_table(model: nn.Module, input_size: tuple[int, int, int]) -> list[LayerRecord]:
+    """One record per layer that computes or holds something, in the order of the definition.
+
+    Output shapes are of one image; parameters and MACs are a layer's own, so that the columns add
+    up to `count_parameters` and `count_macs`. Works on the meta device.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                shapes[name] = tuple(output.shape)
+
+        return hook
+
+    hooks = [m.register_forward_hook(note(name)) for name, m in model.named_modules()]
+    try:
+        macs = macs_by_module(model, input_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    root = type(model).__name__
+    total = {path.removeprefix(root + "."): sum(ops.values()) for path, ops in macs.items()}
+    total[""] = total.pop("Global", 0)
+    records, seen = [], set()
+    for name, module in model.named_modules():
+        # A parameter that two layers share is listed, as it is counted, with the first.
+        own_parameters = [p for p in module.parameters(recurse=False) if p not in seen]
+        seen.update(own_parameters)
+        children = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+        own_macs = total.get(name, 0) - sum(total.get(child, 0) for child in children)
+        params = sum(p.numel() for p in own_parameters)
+        if name in shapes and (params or own_macs or not children):
+            kind = type(module).__name__
+            records.append(
+                LayerRecord(name or root, kind, shapes[name], params, own_macs, name.count("."))
+            )
+    return records
+
+
+def thop_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """What thop counts for the same image: BatchNorm and pooling too, attention and bare parameters
+    not.
+    """
+    import thop
+
+    copy = deepcopy(model).to_empty(device="cpu").eval()  # thop leaves its counters in the modules
+    with torch.no_grad():
+        macs, _ = thop.profile(copy, (torch.zeros(1, *input_size),), verbose=False)
+    return int(macs)
+
+
+@torch.inference_mode()
+def profile(
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    batch_size: int = 1,
+    amp: torch.dtype | None = None,
+    channels_last: bool = True,
+    seconds: float = 1.0,
+    repeats: int = 50,
+) -> Profile:
+    """Parameters, MACs, and the latency and peak memory of inference on the device that the model
+    is on.
+
+    A few passes warm up caches and algorithm searches; then each pass is timed alone, from a device
+    that has nothing else to do to one that is done.
+
+    Args:
+        input_size: (C, H, W).
+        amp: reduced precision, or None for the model's own.
+        seconds: limit of the timed part; at least 5 passes and at most `repeats` are timed.
+    """
+    parameter = next(model.parameters())
+    device = parameter.device
+    x = _dummy_image(model, input_size, batch_size)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with _evaluating(model), autocast(device, amp):
+        for _ in range(3):
+            model(x)
+        times: list[float] = []
+        began = time.perf_counter()
+        while len(times) < 5 or (len(times) < repeats and time.perf_counter() - began < seconds):
+            _synchronize(device)
+            start = time.perf_counter()
+            model(x)
+            _synchronize(device)
+            times.append(1000 * (time.perf_counter() - start))
+        peak = _peak_memory(model, x)
+    low, median, high = np.percentile(times, (25, 50, 75))
+    return Profile(
+        params=count_parameters(model),
+        macs=count_macs(model, input_size),
+        latency_ms=float(median),
+        latency_iqr_ms=float(high - low),
+        peak_memory_mb=peak / 2**20,
+        device=describe(device),
+        batch_size=batch_size,
+        dtype=str(amp or parameter.dtype).removeprefix("torch."),
+        input_size=tuple(input_size),
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _peak_memory(model: nn.Module, x: Tensor) -> int:
+    """Bytes in tensors at the worst moment of one pass, weights included.
+
+    On CUDA the allocator knows. Elsewhere every new tensor is followed from birth to death, which
+    leaves out what a kernel takes for itself.
+    """
+    if x.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(x.device)
+        model(x)
+        return torch.cuda.max_memory_allocated(x.device)
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers(), x))
+    with _LiveBytes() as live:
+        model(x)
+    return held + live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made inside the block that are still alive, and the most there
+    ever were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        before = {a.untyped_storage()._cdata for a in tree_leaves(args) if isinstance(a, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in before:
+                self._follow(tensor.untyped_storage())
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size

@@ -1,4 +1,6 @@
-"""Torchvision's models with random weights, as the independent word on what an architecture computes."""
+"""Torchvision's models with random weights, as the independent word on what an architecture
+computes.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,22 @@ from common.pretrained import load_torchvision_state
 
 PUBLISHED: dict[str, dict[str, str]] = {
     row["model"]: row
-    for row in csv.DictReader((Path(__file__).parent / "imagenet_models.csv").open(encoding="utf-8"))
+    for row in csv.DictReader(
+        (Path(__file__).parent / "imagenet_models.csv").open(encoding="utf-8")
+    )
 }
 
 
-def torchvision_twin(name: str, image_size: int = 64, seed: int = 0, **options: object) -> nn.Module:
-    """Torchvision's model `name` in eval mode, with random weights and BatchNorm statistics that matter.
+def torchvision_twin(
+    name: str, image_size: int = 64, seed: int = 0, **options: object
+) -> nn.Module:
+    """Torchvision's model `name` in eval mode, with random weights and BatchNorm statistics that
+    matter.
 
-    One pass in training mode fits the statistics to the weights, so that activations keep their scale through
-    152 layers; then each is shifted by its own random amount, so that a swapped, missing or differently
-    smoothed BatchNorm shows in the logits. Built on the meta device first: torchvision's own initialisation
-    takes seconds for the large models.
+    One pass in training mode fits the statistics to the weights, so that activations keep their
+    scale through 152 layers; then each is shifted by its own random amount, so that a swapped,
+    missing or differently smoothed BatchNorm shows in the logits. Built on the meta device first:
+    torchvision's own initialisation takes seconds for the large models.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -32,7 +39,8 @@ def torchvision_twin(name: str, image_size: int = 64, seed: int = 0, **options: 
     with torch.no_grad():
         for parameter in model.parameters():
             fan_in = max(1, parameter[0].numel())
-            # std sqrt(2 / fan_in) keeps the variance through a ReLU; vectors are set below or stay small.
+            # std sqrt(2 / fan_in) keeps the variance through a ReLU; vectors are set below or stay
+            # small.
             std = (2 / fan_in) ** 0.5 if parameter.dim() > 1 else 0.1
             parameter.normal_(0, std, generator=generator)
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -55,9 +63,13 @@ def torchvision_twin(name: str, image_size: int = 64, seed: int = 0, **options: 
 
 @torch.no_grad()
 def largest_difference(ours: nn.Module, twin: nn.Module, image_size: int = 64) -> float:
-    """Load the twin's weights into `ours`; the largest difference of their logits on one random batch."""
+    """Load the twin's weights into `ours`; the largest difference of their logits on one random
+    batch.
+    """
     load_torchvision_state(ours, twin.state_dict())
-    x: Tensor = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+    x: Tensor = torch.randn(
+        2, 3, image_size, image_size, generator=torch.Generator().manual_seed(1)
+    )
     expected = twin(x)
     assert expected.std() > 0.1, "logits this small would agree whatever the model"
     return (ours.eval()(x) - expected).abs().max().item()

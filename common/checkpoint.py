@@ -1,0 +1,124 @@
+"""Checkpoints that survive: written whole or not at all, checked when read, never executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+
+FORMAT = 1  # of the dict below; a file of another format is refused, not guessed at
+
+
+def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
+    """Write `state` (plain values and tensors) to `path` in one step.
+
+    It goes to a temporary file in the same folder, to the disk, and only then to its name: whenever
+    the power fails, `path` is the old file or the new one.
+
+    Args:
+        keep_previous: leave the file that is replaced as `previous.pt` beside it.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written; what was at `path` is still
+            there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            _link(path, previous(path))
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    # torch wraps a failed write in a RuntimeError of its zip writer.
+    except (OSError, RuntimeError) as error:
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else str(error).split("\n")[0]
+        )
+        kept = "the previous checkpoint is untouched" if path.exists() else "nothing was lost"
+        raise UserError(
+            f"{path} can't be written ({reason}); {kept}: free some space and resume"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote, on the CPU. Loads tensors and plain values only, so no file can run code.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a checkpoint of this format.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        # torch itself doesn't verify the checksums that it writes.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise UserError(f"{path} is damaged ({damaged} fails its checksum)")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{path} is truncated or no checkpoint ({str(error).splitlines()[0]})"
+        ) from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than tensors and plain values, so it was not loaded"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path} is of checkpoint format {found}, this version reads {FORMAT}")
+    return state
+
+
+def load_latest(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`, or, if that is damaged, the one before it, with a line that says
+    so.
+    """
+    try:
+        return load(path)
+    except UserError as error:
+        if not previous(path).exists():
+            raise
+        state = load(previous(path))
+        print(
+            f"warning: {error}; going on from {previous(path).name}, the one before it", flush=True
+        )
+        return state
+
+
+def previous(path: Path) -> Path:
+    return path.with_name("previous.pt")
+
+
+def _link(path: Path, other: Path) -> None:
+    """Give the file at `path` a second name, so that replacing the first leaves it alone."""
+    spare = other.with_name(f".{other.name}.{os.getpid()}.tmp")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(path, spare)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, spare)
+    os.replace(spare, other)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the renaming itself to the disk, where the system can (Windows can't, and needn't)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

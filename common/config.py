@@ -1,0 +1,200 @@
+"""A run's settings: one frozen dataclass whose fields are the flags, and a recipe for what they
+leave open.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from common.errors import UserError, unknown
+
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "imagenet", "auto")
+
+Recipe = dict[str, Any]
+
+
+def knob(default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
+    """A field that is also a flag: its default, its line in --help, what it may be."""
+    metadata = {"help": help, "choices": choices, "low": low}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What every lesson can be told. `None` means: by the recipe of the dataset (see `RECIPES`).
+
+    A lesson subclasses it, changes defaults, adds its own knobs, and gives in its own `RECIPES`
+    only what differs.
+
+    Raises:
+        UserError: a value outside its range or choices, from the constructor.
+    """
+
+    model: str = knob("", "architecture, a name of MODELS")
+    dataset: str = knob("auto", "what to train on", DATASETS)
+    data_dir: str = knob(
+        "data", "where datasets are, or are downloaded to; the images with --dataset folder"
+    )
+    image_size: int | None = knob(None, "side in pixels that the model sees", low=4)
+    augment: str | None = knob(None, "crop and flip, or much more", ("none", "basic", "strong"))
+    cutout: int | None = knob(
+        None, "side in pixels of a blanked square in each training image", low=0
+    )
+
+    epochs: int | None = knob(None, "passes over the training images", low=1)
+    batch_size: int | None = knob(None, "images per forward pass and process", low=1)
+    accumulate: int = knob(1, "batches per optimizer step", low=1)
+    base_lr: float | None = knob(
+        None, "peak learning rate per 256 images of an optimizer step", low=0
+    )
+    lr: float | None = knob(
+        None, "peak learning rate as it is; default: base_lr x images per step / 256", low=0
+    )
+    momentum: float = knob(0.9, "of SGD, Nesterov's form", low=0)
+    weight_decay: float | None = knob(None, "on weights; biases and norms have none", low=0)
+    label_smoothing: float | None = knob(None, "share of each label spread over all classes", low=0)
+    schedule: str = knob(
+        "cosine", "of the learning rate", ("cosine", "onecycle", "step", "plateau", "constant")
+    )
+    warmup: float | None = knob(None, "epochs in which the learning rate rises linearly", low=0)
+    clip: float = knob(0.0, "largest gradient norm; 0: no limit", low=0)
+    ema: float = knob(
+        0.0, "decay per step of a running average of the weights, e.g. 0.999; 0: none", low=0
+    )
+    patience: int = knob(
+        0, "stop after so many epochs without a better validation loss; 0: never", low=0
+    )
+
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps")
+    amp: bool = knob(True, "mixed precision where the chip gains by it")
+    compile: bool = knob(False, "torch.compile the model: minutes to start, faster after")
+    deterministic: bool = knob(False, "bit-equal reruns on a GPU too, at some cost in speed")
+    auto_batch: bool = knob(True, "on CUDA out of memory halve the batch and double --accumulate")
+    sync_bn: bool = knob(False, "BatchNorm over all processes")
+    workers: int | None = knob(
+        None, "processes that decode images; default: one per core, 8 at most", low=0
+    )
+    seed: int = knob(0, "of weights, data order, augmentation and splits", low=0)
+
+    run_dir: str = knob("runs", "results go to RUN_DIR/<lesson>/<run name>/")
+    resume: str = knob("", "run folder, or its last.pt, to go on with")
+    save_every: float = knob(60.0, "seconds between checkpoints within an epoch", low=0)
+    pretrained: bool = knob(False, "start from official weights")
+    skip_broken: bool = knob(False, "leave out images that can't be read, and count them")
+    summary: bool = knob(False, "print the layer table and stop")
+    experiment: str = knob("", "run the lesson's experiment of this name instead of training")
+    smoke: bool = knob(
+        False, "two batches of everything, to see that a long run won't fail at its end"
+    )
+
+    RECIPES: ClassVar[dict[str, Recipe]] = {
+        # Everything that digits needs is below 90 s on two CPU cores; the lessons' headers say how
+        # far it gets.
+        "digits": {"image_size": 8, "epochs": 15, "batch_size": 64, "base_lr": 0.2, "warmup": 2},
+        "mnist": {"image_size": 32, "epochs": 5, "batch_size": 128, "base_lr": 0.1, "warmup": 1},
+        "fashion_mnist": {
+            "image_size": 32,
+            "epochs": 15,
+            "batch_size": 128,
+            "base_lr": 0.1,
+            "warmup": 1,
+        },
+        "cifar10": {"image_size": 32, "epochs": 30, "batch_size": 128, "base_lr": 0.2, "warmup": 2},
+        "cifar100": {
+            "image_size": 32,
+            "epochs": 40,
+            "batch_size": 128,
+            "base_lr": 0.2,
+            "warmup": 2,
+        },
+        "folder": {"epochs": 20, "batch_size": 64, "base_lr": 0.1, "warmup": 2},
+        # Goyal et al. 2017 with the label smoothing and augmentation that came after it.
+        "imagenet": {
+            "image_size": 224,
+            "epochs": 90,
+            "batch_size": 256,
+            "base_lr": 0.1,
+            "warmup": 5,
+            "weight_decay": 1e-4,
+            "label_smoothing": 0.1,
+        },
+    }
+    COMMON_RECIPE: ClassVar[Recipe] = {
+        "augment": "basic",
+        "weight_decay": 5e-4,
+        "label_smoothing": 0.0,
+        "warmup": 0,
+    }
+
+    # What may change when a run goes on elsewhere: where it runs, not what it computes.
+    FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
+        {
+            "device",
+            "data_dir",
+            "workers",
+            "resume",
+            "run_dir",
+            "save_every",
+            "compile",
+            "auto_batch",
+        }
+    )
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            flag = "--" + spec.name.replace("_", "-")
+            choices, low = spec.metadata.get("choices"), spec.metadata.get("low")
+            if value is None:
+                continue
+            if choices and value not in choices:
+                raise unknown(flag.lstrip("-"), value, choices)
+            if low is not None and not value >= low:
+                raise UserError(f"{flag} {value}: the least that makes sense is {low:g}")
+        if self.lr is not None and self.lr == 0:
+            raise UserError("--lr 0: a learning rate of zero learns nothing")
+
+    def resolve(
+        self, dataset: str, image_size: int | None = None, world_size: int = 1
+    ) -> TrainConfig:
+        """The same settings with every `None` filled in from the recipe of `dataset`.
+
+        Args:
+            dataset: what `auto` came out as.
+            image_size: for a folder, whose images decide; None takes the recipe's.
+            world_size: processes that share an optimizer step.
+        """
+        recipe = {
+            **self.COMMON_RECIPE,
+            **TrainConfig.RECIPES[dataset],
+            **self.RECIPES.get(dataset, {}),
+        }
+        if image_size is not None:
+            recipe["image_size"] = image_size
+        filled = {k: v for k, v in recipe.items() if getattr(self, k) is None}
+        config = dataclasses.replace(self, dataset=dataset, **filled)
+        if config.cutout is None:
+            config = dataclasses.replace(
+                config, cutout=config.image_size // 4 if config.augment == "strong" else 0
+            )
+        if config.smoke:
+            config = dataclasses.replace(config, epochs=1, warmup=0)
+        if config.lr is None:
+            # The linear rule of Goyal et al. 2017, sec. 2.1: k times the images per step, k times
+            # the step.
+            images_per_step = config.batch_size * config.accumulate * world_size
+            config = dataclasses.replace(config, lr=config.base_lr * images_per_step / 256)
+        return config
+
+    @property
+    def small_input(self) -> bool:
+        """Whether models take their 32x32 form: the stems of ImageNet leave nothing of so small an
+        image.
+        """
+        return self.image_size is not None and self.image_size <= 64
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for config.json and checkpoints."""
+        return dataclasses.asdict(self)

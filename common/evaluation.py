@@ -1,0 +1,75 @@
+"""What a model says about a split, scored by scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import runtime
+from common.data import Loader
+from common.records import ClassRecord, Evaluation
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, loader: Loader, amp: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Probabilities (N, K) and labels (N,) of every image of a split, in its order, on the CPU.
+
+    Several processes share the work; each of them gets the whole answer.
+    """
+    mode = model.training
+    model.eval()
+    probabilities, labels = [], []
+    for x, y in loader.batches():
+        with runtime.autocast(x.device, amp):
+            logits = model(x)
+        probabilities.append(logits.float().softmax(1))
+        labels.append(y)
+    model.train(mode)
+    rows = sum(len(y) for y in labels)
+    total = int(runtime.sum_over_processes(torch.tensor(rows, device=loader.device)))
+    return tuple(runtime.gather_rows(torch.cat(parts), total) for parts in (probabilities, labels))
+
+
+def evaluate(
+    model: nn.Module, loader: Loader, class_names: list[str], amp: torch.dtype | None = None
+) -> Evaluation:
+    """Top-1, top-5, cross-entropy, and precision, recall and F1 of each class.
+
+    Top-5 of five classes or fewer is 1.
+    """
+    from sklearn.metrics import log_loss, precision_recall_fscore_support, top_k_accuracy_score
+
+    probabilities, labels = (t.numpy() for t in predict(model, loader, amp))
+    classes = np.arange(len(class_names))
+    predicted = probabilities.argmax(1)
+    scores = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=0.0)
+    per_class = [
+        ClassRecord(name, *(float(v) for v in values[:3]), support=int(values[3]))
+        for name, *values in zip(class_names, *scores)
+    ]
+    top5 = 1.0
+    if len(classes) > 5:
+        top5 = float(top_k_accuracy_score(labels, probabilities, k=5, labels=classes))
+    normalised = probabilities.astype(np.float64) / probabilities.sum(
+        1, keepdims=True, dtype=np.float64
+    )
+    return Evaluation(
+        loss=float(log_loss(labels, normalised, labels=classes)),
+        top1=float((predicted == labels).mean()),
+        top5=top5,
+        targets=labels,
+        probabilities=probabilities,
+        per_class=per_class,
+    )
+
+
+def most_wrong(evaluation: Evaluation, count: int = 25) -> np.ndarray:
+    """Rows of the wrong predictions, the most confident first: where the model is surest and
+    mistaken.
+    """
+    wrong = np.flatnonzero(evaluation.predictions != evaluation.targets)
+    confidence = evaluation.probabilities[wrong].max(axis=1)
+    return wrong[np.argsort(-confidence, kind="stable")][:count]

@@ -1,0 +1,468 @@
+"""A run's life outside the loop: what `auto` means here, its folder, its checkpoints, its results
+and its report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import checkpoint, inspection, plotting, report, runtime, sources
+from common.config import TrainConfig
+from common.data import Data
+from common.errors import UserError
+from common.evaluation import most_wrong
+from common.profiling import count_macs, count_parameters, layer_table, thop_macs
+from common.records import EpochRecord, Evaluation, Profile, write_csv, write_json
+
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+
+
+def prepare(config: ConfigT) -> tuple[ConfigT, torch.device]:
+    """Processes, device and seeds set up; the config with everything that the flags left open
+    filled in.
+
+    Raises:
+        UserError: the device or the dataset isn't there.
+    """
+    runtime.join_processes(config.device)
+    device = runtime.pick_device(config.device)
+    runtime.set_up_torch(device, config.seed, config.deterministic)
+    # One process downloads; the others find what it left.
+    choice = None
+    if runtime.is_main():
+        choice = sources.choose_dataset(config.dataset, config.data_dir, device.type == "cuda")
+    name, why = runtime.from_main(choice)
+    image_size = None
+    if name == "folder":
+        image_size = _size_of_folder(config.data_dir)
+    if config.pretrained and not _has_own_weights(config.model):
+        # The stems of official weights are made for large images; below about 96 px little is left
+        # of them.
+        image_size = 224 if device.type == "cuda" else 96
+    config = config.resolve(name, image_size, runtime.world_size())
+    if why and runtime.is_main():
+        print(f"dataset    {why}", flush=True)
+    return config, device
+
+
+def _size_of_folder(data_dir: str) -> int:
+    """32 where the pictures are about that small, else ImageNet's 224."""
+    side = sources.usual_side(sources.load_folder(data_dir, seed=0).train.paths)
+    return side if side <= 64 else 224
+
+
+def _has_own_weights(model: str) -> bool:
+    from common.pretrained import bundled_weights
+
+    return bundled_weights(model) is not None
+
+
+def banner(
+    config: TrainConfig, device: torch.device, data: Data, model: nn.Module, run: Run | None
+) -> None:
+    """What is about to happen, in five lines."""
+    if not runtime.is_main():
+        return
+    amp = runtime.amp_dtype(device, config.amp, config.image_size)
+    precision = f"mixed precision in {str(amp)[6:]}" if amp else "float32"
+    processes = f", {runtime.world_size()} processes" if runtime.world_size() > 1 else ""
+    print(f"device     {device.type}: {runtime.describe(device)}{processes}, {precision}")
+    print(f"data       {data.describe()}")
+    macs = count_macs(model, data.input_size) / 1e6
+    print(
+        f"model      {config.model}, {count_parameters(model):,} parameters, {macs:,.1f} M multiply-adds an image"
+    )
+    steps = len(data.train) // data.train.accumulate
+    print(
+        f"recipe     {config.epochs} epochs of {steps} steps of {data.train.images_per_step} images, "
+        f"{config.schedule} from lr {config.lr:.3g}, augment {config.augment}, seed {config.seed}"
+    )
+    if run is not None:
+        print(f"folder     {run.folder}", flush=True)
+
+
+class Run:
+    """The folder runs/<lesson>/<run name>/ and what is written there. Only the main process
+    writes.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, lesson: str, resumed: bool) -> None:
+        self.folder, self.config, self.lesson, self.resumed = folder, config, lesson, resumed
+        self.last, self.best = folder / "last.pt", folder / "best.pt"
+        self.figures: list[Path] = []
+
+    @classmethod
+    def open(cls, config: TrainConfig, lesson: str) -> Run:
+        """A new folder, or that of the run that `--resume` names.
+
+        Raises:
+            UserError: the folder can't be written; better now than after the first epoch.
+        """
+        folder = None
+        if runtime.is_main():
+            folder = cls._find(config, lesson)
+        folder, resumed = runtime.from_main(folder)
+        return cls(Path(folder), config, lesson, resumed)
+
+    @classmethod
+    def _find(cls, config: TrainConfig, lesson: str) -> tuple[str, bool]:
+        plain = {"lesson": lesson, **config.to_dict(), "resume": ""}
+        if config.resume:
+            path = Path(config.resume)
+            return str(path if path.is_dir() else path.parent), True
+        parent = Path(config.run_dir) / lesson
+        stem = f"{config.experiment or config.model}-{config.dataset}-s{config.seed}"
+        # torchrun starts its processes again after a fault, with the flags of the first time.
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+            for earlier in sorted(parent.glob(f"{stem}-*"), reverse=True):
+                if (earlier / "last.pt").exists() and _read_config(earlier) == plain:
+                    return str(earlier), True
+        name = base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for again in range(2, 1000):
+            try:
+                (parent / name).mkdir(parents=True)
+                break
+            except FileExistsError:
+                if not parent.is_dir():
+                    raise UserError(f"--run-dir {config.run_dir}: a file is in the way") from None
+                name = f"{base}-{again}"
+            except OSError as error:
+                raise UserError(
+                    f"--run-dir {config.run_dir} can't be written ({error.strerror})"
+                ) from None
+        try:
+            write_json(parent / name / "config.json", plain)
+        except OSError as error:
+            raise UserError(f"{parent / name} can't be written ({error.strerror})") from None
+        return str(parent / name), False
+
+    # -- checkpoints
+
+    def save(self, state: dict[str, Any]) -> None:
+        if runtime.is_main():
+            checkpoint.save(
+                self.last, {"lesson": self.lesson, "world": runtime.world_size(), **state}, True
+            )
+
+    def load(self, data: Data) -> dict[str, Any] | None:
+        """The state to go on from, or None at the start.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another lesson, config, dataset or number of
+                processes.
+        """
+        if not self.resumed:
+            return None
+        path = Path(self.config.resume or self.last)
+        path = path if path.is_file() else self.last
+        if not path.exists() and not checkpoint.previous(self.last).exists():
+            if runtime.is_main():
+                print(
+                    f"resume     {self.folder} was stopped before its first checkpoint: starting over"
+                )
+            return None
+        state = checkpoint.load_latest(path)
+        if "optimizer" not in state:
+            raise UserError(f"{path} holds weights only, no training state: resume {self.last}")
+        if state["lesson"] != self.lesson:
+            raise UserError(f"{path} is of {state['lesson']}, not of {self.lesson}")
+        now, free = self.config.to_dict(), self.config.FREE_ON_RESUME
+        for name, value in state["config"].items():
+            if name not in free and now.get(name) != value:
+                raise UserError(
+                    f"{path} was made with {name} {value}, not {now.get(name)}: start a new run instead"
+                )
+        if state["data"] != data.fingerprint:
+            raise UserError(
+                f"{path}: the images in {self.config.data_dir} have changed since this run began"
+            )
+        if state["world"] != runtime.world_size():
+            raise UserError(
+                f"{path} was made by {state['world']} processes, these are {runtime.world_size()}: "
+                "resume with as many"
+            )
+        if runtime.is_main():
+            watch = state["watch"]
+            print(
+                f"resume     after {watch['epoch']} epochs and {watch['batch']} batches", flush=True
+            )
+        return state
+
+    def save_best(self, model: nn.Module, best: dict[str, Any], data: Data) -> None:
+        """The weights of the best epoch, with what it takes to use them: classes and
+        normalisation.
+        """
+        if runtime.is_main():
+            state = {
+                "lesson": self.lesson,
+                "config": self.config.to_dict(),
+                "model": model.state_dict(),
+                "class_names": data.class_names,
+                "mean": data.mean,
+                "std": data.std,
+                "best": best,
+            }
+            checkpoint.save(self.best, state)
+        if runtime.world_size() > 1:
+            torch.distributed.barrier()  # the others read it at the end
+
+    def load_best(self) -> dict[str, Any]:
+        return checkpoint.load(self.best)
+
+    def farewell(self) -> str:
+        return (
+            f"stopped; everything is saved. Go on with: python {sys.argv[0]} --resume {self.folder}"
+        )
+
+    # -- results
+
+    def note_epoch(self, history: list[EpochRecord], epochs: int) -> None:
+        if not runtime.is_main():
+            return
+        write_csv(self.folder / "history.csv", history)
+        r = history[-1]
+        print(
+            f"epoch {r.epoch:>{len(str(epochs))}}/{epochs}  loss {r.train_loss:.4f}  train {r.train_top1:6.2%}  "
+            f"val {r.val_top1:6.2%}  lr {r.lr:.4f}  {r.seconds:.1f} s  {r.images_per_second:,.0f} images/s",
+            flush=True,
+        )
+
+    def figure(self, name: str, figure: Any) -> Path:
+        path = plotting.save(figure, self.folder / f"{name}.png")
+        if path not in self.figures:
+            self.figures.append(path)
+        return path
+
+    def finish(
+        self,
+        model: nn.Module,
+        data: Data,
+        history: list[EpochRecord],
+        test: Evaluation,
+        cost: Profile,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Write result.json and report.html, print the outcome, and return what result.json
+        holds.
+        """
+        best = self.load_best()["best"]
+        amp = runtime.amp_dtype(
+            next(model.parameters()).device, self.config.amp, self.config.image_size
+        )
+        # The first epoch pays for start-up; its rate is told only where it is all there is.
+        steady = history[1:] or history
+        result = {
+            "lesson": self.lesson,
+            "model": self.config.model,
+            "dataset": self.config.dataset,
+            "image_size": self.config.image_size,
+            "device": cost.device,
+            "amp": amp is not None,
+            "seed": self.config.seed,
+            "epochs": len(history),
+            "best_epoch": best["epoch"],
+            "params": cost.params,
+            "macs": cost.macs,
+            "val_top1": best["top1"],
+            "test_top1": test.top1,
+            "test_top5": test.top5,
+            "test_loss": test.loss,
+            "per_class": [dataclasses.asdict(c) for c in test.per_class],
+            "train_seconds": sum(r.seconds for r in history),
+            "images_per_second": float(np.median([r.images_per_second for r in steady])),
+            "latency_ms": cost.latency_ms,
+            "latency_iqr_ms": cost.latency_iqr_ms,
+            "peak_memory_mb": cost.peak_memory_mb,
+            "torch_version": torch.__version__,
+            **more,
+        }
+        if not runtime.is_main():
+            return result
+        write_json(self.folder / "result.json", result)
+        facts = {
+            "Test accuracy": f"{test.top1:.2%} (top-5 {test.top5:.2%})",
+            "Validation accuracy": f"{best['top1']:.2%}, at epoch {best['epoch']} of {len(history)}",
+            "Data": data.describe(),
+            "Parameters": f"{cost.params:,}",
+            "Multiply-adds": f"{cost.macs / 1e6:,.1f} M for one image",
+            "Latency": f"{cost.latency_ms:.2f} ms (IQR {cost.latency_iqr_ms:.2f}), batch {cost.batch_size}",
+            "Peak memory": f"{cost.peak_memory_mb:.1f} MB, inference, batch {cost.batch_size}",
+            "Training": f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} images/s",
+            "Device": f"{cost.device}, torch {torch.__version__}",
+            "Command": " ".join(["python", *sys.argv]),
+        }
+        tables = {
+            "Per class": [dataclasses.asdict(c) for c in test.per_class],
+            "Epochs": [dataclasses.asdict(r) for r in history],
+        }
+        title = f"{self.config.model} on {self.config.dataset}"
+        page = report.write_report(self.folder, title, facts, tables, self.figures)
+        print(
+            f"test       top-1 {test.top1:.2%}, top-5 {test.top5:.2%}, with the weights of epoch {best['epoch']}\n"
+            f"cost       {result['train_seconds']:.0f} s of training, {cost.latency_ms:.2f} ms an image, "
+            f"{cost.peak_memory_mb:.0f} MB\n"
+            f"report     {page}",
+            flush=True,
+        )
+        return result
+
+    def conclude(
+        self, rows: list[dict[str, Any]], verdict: list[str], **more: Any
+    ) -> dict[str, Any]:
+        """An experiment's outcome: the table and the verdict printed, experiment.json and
+        report.html written.
+
+        Args:
+            rows: one dict a line; the keys of the first are the columns.
+            verdict: sentences that follow from the numbers.
+            **more: further numbers for experiment.json.
+        """
+        outcome = {
+            "lesson": self.lesson,
+            "experiment": self.config.experiment,
+            "dataset": self.config.dataset,
+            "seed": self.config.seed,
+            "epochs": self.config.epochs,
+            "device": runtime.describe(runtime.pick_device(self.config.device)),
+            "torch_version": torch.__version__,
+            "rows": rows,
+            "verdict": verdict,
+            **more,
+        }
+        if not runtime.is_main():
+            return outcome
+        write_json(self.folder / "experiment.json", outcome)
+        facts = {k: outcome[k] for k in ("dataset", "seed", "epochs", "device", "torch_version")}
+        facts["command"] = " ".join(["python", *sys.argv])
+        tables = {"Measured": rows}
+        page = report.write_report(
+            self.folder, self.config.experiment, facts, tables, self.figures, notes=verdict
+        )
+        print(format_table(rows))
+        for sentence in verdict:
+            print(f"verdict    {sentence}")
+        for path in self.figures:
+            print(f"figure     {path}")
+        print(f"report     {page}", flush=True)
+        return outcome
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of one kind as aligned text, numbers to the right."""
+    columns = list(rows[0])
+    cells = [[_cell(row.get(c, "")) for c in columns] for row in rows]
+    widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
+    right = [
+        all(not isinstance(row.get(c), str) or row[c][:1].isdigit() for row in rows)
+        for c in columns
+    ]
+
+    def line(values: list[str]) -> str:
+        parts = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right))
+        return "  ".join(parts).rstrip()
+
+    return "\n".join(["", line(columns), *(line(c) for c in cells), ""])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def draw_figures(
+    run: Run, model: nn.Module, data: Data, history: list[EpochRecord], test: Evaluation
+) -> None:
+    """The figures that every run has: curves, confusion, filters, activations, Grad-CAM, the worst
+    mistakes.
+    """
+    if not runtime.is_main():
+        return
+    names = data.class_names
+    model.eval()
+
+    def pictures(rows: np.ndarray) -> np.ndarray:
+        return inspection.to_images(data.test.take(rows), data.mean, data.std)
+
+    def said(row: int) -> str:
+        guess, truth = test.predictions[row], test.targets[row]
+        share = f"{test.probabilities[row, guess]:.0%}"
+        return (
+            f"{names[guess]} {share}"
+            if guess == truth
+            else f"{names[guess]} {share}, is {names[truth]}"
+        )
+
+    run.figure("learning_curves", plotting.learning_curves(history))
+    run.figure("confusion_matrix", plotting.confusion_matrix(test, names))
+    run.figure("filters", plotting.filters(inspection.first_filters(model)))
+    one = np.array([0])
+    run.figure(
+        "activations",
+        plotting.activations(
+            pictures(one)[0], inspection.stage_activations(model, data.test.take(one))
+        ),
+    )
+    # One image of each of the first classes, so that the maps can be compared.
+    shown = np.array([np.flatnonzero(test.targets == c)[0] for c in np.unique(test.targets)[:8]])
+    maps = inspection.grad_cam(model, data.test.take(shown))
+    run.figure("grad_cam", plotting.grad_cam(pictures(shown), maps, [said(r) for r in shown]))
+    worst = most_wrong(test)
+    images = pictures(worst) if len(worst) else np.zeros((0, data.image_size, data.image_size, 3))
+    wrong = int((test.predictions != test.targets).sum())
+    run.figure(
+        "most_wrong",
+        plotting.image_grid(
+            images,
+            [said(r) for r in worst],
+            f"Most confidently wrong: {len(worst)} of {wrong} mistakes",
+        ),
+    )
+
+
+def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -> None:
+    """The layer table of `--summary`, computed on the meta device: no weights, no data, no time."""
+    name, _ = sources.choose_dataset(config.dataset, config.data_dir, gpu=False)
+    image_size, classes = None, {"cifar100": 100, "imagenet": 1000}.get(name, 10)
+    if name == "folder":
+        image_size = _size_of_folder(config.data_dir)
+        classes = len(sources.load_folder(config.data_dir, seed=0).class_names)
+    if config.pretrained and not _has_own_weights(config.model):
+        image_size = 224
+    config = config.resolve(name, image_size)
+    with torch.device("meta"):
+        model = build(config, classes)
+    size = (3, config.image_size, config.image_size)
+    rows = layer_table(model, size)
+    width = max(len(r.name) for r in rows)
+    kind = max(len(r.kind) for r in rows)
+    print(f"{config.model} for {name}: {classes} classes, {config.image_size} px\n")
+    print(
+        f"{'layer':<{width}}  {'kind':<{kind}}  {'output shape':>18}  {'parameters':>12}  {'MACs':>15}"
+    )
+    for r in rows:
+        shape = " x ".join(map(str, r.output_shape[1:]))
+        print(f"{r.name:<{width}}  {r.kind:<{kind}}  {shape:>18}  {r.params:>12,}  {r.macs:>15,}")
+    params, macs = count_parameters(model), count_macs(model, size)
+    print(f"\n{'total':<{width}}  {'':<{kind}}  {'':>18}  {params:>12,}  {macs:>15,}")
+    print(
+        f"thop counts {thop_macs(model, size):,} MACs: BatchNorm and pooling too, but no attention."
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

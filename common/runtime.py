@@ -1,0 +1,329 @@
+"""The machine under a run: device, precision, seeds, processes, signals."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+# ---------------------------------------------------------------------------------------------- device
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: the GPU of this process where there is one, else the CPU.
+
+    Raises:
+        UserError: the device that was asked for is not here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(
+            f"--device {name}: not a device; use auto, cpu, cuda, cuda:1 or mps"
+        ) from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"--device {name}: torch {torch.__version__} finds no CUDA GPU here; "
+                "use --device cpu, or see 'How to use a GPU' in the README"
+            )
+        index = local_rank() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            "--device mps: this machine has no Metal GPU that torch can use; use --device cpu"
+        )
+    elif device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: the lessons run on cpu, cuda and mps")
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """'NVIDIA H100 80GB HBM3' or 'Intel(R) Xeon(R) Processor, 2 cores'."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":")[1]
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        cpu = names[0].strip() if names else cpu
+    threads = torch.get_num_threads()
+    return f"{cpu}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def cpu_has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (Intel AMX, Sapphire Rapids and
+    later).
+    """
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "amx_bf16" in info.read_text()
+
+
+def amp_dtype(device: torch.device, enabled: bool, image_size: int) -> torch.dtype | None:
+    """The reduced precision to train in, or None for float32.
+
+    On CUDA bfloat16 where the chip has it, else float16. On a CPU only with AMX and from 32 px on:
+    without the instructions bfloat16 is some 13 times slower than float32, and on 8x8 images with
+    them still 1.3 times slower, since casting the weights then costs more than the products save
+    (ResNet-18, two cores: 104 ms a step in float32 against 139; at 32x32 it is 2176 against 845).
+    """
+    if not enabled:
+        return None
+    if device.type == "cuda":
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
+    if device.type == "cpu" and image_size >= 32 and cpu_has_amx():
+        return torch.bfloat16
+    return None
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Mixed precision inside; with None a no-op, so that no caller has to ask."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def memory_format(image_size: int) -> torch.memory_format:
+    """channels_last, except for images so small that reordering costs more than it saves (at 8 px:
+    1.17x).
+    """
+    return torch.channels_last if image_size >= 32 else torch.contiguous_format
+
+
+def set_up_torch(device: torch.device, seed: int, deterministic: bool = False) -> None:
+    """Seeds, TensorFloat-32 where float32 remains, and the fastest or the repeatable
+    convolutions.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS's own condition for repeatability
+    torch.use_deterministic_algorithms(deterministic)
+
+
+# ------------------------------------------------------------------------------------------ randomness
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several small numbers, such as (seed, epoch, step)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Torch's CPU generator at a state that follows from `numbers` inside, and where it was before
+    after.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(mixed_seed(*numbers))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator that a run may draw from, as plain values and tensors."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [
+            name,
+            torch.from_numpy(keys.astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+# ------------------------------------------------------------------------------------------- processes
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def join_processes(device_name: str) -> None:
+    """Join the group that torchrun started; nothing where it did not. NCCL between GPUs, gloo
+    between CPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    cuda = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
+    if not cuda and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(
+            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        )
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The tensor summed over all processes, in place; unchanged where there is one."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest_of_all(*numbers: int) -> list[int]:
+    """Each number at its largest over all processes, so that they decide alike."""
+    if world_size() == 1:
+        return list(numbers)
+    tensor = torch.tensor(numbers, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def from_all(value: Any) -> list[Any]:
+    """What each process holds, by rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def share_buffers(model: nn.Module) -> None:
+    """The main process's BatchNorm statistics in every process, as they are saved and tested."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def from_main(value: Any) -> Any:
+    """What the main process holds, in every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather_rows(rows: Tensor, total: int) -> Tensor:
+    """Rows that were dealt out one by one (process r holds r, r + W, ...), back in order: (total,
+    ...) on CPU.
+    """
+    if world_size() == 1:
+        return rows.cpu()
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, rows.cpu())
+    whole = rows.cpu().new_empty((total, *rows.shape[1:]))
+    for r, part in enumerate(parts):
+        whole[r :: world_size()] = part
+    return whole
+
+
+def parallel(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
+    """DistributedDataParallel around `model` where there are several processes; else the model
+    itself.
+    """
+    if world_size() == 1:
+        return model
+    if sync_bn and device.type != "cuda":
+        raise UserError("--sync-bn: torch has SyncBatchNorm on GPUs only")
+    if sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+
+
+def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager:
+    """Between the batches of one optimizer step only the last has to exchange gradients."""
+    if last or not isinstance(model, nn.parallel.DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+# --------------------------------------------------------------------------------------------- signals
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM inside the `with` only set a flag, so that a step can end and be saved.
+
+    A second signal exits at once. Outside the block the handlers are what they were.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def __enter__(self) -> StopSignal:
+        try:
+            self._before = {
+                s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)
+            }
+        except ValueError:  # not the main thread: signals go elsewhere
+            self._before = {}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: object) -> None:
+        if self.signum:
+            os._exit(128 + signum)
+        self.signum = signum

@@ -1,0 +1,439 @@
+"""Where images come from: scikit-learn's digits, downloads that can break, folders as people really
+have them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.progress import Bar
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+@dataclass
+class Pictures:
+    """The images of one split: as pixels, or as files that hold them."""
+
+    labels: Tensor  # (N,) int64
+    pixels: Tensor | None = None  # (N, C, H, W) uint8
+    paths: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> Pictures:
+        return Pictures(
+            self.labels[rows],
+            None if self.pixels is None else self.pixels[rows],
+            None if self.paths is None else [self.paths[i] for i in rows.tolist()],
+        )
+
+
+@dataclass
+class Source:
+    """A dataset before it is cut into batches. `val` is None where it has to be split off
+    `train`.
+    """
+
+    name: str
+    class_names: list[str]
+    train: Pictures
+    test: Pictures
+    val: Pictures | None = None
+    flips: bool = True  # whether a mirrored image is still of its class
+    skipped: int = 0  # broken images left out
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the images, their order or their labels do: a resumed run must meet the same
+        ones.
+        """
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for part in (self.train, self.val, self.test):
+            if part is None:
+                continue
+            digest.update(part.labels.numpy().tobytes())
+            if part.paths is not None:
+                digest.update("\n".join(Path(p).name for p in part.paths).encode())
+        return digest.hexdigest()[:16]
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers of the larger and the smaller part, each class divided alike.
+
+    >>> rest, part = stratified_split(torch.tensor([0] * 10 + [1] * 20), 0.1, seed=0)
+    >>> len(rest), len(part)
+    (27, 3)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    part = []
+    for label in labels.unique():
+        rows = (labels == label).nonzero().squeeze(1)
+        # At least one of each class for the smaller part, as long as two stay.
+        count = max(round(fraction * len(rows)), 1 if len(rows) > 2 else 0)
+        part.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[torch.cat(part)] = True
+    return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
+
+
+# ------------------------------------------------------------------------------------ choosing a dataset
+
+
+def choose_dataset(name: str, data_dir: str, gpu: bool) -> tuple[str, str]:
+    """What `auto` means here, and one line that says why; an explicit name is never swapped for
+    another.
+    """
+    if name != "auto":
+        return name, ""
+    if cifar_is_here("cifar10", data_dir):
+        return "cifar10", f"CIFAR-10, found in {data_dir} (--dataset digits is quicker)"
+    if gpu:
+        try:
+            load_cifar("cifar10", data_dir)
+            return (
+                "cifar10",
+                f"CIFAR-10, downloaded to {data_dir} (--dataset digits needs no download)",
+            )
+        except UserError as error:
+            return "digits", f"digits, since {error}"
+    return "digits", (
+        f"digits, since there is no GPU and no CIFAR-10 in {data_dir} (--dataset cifar10 downloads it, 170 MB)"
+    )
+
+
+def load_source(config: object) -> Source:
+    """The dataset that a resolved config names.
+
+    Raises:
+        UserError: it is not there, can't be downloaded, or is not what the layout promises.
+    """
+    name, data_dir = config.dataset, config.data_dir
+    if name == "digits":
+        return load_digits()
+    if name in ("mnist", "fashion_mnist"):
+        return load_mnist(name, data_dir)
+    if name in ("cifar10", "cifar100"):
+        return load_cifar(name, data_dir)
+    return load_folder(data_dir, config.seed, name)
+
+
+def load_digits() -> Source:
+    """Scikit-learn's 1,797 handwritten digits, 8x8; a fixed fifth of each class is the test set."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    bunch = sklearn_digits()
+    # Grey levels 0..16 to 0..255; three equal channels, since the models take colour.
+    pixels = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8))
+    pixels = pixels.unsqueeze(1).repeat(1, 3, 1, 1)  # (1797, 3, 8, 8)
+    every = Pictures(torch.from_numpy(bunch.target).long(), pixels)
+    # Not config.seed: accuracies of different seeds are to be compared on the same images.
+    train, test = stratified_split(every.labels, 0.2, seed=0)
+    names = [str(d) for d in range(10)]
+    return Source("digits", names, every.take(train), every.take(test), flips=False)
+
+
+def load_mnist(name: str, data_dir: str) -> Source:
+    """MNIST or Fashion-MNIST, padded from 28x28 to 32x32 as LeNet-5 took it."""
+    from torchvision import datasets
+
+    kind = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[name]
+    raw = Path(data_dir) / kind.__name__ / "raw"
+    for filename, md5 in kind.resources:
+        if not (raw / filename.removesuffix(".gz")).exists():
+            mirrors = kind.mirrors if isinstance(kind.mirrors, list) else [kind.mirrors]
+            archive = fetch([mirror + filename for mirror in mirrors], raw / filename, md5)
+            unpack_gzip(archive)
+    splits = []
+    for train in (True, False):
+        data = kind(data_dir, train=train)
+        pixels = torch.nn.functional.pad(data.data, (2, 2, 2, 2)).unsqueeze(1).repeat(1, 3, 1, 1)
+        splits.append(Pictures(data.targets.long(), pixels))
+    return Source(name, list(data.classes), *splits, flips=name == "fashion_mnist")
+
+
+def cifar_is_here(name: str, data_dir: str) -> bool:
+    """Whether the unpacked batches, or the archive to unpack, are in the data folder."""
+    kind = _cifar_class(name)
+    return (Path(data_dir) / kind.base_folder).is_dir() or (
+        Path(data_dir) / kind.filename
+    ).is_file()
+
+
+def load_cifar(name: str, data_dir: str) -> Source:
+    """CIFAR-10 or CIFAR-100 from the data folder, downloaded and unpacked where it is not there."""
+    kind = _cifar_class(name)
+    root = Path(data_dir)
+    if not (root / kind.base_folder).is_dir():
+        archive = fetch([kind.url], root / kind.filename, kind.tgz_md5)
+        unpack_tar(archive, kind.base_folder)
+    try:
+        parts = [kind(data_dir, train=train) for train in (True, False)]
+    except RuntimeError:
+        raise UserError(
+            f"{root / kind.base_folder} is damaged (a checksum differs): delete the folder and run again"
+        ) from None
+    splits = [
+        Pictures(torch.tensor(p.targets), torch.from_numpy(p.data).permute(0, 3, 1, 2))
+        for p in parts
+    ]
+    return Source(name, list(parts[0].classes), *splits)
+
+
+def _cifar_class(name: str) -> type:
+    from torchvision import datasets
+
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+
+
+# --------------------------------------------------------------------------------- downloads and archives
+
+
+def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
+    """Download to `path`, or find it there; its MD5 is checked either way.
+
+    An interrupted download stays beside it as `.partial` and is continued by the next call; only a
+    file whose checksum is right ever gets the name `path`.
+
+    Raises:
+        UserError: says which file, of what size and MD5, to put into which folder by hand.
+    """
+    if path.exists():
+        if _md5(path) == md5:
+            return path
+        path.unlink()  # cut short or damaged
+    _make_folder(path.parent)
+    partial = path.with_name(path.name + ".partial")
+    size, reason = 0, ""
+    for url in urls:
+        try:
+            size = _download(url, partial, timeout)
+        except (OSError, urllib.error.URLError, ValueError) as error:
+            reason = str(getattr(error, "reason", error))
+            continue
+        if _md5(partial) == md5:
+            os.replace(partial, path)
+            return path
+        reason = "what came has another checksum"
+        partial.unlink()
+    about = f"{size / 1e6:.0f} MB, " if size else ""
+    raise UserError(
+        f"{path.name} can't be downloaded ({reason}): put it ({about}MD5 {md5}) into {path.parent}/ "
+        f"by hand, from {urls[0]}"
+    )
+
+
+def _download(url: str, partial: Path, timeout: float) -> int:
+    """Append to `partial` what is missing of `url`; the whole size in bytes."""
+    done = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is missing
+            return done
+        raise
+    with response:
+        if response.status != 206:  # the server starts over
+            done = 0
+        total = done + int(response.headers.get("Content-Length") or 0)
+        with (
+            partial.open("ab" if done else "wb") as file,
+            Bar(total, partial.stem, "B", done) as bar,
+        ):
+            while chunk := response.read(1 << 16):
+                file.write(chunk)
+                bar.advance(len(chunk))
+    if total and partial.stat().st_size < total:
+        raise OSError(
+            f"the connection ended after {partial.stat().st_size} of {total} bytes; run again to go on"
+        )
+    return partial.stat().st_size
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def unpack_tar(archive: Path, folder: str) -> None:
+    """Unpack the one top folder of an archive beside it, whole or not at all, never outside.
+
+    Raises:
+        UserError: a member points out of the folder, or the archive is broken.
+    """
+    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack-") as scratch:
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(scratch, filter="data")
+            os.replace(Path(scratch) / folder, archive.parent / folder)
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise UserError(
+                f"{archive} can't be unpacked ({error}): delete it and run again"
+            ) from None
+
+
+def unpack_gzip(archive: Path) -> None:
+    """x.gz -> x beside it, whole or not at all."""
+    target = archive.with_suffix("")
+    partial = target.with_name(target.name + ".partial")
+    try:
+        with gzip.open(archive) as source, partial.open("wb") as out:
+            shutil.copyfileobj(source, out)
+    except (EOFError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{archive} can't be unpacked ({error}): delete it and run again") from None
+    os.replace(partial, target)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder} can't be made ({error.strerror}): choose another folder"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------- image folders
+
+
+def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
+    """A folder of images as files, in one of three layouts.
+
+    - DIR/train/CLASS/*, DIR/val/CLASS/* and DIR/test/CLASS/*
+    - DIR/train/CLASS/* and one of the others, which is then the test set; validation images are
+      split off train
+    - DIR/CLASS/*, split by seed into 80% train, 10% validation and 10% test of each class
+
+    Raises:
+        UserError: no such folder, no images, one class only, a class without images, classes that
+            differ.
+    """
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: no such folder")
+    split_dirs = {s: root / s for s in ("train", "val", "test") if (root / s).is_dir()}
+    if "train" not in split_dirs:
+        if split_dirs:
+            raise UserError(f"{root} has {' and '.join(split_dirs)} but no train folder")
+        classes, every = _scan(root)
+        rest, test = stratified_split(every.labels, 0.1, seed)
+        if len(test) == 0:
+            raise UserError(f"{root}: two images or fewer of every class are too few to split")
+        return Source(name, classes, every.take(rest), every.take(test))
+    if len(split_dirs) == 1:
+        raise UserError(
+            f"{root} has train but neither val nor test: add one, or put the classes into {root} itself"
+        )
+    classes, train = _scan(split_dirs["train"])
+    others = {}
+    for split, folder in split_dirs.items():
+        if split == "train":
+            continue
+        names, others[split] = _scan(folder)
+        if names != classes:
+            odd = sorted(set(names) ^ set(classes))[0]
+            where = split_dirs["train"] if odd in names else folder
+            raise UserError(
+                f"class {odd!r} is missing in {where}: labels would shift, so train and {split} must have the "
+                "same class folders"
+            )
+    test = others.pop("test", None) or others.pop("val")
+    return Source(name, classes, train, test, others.get("val"))
+
+
+def _scan(folder: Path) -> tuple[list[str], Pictures]:
+    """Class names and files of CLASS/**/*, sorted; hidden files and other types are passed over."""
+    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    if not classes:
+        raise UserError(f"{folder}: no class folders in it (expected {folder}/CLASS/IMAGE)")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = [
+            os.path.join(parent, file)
+            for parent, _, files in os.walk(folder / name, followlinks=True)
+            for file in files
+            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
+        ]
+        if not found:
+            raise UserError(
+                f"{folder / name}: no images in this class folder ({', '.join(EXTENSIONS[:4])}, ...)"
+            )
+        paths += sorted(found)
+        labels += [label] * len(found)
+    if len(classes) == 1:
+        raise UserError(f"{folder}: one class only ({classes[0]}); there is nothing to tell apart")
+    return classes, Pictures(torch.tensor(labels), paths=paths)
+
+
+def usual_side(paths: list[str], sample: int = 64) -> int:
+    """Median of the shorter sides of some of the images, in pixels, from their headers."""
+    from PIL import Image
+
+    sides = []
+    for path in paths[:: max(1, len(paths) // sample)][:sample]:
+        try:
+            with Image.open(path) as image:
+                sides.append(min(image.size))
+        except (OSError, ValueError, SyntaxError):
+            continue  # named when it is read
+    return int(np.median(sides)) if sides else 224
+
+
+def read_image(path: str) -> Tensor:
+    """Any picture as (3, H, W) uint8: turned as its EXIF says, transparency on white, 16 bits to 8,
+    CMYK to RGB.
+
+    Raises:
+        UserError: names the file.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            image = to_rgb(ImageOps.exif_transpose(image))
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{path} can't be read as an image ({error}): repair or remove it, or pass --skip-broken"
+        ) from None
+
+
+def to_rgb(image: Image) -> Image:
+    """Any PIL mode to RGB without losing what is seen: 16-bit and float greys are scaled, alpha
+    lies on white.
+    """
+    from PIL import Image
+
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.float32)
+        top = 65535.0 if values.max() > 255 else 255.0
+        return Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
