@@ -5,9 +5,9 @@ He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2015 (ar
 The idea in one sentence: let a block of layers learn what to add to its input instead of its whole
 output, and a network of a hundred layers trains as easily as one of ten.
 
-    python 01_resnet_beginner.py                                  # trains; digits on a CPU, CIFAR-10 on a GPU
-    python 01_resnet_beginner.py --experiment skip-connections    # the paper's claim, measured
-    python 01_resnet_beginner.py --model resnet50 --summary       # what is inside
+    python 01_resnet_beginner.py                               # trains: digits, on a GPU CIFAR-10
+    python 01_resnet_beginner.py --experiment skip-connections # the paper's claim, measured
+    python 01_resnet_beginner.py --model resnet50 --summary    # what is inside
 """
 
 # %% [markdown]
@@ -502,22 +502,17 @@ def skip_connections(config: Config) -> dict[str, object]:
 
     named = {t.name: t for t in trials.values()}
     figure, (loss, accuracy, gradient) = plotting.panels(3, "Skip connections at equal depth")
-    steps = max(1, len(trials["plain", depths[0]].loss) // 20)
-    plotting.curves(
-        {n: [r.train_loss for r in t.history] for n, t in named.items()},
-        "epoch", "training loss", "Training loss", ax=loss,
-    )  # fmt: skip
+    losses = {n: [r.train_loss for r in t.history] for n, t in named.items()}
+    plotting.curves(losses, "epoch", "training loss", "Training loss", ax=loss)
+    tests = {n: t.test_top1 for n, t in named.items()}
     plotting.bars(
-        {n: t.test_top1 for n, t in named.items()},
-        "test top-1",
-        "Test accuracy",
-        percent=True,
-        ax=accuracy,
+        tests, "test top-1", "Test accuracy", percent=True, colors=plotting.PALETTE, ax=accuracy
     )
+    norms = {n: t.first_layer_gradient for n, t in named.items()}
+    steps = max(1, len(norms[f"plain-{depths[0]}"]) // 20)
     plotting.curves(
-        {n: t.first_layer_gradient for n, t in named.items()},
-        "step", "gradient norm", "Gradient at the first layer", log_y=True, smooth=steps, ax=gradient,
-    )  # fmt: skip
+        norms, "step", "norm", "Gradient at the first layer", log_y=True, smooth=steps, ax=gradient
+    )
     run.figure("skip_connections", figure)
     rows = [
         {**t.row(), "first gradient": f"{mean(t.first_layer_gradient[:steps]):.3g}"}
@@ -539,7 +534,8 @@ def skip_verdict(trials: dict[tuple[str, int], Trial], depths: list[int]) -> lis
             before, after = loss(family, shallow), loss(family, deep)
             change = "trains worse" if after > before else "trains better"
             verdict.append(
-                f"{family}: {deep} layers {change} than {shallow} (final training loss {after:.4f} against {before:.4f})"
+                f"{family}: {deep} layers {change} than {shallow} (final training loss "
+                f"{after:.4f} against {before:.4f})"
             )
     for family in ("residual", "pre-activation"):
         gap = trials[family, deep].test_top1 - trials["plain", deep].test_top1
@@ -623,16 +619,20 @@ if in_notebook():
 # ## What to notice
 #
 # - The training loss starts near $\ln 10 = 2.3$, that of a guess among ten classes.
-# - `most_wrong.png` shows digits that people would get wrong too; `grad_cam.png` where the net looked.
-# - ResNet-34 has the multiply-adds of a third of VGG-16's and is more accurate (`--model resnet34 --summary`).
+# - `most_wrong.png` shows digits that people get wrong too, `grad_cam.png` where the net looked.
+# - ResNet-34 takes a quarter of VGG-16's multiply-adds (`--model resnet34 --image-size 224
+#   --summary`).
 #
 # ## Exercises
 #
-# 1. Write `BasicBlock` without looking. With the last BatchNorm at zero, what does the block compute?
+# 1. Write `BasicBlock` without looking. With its last BatchNorm at zero, what does it compute?
 # 2. Write option A of the shortcut. Why does ResNet-20 lose 2,752 parameters by it?
-# 3. Write `Bottleneck`. How many multiply-adds does it take at 256 channels, and how many do two 3x3 at full width?
-# 4. Add squeeze-and-excitation to the basic block (`se_resnet18`). Which share of the parameters is it?
-# 5. Repeat the experiment at 110 layers. From which step on does the plain net's gradient fall behind?
+# 3. Write `Bottleneck`. How many multiply-adds does it take at 256 channels, and how many would
+#    two 3x3 convolutions at that width?
+# 4. Add squeeze-and-excitation to the basic block (`se_resnet18`). What share of the parameters
+#    is it?
+# 5. Repeat the experiment at 110 layers. From which step on does the plain net's gradient fall
+#    behind?
 
 # %%
 if __name__ == "__main__":

@@ -61,7 +61,10 @@ class Data:
         sizes = " + ".join(f"{len(split.labels):,} {name}" for name, split in self.splits().items())
         where = "in memory" if self.in_memory else "from files"
         broken = f", {self.skipped} broken left out" if self.skipped else ""
-        return f"{self.name}, {self.num_classes} classes, {self.image_size} px, {sizes}, {where}{broken}"
+        return (
+            f"{self.name}, {self.num_classes} classes, {self.image_size} px, {sizes}, "
+            f"{where}{broken}"
+        )
 
     def splits(self) -> dict[str, Loader]:
         return {"train": self.train, "val": self.val, "test": self.test}
@@ -129,7 +132,7 @@ def make_data(
     )
 
 
-# --------------------------------------------------------------------------------------------- loaders
+# ------------------------------------------------------------------------------------------ loaders
 
 
 class Loader:
@@ -423,7 +426,7 @@ def num_workers(config: TrainConfig) -> int:
     return min(8, max(1, (os.cpu_count() or 1) // runtime.world_size()))
 
 
-# ------------------------------------------------------------------------------------- reading all files
+# -------------------------------------------------------------------------------- reading all files
 
 
 def _fits_in_memory(splits: dict[str, Pictures], image_size: int) -> bool:
@@ -454,7 +457,8 @@ def _check_files(
     if total > few and not config.skip_broken:
         if runtime.is_main():
             print(
-                f"{total:,} files are not read in advance: a broken one stops the run where it is met"
+                f"{total:,} files are not read in advance: a broken one stops the run where it "
+                f"is met"
             )
         return splits, 0
     from torchvision.transforms import v2

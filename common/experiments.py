@@ -79,7 +79,8 @@ def train_trial(
     _, top1 = score(model, data.test, runtime.amp_dtype(device, config.amp, config.image_size))
     last = history[-1]
     print(
-        f"{name:<24} train loss {last.train_loss:.4f}  train {last.train_top1:6.2%}  test {top1:6.2%}  "
+        f"{name:<24} train loss {last.train_loss:.4f}  train {last.train_top1:6.2%}  test "
+        f"{top1:6.2%}  "
         f"{seconds:.1f} s",
         flush=True,
     )

@@ -63,7 +63,7 @@ def _role(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-# ------------------------------------------------------------------------------------ where weights come from
+# -------------------------------------------------------------------------- where weights come from
 
 
 def bundled_weights(name: str) -> Path | None:
@@ -98,7 +98,8 @@ def load_pretrained(model: nn.Module, name: str) -> nn.Module:
                 model.transform_input = True  # their inputs are scaled to [-1, 1]
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"--pretrained {name}: the weights don't fit this form of the model ({str(error).splitlines()[0]}); "
+            f"--pretrained {name}: the weights don't fit this form of the model "
+            f"({str(error).splitlines()[0]}); "
             "official weights are for images of 96 px and more"
         ) from None
     if theirs != num_classes:
@@ -130,5 +131,6 @@ def official_state(name: str) -> dict[str, Tensor]:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         reason = getattr(error, "reason", error)
         raise UserError(
-            f"--pretrained {name}: {weights.url} can't be downloaded ({reason}); put the file into {cache}/ by hand"
+            f"--pretrained {name}: {weights.url} can't be downloaded ({reason}); put the file "
+            f"into {cache}/ by hand"
         ) from None

@@ -81,11 +81,13 @@ def banner(
     print(f"data       {data.describe()}")
     macs = count_macs(model, data.input_size) / 1e6
     print(
-        f"model      {config.model}, {count_parameters(model):,} parameters, {macs:,.1f} M multiply-adds an image"
+        f"model      {config.model}, {count_parameters(model):,} parameters, {macs:,.1f} M "
+        f"multiply-adds an image"
     )
     steps = len(data.train) // data.train.accumulate
     print(
-        f"recipe     {config.epochs} epochs of {steps} steps of {data.train.images_per_step} images, "
+        f"recipe     {config.epochs} epochs of {steps} steps of {data.train.images_per_step} "
+        f"images, "
         f"{config.schedule} from lr {config.lr:.3g}, augment {config.augment}, seed {config.seed}"
     )
     if run is not None:
@@ -169,7 +171,8 @@ class Run:
         if not path.exists() and not checkpoint.previous(self.last).exists():
             if runtime.is_main():
                 print(
-                    f"resume     {self.folder} was stopped before its first checkpoint: starting over"
+                    f"resume     {self.folder} was stopped before its first checkpoint: "
+                    f"starting over"
                 )
             return None
         state = checkpoint.load_latest(path)
@@ -181,7 +184,8 @@ class Run:
         for name, value in state["config"].items():
             if name not in free and now.get(name) != value:
                 raise UserError(
-                    f"{path} was made with {name} {value}, not {now.get(name)}: start a new run instead"
+                    f"{path} was made with {name} {value}, not {now.get(name)}: start a new run "
+                    f"instead"
                 )
         if state["data"] != data.fingerprint:
             raise UserError(
@@ -233,8 +237,10 @@ class Run:
         write_csv(self.folder / "history.csv", history)
         r = history[-1]
         print(
-            f"epoch {r.epoch:>{len(str(epochs))}}/{epochs}  loss {r.train_loss:.4f}  train {r.train_top1:6.2%}  "
-            f"val {r.val_top1:6.2%}  lr {r.lr:.4f}  {r.seconds:.1f} s  {r.images_per_second:,.0f} images/s",
+            f"epoch {r.epoch:>{len(str(epochs))}}/{epochs}  loss {r.train_loss:.4f}  train "
+            f"{r.train_top1:6.2%}  "
+            f"val {r.val_top1:6.2%}  lr {r.lr:.4f}  {r.seconds:.1f} s  "
+            f"{r.images_per_second:,.0f} images/s",
             flush=True,
         )
 
@@ -292,13 +298,16 @@ class Run:
         write_json(self.folder / "result.json", result)
         facts = {
             "Test accuracy": f"{test.top1:.2%} (top-5 {test.top5:.2%})",
-            "Validation accuracy": f"{best['top1']:.2%}, at epoch {best['epoch']} of {len(history)}",
+            "Validation accuracy": f"{best['top1']:.2%}, at epoch {best['epoch']} of "
+            f"{len(history)}",
             "Data": data.describe(),
             "Parameters": f"{cost.params:,}",
             "Multiply-adds": f"{cost.macs / 1e6:,.1f} M for one image",
-            "Latency": f"{cost.latency_ms:.2f} ms (IQR {cost.latency_iqr_ms:.2f}), batch {cost.batch_size}",
+            "Latency": f"{cost.latency_ms:.2f} ms (IQR {cost.latency_iqr_ms:.2f}), batch "
+            f"{cost.batch_size}",
             "Peak memory": f"{cost.peak_memory_mb:.1f} MB, inference, batch {cost.batch_size}",
-            "Training": f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} images/s",
+            "Training": f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} "
+            f"images/s",
             "Device": f"{cost.device}, torch {torch.__version__}",
             "Command": " ".join(["python", *sys.argv]),
         }
@@ -309,8 +318,10 @@ class Run:
         title = f"{self.config.model} on {self.config.dataset}"
         page = report.write_report(self.folder, title, facts, tables, self.figures)
         print(
-            f"test       top-1 {test.top1:.2%}, top-5 {test.top5:.2%}, with the weights of epoch {best['epoch']}\n"
-            f"cost       {result['train_seconds']:.0f} s of training, {cost.latency_ms:.2f} ms an image, "
+            f"test       top-1 {test.top1:.2%}, top-5 {test.top5:.2%}, with the weights of "
+            f"epoch {best['epoch']}\n"
+            f"cost       {result['train_seconds']:.0f} s of training, {cost.latency_ms:.2f} ms "
+            f"an image, "
             f"{cost.peak_memory_mb:.0f} MB\n"
             f"report     {page}",
             flush=True,
@@ -449,7 +460,8 @@ def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -
     kind = max(len(r.kind) for r in rows)
     print(f"{config.model} for {name}: {classes} classes, {config.image_size} px\n")
     print(
-        f"{'layer':<{width}}  {'kind':<{kind}}  {'output shape':>18}  {'parameters':>12}  {'MACs':>15}"
+        f"{'layer':<{width}}  {'kind':<{kind}}  {'output shape':>18}  {'parameters':>12}  "
+        f"{'MACs':>15}"
     )
     for r in rows:
         shape = " x ".join(map(str, r.output_shape[1:]))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 
-# ---------------------------------------------------------------------------------------------- device
+# ------------------------------------------------------------------------------------------- device
 
 
 def pick_device(name: str) -> torch.device:
@@ -135,7 +135,7 @@ def set_up_torch(device: torch.device, seed: int, deterministic: bool = False) -
     torch.use_deterministic_algorithms(deterministic)
 
 
-# ------------------------------------------------------------------------------------------ randomness
+# --------------------------------------------------------------------------------------- randomness
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -184,7 +184,7 @@ def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-# ------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 def rank() -> int:
@@ -298,7 +298,7 @@ def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager:
     return model.no_sync()
 
 
-# --------------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 
 
 class StopSignal:

@@ -96,7 +96,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
 
 
-# ------------------------------------------------------------------------------------ choosing a dataset
+# ------------------------------------------------------------------------------- choosing a dataset
 
 
 def choose_dataset(name: str, data_dir: str, gpu: bool) -> tuple[str, str]:
@@ -117,7 +117,8 @@ def choose_dataset(name: str, data_dir: str, gpu: bool) -> tuple[str, str]:
         except UserError as error:
             return "digits", f"digits, since {error}"
     return "digits", (
-        f"digits, since there is no GPU and no CIFAR-10 in {data_dir} (--dataset cifar10 downloads it, 170 MB)"
+        f"digits, since there is no GPU and no CIFAR-10 in {data_dir} (--dataset cifar10 "
+        f"downloads it, 170 MB)"
     )
 
 
@@ -190,7 +191,8 @@ def load_cifar(name: str, data_dir: str) -> Source:
         parts = [kind(data_dir, train=train) for train in (True, False)]
     except RuntimeError:
         raise UserError(
-            f"{root / kind.base_folder} is damaged (a checksum differs): delete the folder and run again"
+            f"{root / kind.base_folder} is damaged (a checksum differs): delete the folder and "
+            f"run again"
         ) from None
     splits = [
         Pictures(torch.tensor(p.targets), torch.from_numpy(p.data).permute(0, 3, 1, 2))
@@ -205,7 +207,7 @@ def _cifar_class(name: str) -> type:
     return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
 
 
-# --------------------------------------------------------------------------------- downloads and archives
+# --------------------------------------------------------------------------- downloads and archives
 
 
 def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
@@ -237,7 +239,8 @@ def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
         partial.unlink()
     about = f"{size / 1e6:.0f} MB, " if size else ""
     raise UserError(
-        f"{path.name} can't be downloaded ({reason}): put it ({about}MD5 {md5}) into {path.parent}/ "
+        f"{path.name} can't be downloaded ({reason}): put it ({about}MD5 {md5}) into "
+        f"{path.parent}/ "
         f"by hand, from {urls[0]}"
     )
 
@@ -265,7 +268,8 @@ def _download(url: str, partial: Path, timeout: float) -> int:
                 bar.advance(len(chunk))
     if total and partial.stat().st_size < total:
         raise OSError(
-            f"the connection ended after {partial.stat().st_size} of {total} bytes; run again to go on"
+            f"the connection ended after {partial.stat().st_size} of {total} bytes; run again "
+            f"to go on"
         )
     return partial.stat().st_size
 
@@ -317,7 +321,7 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
-# ---------------------------------------------------------------------------------------- image folders
+# ------------------------------------------------------------------------------------ image folders
 
 
 def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
@@ -346,7 +350,8 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
         return Source(name, classes, every.take(rest), every.take(test))
     if len(split_dirs) == 1:
         raise UserError(
-            f"{root} has train but neither val nor test: add one, or put the classes into {root} itself"
+            f"{root} has train but neither val nor test: add one, or put the classes into "
+            f"{root} itself"
         )
     classes, train = _scan(split_dirs["train"])
     others = {}
@@ -358,7 +363,8 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
             odd = sorted(set(names) ^ set(classes))[0]
             where = split_dirs["train"] if odd in names else folder
             raise UserError(
-                f"class {odd!r} is missing in {where}: labels would shift, so train and {split} must have the "
+                f"class {odd!r} is missing in {where}: labels would shift, so train and {split} "
+                f"must have the "
                 "same class folders"
             )
     test = others.pop("test", None) or others.pop("val")
@@ -380,7 +386,8 @@ def _scan(folder: Path) -> tuple[list[str], Pictures]:
         ]
         if not found:
             raise UserError(
-                f"{folder / name}: no images in this class folder ({', '.join(EXTENSIONS[:4])}, ...)"
+                f"{folder / name}: no images in this class folder ({', '.join(EXTENSIONS[:4])}, "
+                f"...)"
             )
         paths += sorted(found)
         labels += [label] * len(found)
@@ -418,7 +425,8 @@ def read_image(path: str) -> Tensor:
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(
-            f"{path} can't be read as an image ({error}): repair or remove it, or pass --skip-broken"
+            f"{path} can't be read as an image ({error}): repair or remove it, or pass "
+            f"--skip-broken"
         ) from None
 
 

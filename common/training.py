@@ -54,7 +54,7 @@ def train_one_epoch(
         watch.after_batch(step_now)  # the bar, the average of the weights, signals, checkpoints
 
 
-# ---------------------------------------------------------------------------- what the loop is made of
+# ------------------------------------------------------------------------- what the loop is made of
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> SGD:
@@ -323,7 +323,13 @@ class Watch:
         `fit`.
         """
         first, last = 2, 10
-        if self.announced or self.run is None or not self.show or self.finite.asynchronous or self.epoch > 0:
+        if (
+            self.announced
+            or self.run is None
+            or not self.show
+            or self.finite.asynchronous
+            or self.epoch > 0
+        ):
             return
         if self.batch == first:
             self.since = time.monotonic()
@@ -337,7 +343,8 @@ class Watch:
         where = f"epoch {self.epoch + 1}, step {self.finite.at}, learning rate {lr:.3g}"
         kept = f"; the last good state is in {self.run.folder}" if self.run else ""
         raise UserError(
-            f"the loss or its gradient is no longer finite ({where}){kept}: try --lr {lr / 10:.2g}, "
+            f"the loss or its gradient is no longer finite ({where}){kept}: try --lr "
+            f"{lr / 10:.2g}, "
             "--clip 1 or a longer --warmup"
         )
 
@@ -371,7 +378,7 @@ class _Lagging:
             self.event.record()
 
 
-# ----------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 def fit(
@@ -538,7 +545,8 @@ def _train_epoch(
         loader.halve_batches()
         watch.batch, watch.batches, watch.images = 2 * watch.batch, len(loader), watch.images // 2
         print(
-            f"out of memory: going on with --batch-size {loader.batch_size} --accumulate {loader.accumulate}, "
+            f"out of memory: going on with --batch-size {loader.batch_size} --accumulate "
+            f"{loader.accumulate}, "
             "the same images per step",
             flush=True,
         )
