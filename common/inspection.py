@@ -1,7 +1,8 @@
 """Looks inside a trained model and hands back numpy arrays; leaves the model as it was found.
 
-Works on every model of lessons 01 to 06: `model.stages` names the parts, `model.forward_features(x)` gives the
-last feature map. A model wrapped by torch.compile is looked at in its plain form.
+Works on every model of lessons 01 to 06: `model.stages` names the parts, and
+`model.forward_features(x)` gives the last feature map. A model wrapped by torch.compile is looked
+at in its plain form.
 """
 
 from __future__ import annotations
@@ -53,23 +54,27 @@ def stage_activations(model: nn.Module, x: Tensor) -> dict[str, np.ndarray]:
     return seen
 
 
-def grad_cam(model: nn.Module, x: Tensor, class_index: Tensor | Sequence[int] | None = None) -> np.ndarray:
+def grad_cam(
+    model: nn.Module, x: Tensor, class_index: Tensor | Sequence[int] | None = None
+) -> np.ndarray:
     """Where the last feature map speaks for a class: (N, C, H, W) -> (N, h, w) in [0, 1].
 
-    Each channel k of the feature map A is weighted by the mean over all places of d score / d A_k; what speaks
-    against the class is cut off.  Selvaraju et al. 2017, eq. 1 and 2. Each image's map is divided by its own
-    largest value; it is zero everywhere if nothing spoke for the class.
+    Each channel k of the feature map A is weighted by the mean over all places of d score / d A_k;
+    what speaks against the class is cut off.  Selvaraju et al. 2017, eq. 1 and 2. Each image's map
+    is divided by its own largest value; it is zero everywhere if nothing spoke for the class.
 
     Args:
-        class_index: (N,), the class whose logit is explained; by default the predicted one of each image.
+        class_index: (N,), the class whose logit is explained; by default the predicted one of each
+            image.
     """
     model = _plain(model)
     features: Tensor | None = None
     compute_features = model.forward_features
 
     def watched_features(x: Tensor) -> Tensor:
-        """The feature map as a leaf of its own graph: gradients reach it even if every layer is frozen, and
-        stop there, so that no parameter's .grad is touched."""
+        """The feature map as a leaf of its own graph: gradients reach it even if every layer is
+        frozen, and stop there.
+        """
         nonlocal features
         with torch.no_grad():
             features = compute_features(x).detach()
@@ -98,8 +103,11 @@ def grad_cam(model: nn.Module, x: Tensor, class_index: Tensor | Sequence[int] | 
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """The Euclidean norm of each parameter's gradient, by name, after a backward pass. Parameters without a
-    gradient are left out. One synchronisation with the device, so that it can be called at every step."""
+    """The Euclidean norm of each parameter's gradient, by name, after a backward pass.
+
+    Parameters without a gradient are left out. It waits for the device only once, so that it can be
+    called at every step.
+    """
     gradients = {name: p.grad for name, p in _plain(model).named_parameters() if p.grad is not None}
     if not gradients:
         return {}
@@ -108,7 +116,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 def to_images(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised images (N, C, H, W) as they look: (N, H, W, 3) in [0, 1]. One channel becomes gray."""
+    """Normalised images (N, C, H, W) as they look: (N, H, W, 3) in [0, 1]. One channel is gray."""
     x = x.detach().float().cpu()
     mean, std = (torch.as_tensor(v, dtype=torch.float32).reshape(1, -1, 1, 1) for v in (mean, std))
     images = (x * std + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (N, H, W, C)

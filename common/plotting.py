@@ -10,7 +10,8 @@ A figure of one panel is one call; a figure of several gives each call the axes 
 
     save(figure, run_dir / "skip_connections.png")
 
-The n-th series always has the n-th colour, so panels that list the same names in the same order agree.
+The n-th series always has the n-th colour, so panels that list the same names in the same order
+agree.
 matplotlib is imported when the first figure is made, so that `--help` does not wait for it.
 """
 
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
     from common.records import EpochRecord, Evaluation
 
-# Okabe and Ito's colours, told apart by colour-blind readers; their light ones darkened to be read on white.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the light ones are darkened so
+# that they can be read on white.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#B5509A", "#B98500", "#2F8FC4", "#5A5A5A"]
 INK, FAINT, MISSING = "#222222", "#DDDDDD", "#EEEEEE"
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 13, 11, 9.5  # points; a panel is about 6 inches wide
@@ -81,9 +83,9 @@ def panels(
     return figure, axes
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # What every lesson draws
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 
 
 def learning_curves(history: Sequence[EpochRecord]) -> Figure:
@@ -105,14 +107,26 @@ def learning_curves(history: Sequence[EpochRecord]) -> Figure:
     )  # fmt: skip
     if np.isfinite(val_top1).any():
         accuracy.plot(
-            epochs[best], val_top1[best], "o", ms=9, mfc="none", mec=PALETTE[1], mew=2, clip_on=False
+            epochs[best],
+            val_top1[best],
+            "o",
+            ms=9,
+            mfc="none",
+            mec=PALETTE[1],
+            mew=2,
+            clip_on=False,
         )
-    curves({"": [r.lr for r in history]}, "epoch", "learning rate", "Learning rate", x=epochs, ax=rate)
+    curves(
+        {"": [r.lr for r in history]}, "epoch", "learning rate", "Learning rate", x=epochs, ax=rate
+    )
     return figure
 
 
-def confusion_matrix(evaluation: Evaluation, class_names: Sequence[str], *, ax: Axes | None = None) -> Figure:
-    """True classes down, predicted classes across. Colour is the share of the row, text the number of images.
+def confusion_matrix(
+    evaluation: Evaluation, class_names: Sequence[str], *, ax: Axes | None = None
+) -> Figure:
+    """True classes down, predicted classes across. Colour is the share of the row, text the number
+    of images.
 
     Above 20 classes the numbers give way to a colour scale that brings out small shares.
     """
@@ -133,11 +147,13 @@ def confusion_matrix(evaluation: Evaluation, class_names: Sequence[str], *, ax: 
     if wrong.any():
         true, guess = np.unravel_index(wrong.argmax(), wrong.shape)
         title += (
-            f"\nmost often wrong: {_short(class_names[true])} taken for {_short(class_names[guess])}"
-            f" ({wrong[true, guess]} of {totals[true, 0]})"
+            f"\nmost often wrong: {_short(class_names[true])} taken for "
+            f"{_short(class_names[guess])} ({wrong[true, guess]} of {totals[true, 0]})"
         )
     text = [[f"{n:,}" if n else "" for n in row] for row in counts] if written else None
-    _draw_matrix(ax, shares, class_names, class_names, text, limits=(0, 1), gamma=1 if written else 0.4)
+    _draw_matrix(
+        ax, shares, class_names, class_names, text, limits=(0, 1), gamma=1 if written else 0.4
+    )
     _colorbar(ax, "share of the true class", percent=True)
     ax.set_xlabel("predicted class", size=TEXT_SIZE, color=INK)
     ax.set_ylabel("true class", size=TEXT_SIZE, color=INK)
@@ -146,7 +162,8 @@ def confusion_matrix(evaluation: Evaluation, class_names: Sequence[str], *, ax: 
 
 
 def filters(weights: np.ndarray, *, most: int = 128) -> Figure:
-    """First-layer filters, (out, in, kh, kw), each scaled by its own largest weight; middle gray is zero.
+    """First-layer filters, (out, in, kh, kw), each scaled by its own largest weight; middle gray
+    is zero.
 
     Three input channels are shown as red, green and blue, any other number as its mean in gray.
     """
@@ -160,18 +177,23 @@ def filters(weights: np.ndarray, *, most: int = 128) -> Figure:
     columns = min(len(tiles), 16 if len(tiles) > 32 else 8)
     canvas = _tile(tiles.transpose(0, 2, 3, 1), columns)
     scale = 10 / 16 if columns > 8 else 1
-    figure, (ax,) = panels(1, size=(max(6.2, 0.6 + columns * scale), 1.1 + -(-len(tiles) // columns) * scale))
+    figure, (ax,) = panels(
+        1, size=(max(6.2, 0.6 + columns * scale), 1.1 + -(-len(tiles) // columns) * scale)
+    )
     ax.imshow(canvas, interpolation="nearest")
     ax.set_axis_off()
     shown = f"{total}" if total == len(tiles) else f"{len(tiles)} of {total}"
-    colours = "colours are the weights of R, G, B" if in_channels == 3 else "mean over input channels"
+    colours = (
+        "colours are the weights of R, G, B" if in_channels == 3 else "mean over input channels"
+    )
     _heading(figure, f"First layer: {shown} filters of {height}×{width}; {colours}, gray is zero")
     return figure
 
 
 def activations(image: np.ndarray, maps: Mapping[str, np.ndarray], *, most: int = 8) -> Figure:
-    """What each stage sees: the input, (H, W, 3) in [0, 1], and of each stage's (C, h, w) the `most` channels of
-    highest mean, each scaled to its own range."""
+    """What each stage passes on: beside the input, (H, W, 3) in [0, 1], the `most` channels of
+    highest mean of each stage's (C, h, w), each scaled to its own range.
+    """
     from matplotlib.figure import Figure
 
     rows = max(1, len(maps))
@@ -181,7 +203,8 @@ def activations(image: np.ndarray, maps: Mapping[str, np.ndarray], *, most: int 
     ax = figure.add_subplot(grid[:, 0])
     ax.imshow(np.clip(image, 0, 1), interpolation="nearest")
     ax.set_anchor("N")
-    ax.set_title(f"input, {image.shape[0]}×{image.shape[1]}", size=TEXT_SIZE, color=INK, loc="left")
+    label = f"input, {image.shape[0]}×{image.shape[1]}"
+    ax.set_title(label, size=TEXT_SIZE, color=INK, loc="left")
     _bare(ax)
     for row, (name, stage) in enumerate(maps.items()):
         ax = figure.add_subplot(grid[row, 1])
@@ -192,7 +215,15 @@ def activations(image: np.ndarray, maps: Mapping[str, np.ndarray], *, most: int 
             tile = (tile - low) / (high - low) if high > low else np.zeros_like(tile)
             left = 1.06 * column
             ax.imshow(tile, cmap="viridis", vmin=0, vmax=1, extent=(left, left + 1, 0, 1))
-            ax.text(left + 0.5, -0.04, f"{channel}", size=SMALL_SIZE - 1, color=INK, ha="center", va="top")
+            ax.text(
+                left + 0.5,
+                -0.04,
+                f"{channel}",
+                size=SMALL_SIZE - 1,
+                color=INK,
+                ha="center",
+                va="top",
+            )
         ax.set(xlim=(0, 1.06 * most - 0.06), ylim=(-0.2, 1))
         channels, height, width = stage.shape
         ax.set_anchor("NW")
@@ -219,7 +250,7 @@ def grad_cam(
     pairs = []
     for image, heat in zip(images, heatmaps):
         image = np.clip(image, 0, 1)
-        # Small images are enlarged first: the heatmap is smooth whatever the size of the image's pixels.
+        # Small images are enlarged first, so that the heatmap is smooth on them too.
         zoom = max(1, 112 // max(image.shape[:2]))
         image = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
         height, width = image.shape[:2]
@@ -232,16 +263,16 @@ def grad_cam(
 
 
 def image_grid(images: np.ndarray, titles: Sequence[str], heading: str) -> Figure:
-    """Images, (N, H, W, 3) in [0, 1], each under its title. With no image, a figure that says so."""
+    """Images, (N, H, W, 3) in [0, 1], each under its title. No image: a figure that says so."""
     if len(images) == 0:
         return _message(f"{heading}: none")
     columns = min(len(images), 6 if len(images) > 8 else 4)
     return _grid([np.clip(i, 0, 1) for i in images], titles, heading, columns, width=1.75)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # What the lessons' experiments are made of
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 
 
 def curves(
@@ -260,8 +291,8 @@ def curves(
     """One line per series, its name at its end. Series may differ in length and hold NaN.
 
     Args:
-        series: values by name; of shape (points,), or (runs, points): then the mean of the runs, in a band
-            from the lowest to the highest.
+        series: values by name; of shape (points,), or (runs, points): then the mean of the runs, in
+            a band from the lowest to the highest.
         log_y: a logarithmic axis; values of 0 and less are left out.
         smooth: width, in points, of a moving average; the raw values stay behind it, faint.
         x: where the points lie; 1, 2, 3, ... by default. A shorter series takes the first of them.
@@ -291,7 +322,11 @@ def curves(
         finite = np.flatnonzero(np.isfinite(mean))
         seen.extend(mean[finite])
         # A line needs two neighbours: points that stand alone get a marker.
-        alone = [k for k in finite if k - 1 not in finite and k + 1 not in finite] if points < 999 else []
+        alone = (
+            [k for k in finite if k - 1 not in finite and k + 1 not in finite]
+            if points < 999
+            else []
+        )
         ax.plot(where, mean, style, color=color, lw=2.2, marker="o", ms=6, markevery=alone)
         if name and len(finite):
             ends.append((name, where[finite[-1]], mean[finite[-1]], color))
@@ -304,7 +339,9 @@ def curves(
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     if whole and seen:
-        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_locator(
+            MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+        )
     _look(ax, xlabel, f"{ylabel}, mean over {smooth}" if smooth > 1 else ylabel)
     ax.margins(x=0.02)
     _label_ends(ax, ends)
@@ -324,11 +361,13 @@ def bars(
     colors: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """One bar per name, its value written at its end; they lie down where the names are too long to stand.
+    """One bar per name, its value written at its end; they lie down where the names are too long to
+    stand.
 
     Args:
         values: NaN is written as "n/a".
-        errors: half-widths of the error bars, by name; what they are belongs in the title or `ylabel`.
+        errors: half-widths of the error bars, by name; what they are belongs in the title or in
+            `ylabel`.
         fmt: how a value is written; `percent` has its own.
         log_y: for values that differ by orders of magnitude.
         colors: PALETTE to match the curves beside it; one colour for all by default.
@@ -343,7 +382,9 @@ def bars(
     spread = np.array([(errors or {}).get(name, np.nan) for name in names], dtype=float)
     where = np.arange(len(names))
     drawn = np.where(np.isfinite(heights), heights, 0.0)
-    base = drawn[drawn > 0].min(initial=1) if log_y else 0.0  # where the text of an empty bar stands
+    base = (
+        drawn[drawn > 0].min(initial=1) if log_y else 0.0
+    )  # where the text of an empty bar stands
     face = [colors[i % len(colors)] for i in where]
     error = {}
     if np.isfinite(spread).any():
@@ -352,7 +393,9 @@ def bars(
     (ax.barh if lying else ax.bar)(where, drawn, 0.72, color=face, **error)
 
     for i, (height, half) in enumerate(zip(heights, np.nan_to_num(spread))):
-        text = "n/a" if not np.isfinite(height) else f"{height:.1%}" if percent else fmt.format(height)
+        text = (
+            "n/a" if not np.isfinite(height) else f"{height:.1%}" if percent else fmt.format(height)
+        )
         end = height + np.copysign(half, height) if np.isfinite(height) else base
         end = max(end, base) if log_y else end
         side = 1 if end >= 0 else -1
@@ -397,26 +440,35 @@ def scatter(
     """Named points (name, x, y), labelled so that no label covers another or a point.
 
     Args:
-        front: names to emphasise and to join, in order of x: the Pareto front, say. The others turn gray.
+        front: names to emphasise and to join, in order of x: the Pareto front, say. The others turn
+            gray.
         percent: y is a fraction, its axis shows percent.
     """
     from matplotlib.ticker import PercentFormatter
 
     ax = ax or panels(1, size=(8.6, 5.6))[1][0]
-    kept = [(n, x, y) for n, x, y in points if np.isfinite(x) and np.isfinite(y) and (x > 0 or not log_x)]
+    kept = [
+        (n, x, y)
+        for n, x, y in points
+        if np.isfinite(x) and np.isfinite(y) and (x > 0 or not log_x)
+    ]
     lost = [n for n, *_ in points if n not in {k[0] for k in kept}]
     if log_x:
         ax.set_xscale("log")
     on_front = sorted((p for p in kept if p[0] in (front or ())), key=lambda p: (p[1], p[2]))
     if on_front:
-        ax.plot([p[1] for p in on_front], [p[2] for p in on_front], color=PALETTE[0], lw=1.4, zorder=2)
+        ax.plot(
+            [p[1] for p in on_front], [p[2] for p in on_front], color=PALETTE[0], lw=1.4, zorder=2
+        )
     plain = "#8A8A8A" if front is not None else PALETTE[0]
     strong = [front is not None and p[0] in front for p in kept]
     if kept:
         # Drawn in order: the front last, so that no gray point hides one of it.
         order = sorted(range(len(kept)), key=lambda i: strong[i])
         x, y = [kept[i][1] for i in order], [kept[i][2] for i in order]
-        ax.scatter(x, y, s=52, c=[PALETTE[0] if strong[i] else plain for i in order], zorder=3, lw=0)
+        ax.scatter(
+            x, y, s=52, c=[PALETTE[0] if strong[i] else plain for i in order], zorder=3, lw=0
+        )
     else:
         _say_empty(ax)
     _look(ax, xlabel, ylabel, grid="both")
@@ -444,7 +496,8 @@ def heatmap(
     limits: tuple[float, float] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """A matrix in colour, (rows, columns), with its numbers written where there is room; NaN is left gray.
+    """A matrix in colour, (rows, columns), with its numbers written where there is room; NaN is
+    left gray.
 
     Args:
         label: what a colour means, with its unit, beside the colour bar.
@@ -458,7 +511,10 @@ def heatmap(
         _, (ax,) = panels(1, size=(float(width), float(height)))
     text = None
     if rows <= 20 and columns <= 20:
-        text = [["–" if np.isnan(v) else f"{v:.0%}" if percent else fmt.format(v) for v in r] for r in matrix]
+        text = [
+            ["–" if np.isnan(v) else f"{v:.0%}" if percent else fmt.format(v) for v in r]
+            for r in matrix
+        ]
     _draw_matrix(ax, matrix, row_labels, column_labels, text, limits, aspect="auto")
     _colorbar(ax, label, percent)
     ax.set_xlabel(xlabel, size=TEXT_SIZE, color=INK)
@@ -467,13 +523,13 @@ def heatmap(
     return ax.figure
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # The look
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 
 
 def _look(ax: Axes, xlabel: str, ylabel: str, grid: str = "y") -> None:
-    """Two thin spines, a faint grid behind the data, text of lecture size: set here, not in rcParams."""
+    """Two thin spines, a faint grid behind the data, text of lecture size; rcParams stay alone."""
     ax.set_facecolor("white")
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("#999999")
@@ -498,8 +554,9 @@ def _say_empty(ax: Axes) -> None:
 
 
 def _title(ax: Axes, text: str) -> None:
-    """A title that starts at the panel's left edge and breaks at its right: matplotlib would start it at the
-    axis and run it into the next panel."""
+    """A title that starts at the panel's left edge and breaks at its right: matplotlib would start
+    it at the axis and run it into the next panel.
+    """
     text = _wrap(text, _panel_width(ax) - 0.4, TITLE_SIZE)
     title = ax.set_title(text, size=TITLE_SIZE, color=INK, loc="left", pad=10, parse_math=False)
 
@@ -539,13 +596,15 @@ def _message(text: str) -> Figure:
     """A figure with nothing but words."""
     figure, (ax,) = panels(1, size=(6.2, 1.6))
     ax.set_axis_off()
-    ax.text(0.5, 0.5, _wrap(text, 5.6, TITLE_SIZE), size=TITLE_SIZE, color=INK, ha="center", va="center", parse_math=False)  # fmt: skip
+    text = _wrap(text, 5.6, TITLE_SIZE)
+    centred = {"ha": "center", "va": "center", "parse_math": False}
+    ax.text(0.5, 0.5, text, size=TITLE_SIZE, color=INK, **centred)
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # Matrices and images
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 
 
 def _draw_matrix(
@@ -563,13 +622,20 @@ def _draw_matrix(
     rows, columns = matrix.shape
     if (len(row_labels), len(column_labels)) != (rows, columns):
         raise ValueError(
-            f"{len(row_labels)} row and {len(column_labels)} column labels for a matrix of {rows}×{columns}"
+            f"{len(row_labels)} row and {len(column_labels)} column labels for a matrix of "
+            f"{rows}×{columns}"
         )
     finite = matrix[np.isfinite(matrix)]
     low, high = limits or ((finite.min(), finite.max()) if finite.size else (0, 1))
     norm = PowerNorm(gamma, low, high if high > low else low + 1, clip=True)
     ax.set_facecolor(MISSING)
-    ax.imshow(np.ma.masked_invalid(matrix), cmap="Blues", norm=norm, aspect=aspect, interpolation="nearest")
+    ax.imshow(
+        np.ma.masked_invalid(matrix),
+        cmap="Blues",
+        norm=norm,
+        aspect=aspect,
+        interpolation="nearest",
+    )
     if text:
         cell = 0.72 * 72 * _panel_width(ax) / columns  # points, roughly
         longest = max(len(t) for row in text for t in row)
@@ -577,7 +643,9 @@ def _draw_matrix(
         for (i, j), value in np.ndenumerate(matrix):
             dark = np.isfinite(value) and norm(value) > 0.55
             color = "white" if dark else INK
-            ax.text(j, i, text[i][j], size=size, color=color, ha="center", va="center", parse_math=False)
+            ax.text(
+                j, i, text[i][j], size=size, color=color, ha="center", va="center", parse_math=False
+            )
     for axis, labels in ((ax.xaxis, column_labels), (ax.yaxis, row_labels)):
         steps = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
         step = next((n for n in steps if len(labels) <= n * (30 if text else 12)), 2000)
@@ -649,9 +717,9 @@ def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return image
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # Series
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 
 
 def _column_mean(runs: np.ndarray) -> np.ndarray:
@@ -662,7 +730,7 @@ def _column_mean(runs: np.ndarray) -> np.ndarray:
 
 
 def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over the `width` points around each, fewer at the ends; NaN stays NaN and counts for nothing."""
+    """Mean over the `width` points around each, fewer at the ends. NaN stays and isn't counted."""
     known = np.isfinite(values)
     before, after = width // 2, width - 1 - width // 2
     padded = np.pad(np.stack([np.where(known, values, 0), known]), ((0, 0), (before + 1, after)))
@@ -671,12 +739,18 @@ def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
     return np.where(known, total / np.maximum(count, 1), np.nan)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # Labels that keep clear of each other
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 
 
-_LEADER = {"arrowstyle": "-", "lw": 0.8, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3}  # from label to point
+_LEADER = {
+    "arrowstyle": "-",
+    "lw": 0.8,
+    "alpha": 0.6,
+    "shrinkA": 1,
+    "shrinkB": 3,
+}  # from label to point
 
 
 def _label_ends(ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
@@ -702,7 +776,8 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None
     def place(renderer: Any) -> None:
         box = ax.get_window_extent(renderer)
         wanted = [
-            ax.transData.transform(label.xy)[1] if label.xycoords == "data" else box.y0 for label in labels
+            ax.transData.transform(label.xy)[1] if label.xycoords == "data" else box.y0
+            for label in labels
         ]
         gap = 1.15 * max(label._get_layout(renderer)[0].height for label in labels)
         for label, y in zip(labels, _spread(wanted, gap, box.y0, box.y1)):
@@ -713,9 +788,10 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None
 
 
 def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
-    """Positions at least `gap` apart within [low, high], nearest to the wanted ones by least squares.
+    """Positions at least `gap` apart in [low, high], nearest to the wanted ones by least squares.
 
-    With y_i = z_i + i * gap, "apart" means that z never falls: isotonic regression, by pooling neighbours.
+    With y_i = z_i + i * gap, "apart" means that z never falls: isotonic regression, by pooling
+    neighbours.
     """
     wanted = np.asarray(wanted, dtype=float)
     count = len(wanted)
@@ -739,7 +815,7 @@ def _label_points(
     strong: Sequence[bool],
     line: Sequence[tuple[str, float, float]],
 ) -> None:
-    """Write each point's name where it covers no other name, no point and as little of the line as can be."""
+    """Write each point's name where it covers no other name, no point and little of the line."""
     from matplotlib.patheffects import withStroke
 
     size = TEXT_SIZE if len(points) <= 15 else SMALL_SIZE if len(points) <= 30 else SMALL_SIZE - 2
@@ -790,7 +866,7 @@ def _label_points(
 def _clear_offsets(
     spots: np.ndarray, sizes: np.ndarray, obstacles: np.ndarray, area: Sequence[float], step: float
 ) -> np.ndarray:
-    """Where to centre each label, from its point: greedily the nearest place that costs the least overlap.
+    """Where to centre each label, from its point: near, and on top of as little as can be.
 
     Args:
         spots: (N, 2) points, pixels.
@@ -810,7 +886,9 @@ def _clear_offsets(
     for i in np.tile(crowded, 3):
         reach = np.sign(np.round(directions, 6)) * sizes[i] / 2
         places = (reach[None] + rings[:, None, None] * step * directions[None]).reshape(-1, 2)
-        boxes = np.concatenate([spots[i] + places - sizes[i] / 2, spots[i] + places + sizes[i] / 2], axis=1)
+        boxes = np.concatenate(
+            [spots[i] + places - sizes[i] / 2, spots[i] + places + sizes[i] / 2], axis=1
+        )
         taken = np.concatenate([obstacles, np.delete(labels, i, axis=0)])
         corner = np.maximum(boxes[:, None, :2], taken[None, :, :2])
         sides = np.maximum(np.minimum(boxes[:, None, 2:], taken[None, :, 2:]) - corner, 0)
@@ -833,8 +911,9 @@ def _boxes(centres: np.ndarray, width: float, height: float) -> np.ndarray:
 
 
 def _before_drawing(action: Any) -> Any:
-    """An invisible artist that calls `action(renderer)` when its axes are drawn, before the labels are: only
-    then is it known how many pixels there are, however the figure was laid out."""
+    """An invisible artist that calls `action(renderer)` when its axes are drawn, before the labels
+    are: only then is it known how many pixels there are, however the figure was laid out.
+    """
     from matplotlib.artist import Artist
 
     class Before(Artist):
@@ -849,7 +928,7 @@ def _before_drawing(action: Any) -> Any:
 
 
 def _plain_log_ticks(axis: Axis, values: Sequence[float]) -> None:
-    """Plain numbers on a logarithmic axis: 1, 2, 5, 10, ... within three decades, else the powers of ten."""
+    """Plain numbers on a logarithmic axis: 1, 2, 5, 10, ...; over many decades, powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     few = max(values) / min(values) < 1000

@@ -1,4 +1,4 @@
-"""One self-contained page that shows a run: facts, figures, tables. It opens anywhere and asks for nothing."""
+"""One self-contained page that shows a run: facts, figures, tables. It needs no network."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def write_report(
         tables: heading and rows; columns are the rows' keys, in order of appearance.
         figures: PNG files, embedded in this order.
         notes: sentences under the title: what was run, the verdict.
-        captions: caption by the figure's file stem; by default the stem itself, "confusion_matrix" as
-            "Confusion matrix".
+        captions: caption by the figure's file stem; by default the stem itself, "confusion_matrix"
+            as "Confusion matrix".
 
     Raises:
         FileNotFoundError: a figure is missing.
@@ -41,7 +41,10 @@ def write_report(
     body += [f'<p class="note">{escape(note)}</p>' for note in notes]
     if facts:
         body.append(_facts(facts))
-    body += [_figure(path, captions.get(path.stem) or _sentence(path.stem)) for path in map(Path, figures)]
+    body += [
+        _figure(path, captions.get(path.stem) or _sentence(path.stem))
+        for path in map(Path, figures)
+    ]
     body += [_table(heading, rows) for heading, rows in tables.items() if rows]
     page = PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
     path = Path(folder) / "report.html"
@@ -50,10 +53,11 @@ def write_report(
 
 
 def _facts(facts: Mapping[str, object]) -> str:
-    items = [
-        f"<div><dt>{escape(_words(name))}</dt><dd>{escape(_text(value))}</dd></div>"
-        for name, value in facts.items()
-    ]
+    items = []
+    for name, value in facts.items():
+        text = _text(value)
+        wide = ' class="wide"' if len(text) > 28 else ""
+        items.append(f"<div{wide}><dt>{escape(_words(name))}</dt><dd>{escape(text)}</dd></div>")
     return '<dl class="facts">' + "".join(items) + "</dl>"
 
 
@@ -74,11 +78,16 @@ def _table(heading: str, rows: Sequence[Mapping[str, object]]) -> str:
         return f"<{tag}{kind}>{escape(text)}</{tag}>"
 
     lines = ["<tr>" + "".join(cell("th", column, _words(column)) for column in columns) + "</tr>"]
-    lines += ["<tr>" + "".join(cell("td", c, _text(row.get(c))) for c in columns) + "</tr>" for row in rows]
+    lines += [
+        "<tr>" + "".join(cell("td", c, _text(row.get(c))) for c in columns) + "</tr>"
+        for row in rows
+    ]
     lines.insert(1, "</thead><tbody>")
     table = '<div class="scroll"><table><thead>' + "\n".join(lines) + "</tbody></table></div>"
     if len(rows) > LONG_TABLE:
-        return f"<details><summary>{escape(heading)} ({len(rows):,} rows)</summary>{table}</details>"
+        return (
+            f"<details><summary>{escape(heading)} ({len(rows):,} rows)</summary>{table}</details>"
+        )
     return f"<h2>{escape(heading)}</h2>{table}"
 
 
@@ -132,7 +141,8 @@ PAGE = """<!DOCTYPE html>
 """
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #222; --soft: #667; --line: #ddd; --card: #f5f6f8; --page: #fff; }
+:root { color-scheme: light dark;
+        --ink: #222; --soft: #667; --line: #ddd; --card: #f5f6f8; --page: #fff; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8e8e8; --soft: #a3a8b3; --line: #3a3d44; --card: #24262b; --page: #17181b; }
 }
@@ -147,10 +157,13 @@ summary { cursor: pointer; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem;
          margin: 1rem 0; }
 .facts div { background: var(--card); border-radius: .5rem; padding: .5rem .75rem; }
+.facts .wide { grid-column: 1 / -1; }
+.wide dd { font-weight: 400; }
 dt { color: var(--soft); font-size: .8rem; }
 dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
 figure { margin: 1.5rem 0; }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius: .5rem; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff;
+      border-radius: .5rem; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; text-align: center; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }

@@ -1,4 +1,4 @@
-"""What common.inspection sees, against cases computed by hand; and that it leaves no trace in the model."""
+"""What common.inspection sees, against cases computed by hand; and that it leaves no trace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common import inspection
 
 
 class TinyModel(nn.Module):
-    """Features, mean over places, a linear head: the case in which Grad-CAM is the class's weights times maps."""
+    """Features, mean over places, a linear head: Grad-CAM is the class's weights times maps."""
 
     def __init__(self, channels: int = 4, classes: int = 3) -> None:
         super().__init__()
@@ -20,7 +20,9 @@ class TinyModel(nn.Module):
             nn.Sequential(nn.Conv2d(channels, channels, 3, stride=2, padding=1), nn.ReLU()),
             nn.Sequential(nn.Conv2d(channels, channels, 1), nn.Dropout(0.5)),
         )
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+        self.head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+        )
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.stages(self.stem(x))
@@ -48,7 +50,9 @@ def x() -> Tensor:
 
 
 def expected_cam(features: Tensor, class_weights: Tensor) -> np.ndarray:
-    """max(0, sum_k w_k A_k), each image divided by its maximum: d mean(A_k) / d A_k is the same everywhere."""
+    """max(0, sum_k w_k A_k), each image divided by its maximum: d mean(A_k) / d A_k is the same in
+    every place.
+    """
     cam = torch.einsum("nk,nkhw->nhw", class_weights, features).relu()
     return (cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-30)).detach().numpy()
 
@@ -61,7 +65,9 @@ def test_grad_cam_of_a_linear_head_is_class_weights_times_maps(model: TinyModel,
         "a case in which nothing speaks for any class proves nothing"
     )
     np.testing.assert_allclose(inspection.grad_cam(model, x, classes), expected, atol=1e-5)
-    np.testing.assert_allclose(inspection.grad_cam(model, x, torch.tensor(classes)), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        inspection.grad_cam(model, x, torch.tensor(classes)), expected, atol=1e-5
+    )
 
 
 def test_grad_cam_explains_the_predicted_class_by_default(model: TinyModel, x: Tensor) -> None:
@@ -70,7 +76,9 @@ def test_grad_cam_explains_the_predicted_class_by_default(model: TinyModel, x: T
     np.testing.assert_array_equal(inspection.grad_cam(model, x), expected)
 
 
-def test_grad_cam_works_where_the_head_is_in_place_or_frozen_or_gradients_are_off(x: Tensor) -> None:
+def test_grad_cam_works_where_the_head_is_in_place_or_frozen_or_gradients_are_off(
+    x: Tensor,
+) -> None:
     torch.manual_seed(0)
     model = InPlaceHead().requires_grad_(False).eval()
     features = model.forward_features(x)
@@ -112,7 +120,9 @@ def test_stage_activations_are_the_outputs_of_the_stages(model: TinyModel, x: Te
     np.testing.assert_allclose(maps["stage 2"], second[0], atol=1e-6)
 
 
-def test_named_stages_keep_their_names_and_one_image_is_asked_for(model: TinyModel, x: Tensor) -> None:
+def test_named_stages_keep_their_names_and_one_image_is_asked_for(
+    model: TinyModel, x: Tensor
+) -> None:
     model.stages = nn.Sequential()
     model.stages.add_module("dense_1", nn.Conv2d(4, 4, 1))
     assert list(inspection.stage_activations(model, x[:1])) == ["dense_1"]
@@ -175,7 +185,9 @@ def test_to_images_undoes_normalisation() -> None:
     assert shown.shape == (2, 4, 5, 3)
     np.testing.assert_allclose(shown, images.permute(0, 2, 3, 1), atol=1e-6)
     beyond = inspection.to_images(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2), (0.5,), (0.5,))
-    np.testing.assert_array_equal(beyond, [[[[0, 0, 0], [1, 1, 1]]]])  # clipped, and gray in three channels
+    np.testing.assert_array_equal(
+        beyond, [[[[0, 0, 0], [1, 1, 1]]]]
+    )  # clipped, and gray in three channels
 
 
 def test_a_compiled_model_is_looked_at_in_its_plain_form(model: TinyModel, x: Tensor) -> None:

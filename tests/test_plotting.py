@@ -1,4 +1,4 @@
-"""Figures say what the data says, with labels that can be read, for realistic and for awkward data."""
+"""Figures say what the data says, with labels that can be read, for awkward data too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
-pytestmark = pytest.mark.filterwarnings("error")  # a glyph, a layout or a scale that matplotlib complains of
+pytestmark = pytest.mark.filterwarnings(
+    "error"
+)  # a glyph, a layout or a scale that matplotlib complains of
 
 ROOT = Path(__file__).parent.parent
 MODELS = [
@@ -48,7 +50,9 @@ def make_history(epochs: int) -> list[EpochRecord]:
 def make_evaluation(classes: int, images: int, wrong: float = 0.2) -> Evaluation:
     generator = np.random.default_rng(0)
     targets = generator.integers(0, classes, images)
-    guesses = np.where(generator.random(images) < wrong, generator.integers(0, classes, images), targets)
+    guesses = np.where(
+        generator.random(images) < wrong, generator.integers(0, classes, images), targets
+    )
     probabilities = np.full((images, classes), 0.1, dtype=np.float32)
     probabilities[np.arange(images), guesses] = 1
     probabilities /= probabilities.sum(axis=1, keepdims=True)
@@ -86,7 +90,8 @@ def overlapping(labels: list, slack: float = 1.0) -> list[tuple[str, str]]:
 
 def test_importing_plotting_loads_neither_matplotlib_nor_torch() -> None:
     code = (
-        "import sys, common.plotting; sys.exit(bool({'matplotlib', 'torch', 'sklearn'} & set(sys.modules)))"
+        "import sys, common.plotting\n"
+        "sys.exit(bool({'matplotlib', 'torch', 'sklearn'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
@@ -102,12 +107,17 @@ def test_saved_figures_are_whole_and_freed(tmp_path: Path) -> None:
 def test_figures_need_no_display_and_no_pyplot(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from common import plotting\n"
-        "path = plotting.save(plotting.bars({'a': 1.0}, 'y', 't'), Path(sys.argv[1]) / 'new' / 'bars.png')\n"
+        "path = Path(sys.argv[1]) / 'new' / 'bars.png'\n"
+        "plotting.save(plotting.bars({'a': 1.0}, 'y', 't'), path)\n"
         "assert path.read_bytes().startswith(b'\\x89PNG'), path\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["bars.png"]
@@ -115,7 +125,9 @@ def test_figures_need_no_display_and_no_pyplot(tmp_path: Path) -> None:
 
 AWKWARD = {
     "one epoch": lambda: plotting.learning_curves(make_history(1)),
-    "diverged": lambda: plotting.learning_curves([EpochRecord(1, 0.1, NAN, 0.1, NAN, NAN, 1, 1)] * 2),
+    "diverged": lambda: plotting.learning_curves(
+        [EpochRecord(1, 0.1, NAN, 0.1, NAN, NAN, 1, 1)] * 2
+    ),
     "two classes, hostile names": lambda: plotting.confusion_matrix(
         make_evaluation(2, 30), ["$x_1 <script>", "a long name with many words in it $"]
     ),
@@ -131,12 +143,18 @@ AWKWARD = {
         random(8, 8, 3), {"a": random(3, 8, 8), "b": np.zeros((9, 1, 1))}
     ),
     "no stages": lambda: plotting.activations(random(8, 8, 3), {}),
-    "1x1 heatmaps": lambda: plotting.grad_cam(random(3, 8, 8, 3), random(3, 1, 1), ["8 as 3, 97%"] * 3),
+    "1x1 heatmaps": lambda: plotting.grad_cam(
+        random(3, 8, 8, 3), random(3, 1, 1), ["8 as 3, 97%"] * 3
+    ),
     "no heatmaps": lambda: plotting.grad_cam(random(0, 8, 8, 3), random(0, 4, 4), []),
     "no images": lambda: plotting.image_grid(random(0, 8, 8, 3), [], "Most confidently wrong"),
-    "one image, long title": lambda: plotting.image_grid(random(1, 32, 32, 3), ["long name " * 9], "Wrong"),
+    "one image, long title": lambda: plotting.image_grid(
+        random(1, 32, 32, 3), ["long name " * 9], "Wrong"
+    ),
     "no series": lambda: plotting.curves({}, "x", "y", "t"),
-    "nothing to take the log of": lambda: plotting.curves({"a": [0, -1, NAN]}, "x", "y", "t", log_y=True),
+    "nothing to take the log of": lambda: plotting.curves(
+        {"a": [0, -1, NAN]}, "x", "y", "t", log_y=True
+    ),
     "gaps": lambda: plotting.curves(
         {"a": [1], "b": [1, NAN, math.inf, 2], "c": [NAN]}, "x", "y", "t", smooth=3
     ),
@@ -177,7 +195,10 @@ def test_learning_curves_plot_the_history_and_name_the_best_epoch() -> None:
     ]
     assert list(rate.lines[0].get_ydata()) == [r.lr for r in history]
     assert list(accuracy.lines[0].get_xdata()) == list(range(1, 13))
-    assert accuracy.get_title(loc="left").replace("\n", " ") == "Accuracy: best on validation 92.5%, epoch 12"
+    assert (
+        accuracy.get_title(loc="left").replace("\n", " ")
+        == "Accuracy: best on validation 92.5%, epoch 12"
+    )
     assert texts(loss) == ["train", "validation"] and not overlapping(loss.texts)
 
 
@@ -198,7 +219,9 @@ def test_confusion_matrix_agrees_with_scikit_learn() -> None:
 
 
 def test_confusion_matrix_of_many_classes_has_no_text_and_few_ticks() -> None:
-    figure = plotting.confusion_matrix(make_evaluation(100, 900), [f"class {i}" for i in range(100)])
+    figure = plotting.confusion_matrix(
+        make_evaluation(100, 900), [f"class {i}" for i in range(100)]
+    )
     ax = draw(figure).axes[0]
     assert not texts(ax)
     assert list(ax.get_xticks()) == list(range(0, 100, 10))
@@ -259,7 +282,9 @@ def test_moving_average_by_a_loop(width: int) -> None:
     values[[3, 4, 20]] = NAN
     before = width // 2
     expected = [
-        np.nanmean(values[max(0, i - before) : i - before + width]) if np.isfinite(values[i]) else NAN
+        np.nanmean(values[max(0, i - before) : i - before + width])
+        if np.isfinite(values[i])
+        else NAN
         for i in range(40)
     ]
     np.testing.assert_allclose(plotting._moving_average(values, width), expected)
@@ -323,18 +348,24 @@ def test_scatter_labels_cover_neither_each_other_nor_a_point_and_stay_inside(cas
         points = [(f"model {i}", 1.0, 0.5) for i in range(6)] + [("far away", 3.0, 0.9)]
     elif case == "small panel":
         points, ax = MODELS[:12], plotting.panels(2)[1][1]
-    figure = plotting.scatter(points, "GMACs", "accuracy", "t", log_x=True, percent=True, front=front, ax=ax)
+    figure = plotting.scatter(
+        points, "GMACs", "accuracy", "t", log_x=True, percent=True, front=front, ax=ax
+    )
     ax = draw(figure).axes[-1]
     assert [label.get_text() for label in ax.texts] == [name for name, *_ in points]
     assert not overlapping(ax.texts)
     spots = ax.transData.transform([(x, y) for _, x, y in points])
     for label, box in zip(ax.texts, boxes(ax.texts)):
         assert not any(box.contains(*spot) for spot in spots), label.get_text()
-        assert ax.bbox.padded(1).contains(*box.min) and ax.bbox.padded(1).contains(*box.max), label.get_text()
+        assert ax.bbox.padded(1).contains(*box.min) and ax.bbox.padded(1).contains(*box.max), (
+            label.get_text()
+        )
 
 
 def test_scatter_says_what_it_cannot_show() -> None:
-    ax = plotting.scatter([("a", 1, 1), ("b", 0, 1), ("c", 2, NAN)], "x", "y", "t", log_x=True).axes[0]
+    ax = plotting.scatter(
+        [("a", 1, 1), ("b", 0, 1), ("c", 2, NAN)], "x", "y", "t", log_x=True
+    ).axes[0]
     assert ax.get_title(loc="left") == "t (not shown: b, c)"
 
 
@@ -351,7 +382,9 @@ def test_heatmap_writes_numbers_that_stand_out_from_their_cells() -> None:
         return float(linear @ [0.2126, 0.7152, 0.0722])
 
     for text, value in zip(ax.texts, matrix.ravel()):
-        cell = np.array(to_rgb(plotting.MISSING) if np.isnan(value) else image.cmap(image.norm(value))[:3])
+        cell = np.array(
+            to_rgb(plotting.MISSING) if np.isnan(value) else image.cmap(image.norm(value))[:3]
+        )
         dark, light = sorted((luminance(cell), luminance(np.array(to_rgb(text.get_color())))))
         assert (light + 0.05) / (dark + 0.05) >= 4, (value, text.get_color())
 

@@ -1,4 +1,4 @@
-"""The report is one page that holds everything, asks the network for nothing and believes no name."""
+"""The report is one page that holds everything, needs no network and believes no name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from common.report import write_report
 HOSTILE = '<script>alert("1")</script> & <img src=x onerror=alert(1)>'
 # The smallest PNG: one transparent pixel.
 PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJ"
+    "RU5ErkJggg=="
 )
 
 
@@ -54,7 +55,9 @@ def figures(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_every_figure_is_embedded_and_nothing_comes_from_outside(tmp_path: Path, figures: list[Path]) -> None:
+def test_every_figure_is_embedded_and_nothing_comes_from_outside(
+    tmp_path: Path, figures: list[Path]
+) -> None:
     path = write_report(tmp_path, "A run", {"test_top1": 0.9472}, {}, figures)
     assert path == tmp_path / "report.html"
     page = Page(path)
@@ -75,7 +78,13 @@ def test_hostile_names_are_text(tmp_path: Path, figures: list[Path]) -> None:
     rows = [{"name": HOSTILE, HOSTILE: 1.0}]
     captions = {"learning_curves": HOSTILE}
     path = write_report(
-        tmp_path, HOSTILE, {HOSTILE: HOSTILE}, {HOSTILE: rows}, figures, notes=[HOSTILE], captions=captions
+        tmp_path,
+        HOSTILE,
+        {HOSTILE: HOSTILE},
+        {HOSTILE: rows},
+        figures,
+        notes=[HOSTILE],
+        captions=captions,
     )
     page = Page(path)
     assert len(page.all("img")) == len(figures) and not page.all("script")
@@ -85,13 +94,19 @@ def test_hostile_names_are_text(tmp_path: Path, figures: list[Path]) -> None:
 
 
 def test_tables_show_every_row_and_column_of_uneven_rows(tmp_path: Path) -> None:
-    rows = [{"name": "cat", "f1": np.float32(0.5), "support": np.int64(12345)}, {"name": "dog", "note": True}]
+    rows = [
+        {"name": "cat", "f1": np.float32(0.5), "support": np.int64(12345)},
+        {"name": "dog", "note": True},
+    ]
     page = Page(write_report(tmp_path, "t", {}, {"Per class": rows, "Empty": []}, []))
     cells = [text for text in page.texts if text.strip()]
     start = cells.index("Per class")
     assert cells[start:] == [
-        "Per class", "name", "f1", "support", "note", "cat", "0.5", "12,345", "–", "dog", "–", "–", "yes",
-    ]  # fmt: skip
+        "Per class",
+        *("name", "f1", "support", "note"),
+        *("cat", "0.5", "12,345", "–"),
+        *("dog", "–", "–", "yes"),
+    ]
     classes = [attributes.get("class") for attributes in page.all("th")]
     assert classes == [None, "number", "number", None]
 
