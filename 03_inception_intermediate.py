@@ -1,19 +1,91 @@
-"""Lesson 3: Inception. Several filter sizes side by side, paid for by 1x1 convolutions.
+"""Lesson 3, intermediate: Inception, several filter sizes side by side.
 
-Papers: Szegedy et al. 2015, "Going deeper with convolutions" (GoogLeNet), arXiv 1409.4842;
-Szegedy et al. 2016, "Rethinking the Inception architecture for computer vision" (Inception-v3),
-arXiv 1512.00567.
+Szegedy et al., "Going deeper with convolutions", 2015 (GoogLeNet, arXiv 1409.4842), and
+Szegedy et al., "Rethinking the Inception architecture for computer vision", 2016 (Inception-v3,
+arXiv 1512.00567).
+
+The idea in one sentence: do not choose a filter size, use them all at once and let the next layer
+choose, and pay for it with 1x1 convolutions that first narrow what the large filters read.
+
+    python 03_inception_intermediate.py                            # trains; digits on a CPU
+    python 03_inception_intermediate.py --experiment auxiliary     # do side classifiers help?
+    python 03_inception_intermediate.py --experiment branches      # which branch does the work?
+    python 03_inception_intermediate.py --experiment bottleneck    # what the 1x1 convolutions save
+    python 03_inception_intermediate.py --model inception_v3 --summary
 """
 
+# %% [markdown]
+# ## The problem, and the one equation
+#
+# A dog may fill the image or a corner of it: which filter size is right? VGG stacks 3x3 and pays
+# 138 million parameters. Inception runs 1x1, 3x3, 5x5 and a pool side by side and concatenates:
+#
+#         input ─┬─ 1x1 ─────────────────┬─ concatenate ── output
+#                ├─ 1x1 reduce ── 3x3 ───┤
+#                ├─ 1x1 reduce ── 5x5 ───┤
+#                └─ 3x3 max-pool ── 1x1 ─┘
+#
+# That is affordable only because a 1x1 convolution first reduces $C$ channels to $r$. At each place
+# a $k \times k$ convolution with $D$ outputs then takes, in multiply-adds,
+#
+# $$C r + k^2 r D \quad\text{instead of}\quad k^2 C D$$
+#
+# With GoogLeNet's first 5x5 ($C = 192$, $r = 16$, $D = 32$): 15,872 instead of 153,600.
+
 # %%
+from dataclasses import dataclass
+
+from common.cli import in_notebook, main, parse_flags
+from common.config import TrainConfig, knob
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """What this lesson can be told; every field is a flag, and `--help` prints them all."""
+
+    model: str = knob("googlenet", "a name of MODELS: googlenet, inception_v3")
+    aux: bool = knob(True, "train with auxiliary classifiers on the side")
+    five_by_five: bool = knob(False, "GoogLeNet: a real 5x5 branch, as in the paper")
+    batch_norm: bool = knob(True, "GoogLeNet: off gives the net of 2014")
+    width_mult: float = knob(1.0, "GoogLeNet: factor on all channels", low=0.05)
+    trial_width: float = knob(0.5, "width_mult of the nets that --experiment auxiliary trains")
+    seeds: int = knob(2, "runs of each kind that --experiment auxiliary averages", low=1)
+    clock: float = knob(0.5, "seconds that --experiment bottleneck times each module", low=0)
+
+    # What differs from the defaults of common/config.py; the record at the top was measured with
+    # these.
+    RECIPES = {"digits": {"image_size": 8, "epochs": 12, "batch_size": 64, "base_lr": 0.2}}
+
+
+# Flags are read before torch is imported, so that --help answers at once; a notebook gets the
+# defaults.
+config = parse_flags(Config) if __name__ == "__main__" else Config()
+
+# %%
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from statistics import mean
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common import plotting, runtime
+from common.data import Loader, load_data
+from common.errors import UserError
+from common.evaluation import evaluate
+from common.experiments import Trial, mean_and_spread, train_trial
+from common.pretrained import load_pretrained
+from common.profiling import profile
+from common.runs import Run, banner, draw_figures, prepare
+from common.training import fit, make_optimizer, make_schedule, score, train_one_epoch
+
+LESSON = "03_inception_intermediate"
 
 # %% [markdown]
 # ## The convolution: every one is followed by BatchNorm and ReLU
@@ -605,3 +677,462 @@ def inception_v3(
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"googlenet": googlenet, "inception_v3": inception_v3}
+
+
+# %% [markdown]
+# ## First experiment: do the auxiliary classifiers help?
+#
+# The paper of 2015 adds them against vanishing gradients; that of 2016 (section 4) finds that they
+# change little early on and act as a regulariser at the end. Between the two came BatchNorm. So
+# train four nets: with and without it, with and without auxiliary classifiers. Compare what both
+# kinds have: the loss of the *last* classifier on the validation images, its test accuracy, and the
+# gradient that reaches the first layer.
+
+
+# %%
+KINDS: dict[str, dict[str, bool]] = {
+    "2014": {"batch_norm": False, "aux": False},
+    "2014 + aux": {"batch_norm": False, "aux": True},
+    "BN": {"batch_norm": True, "aux": False},
+    "BN + aux": {"batch_norm": True, "aux": True},
+}
+
+
+def trial_net(config: Config, num_classes: int, batch_norm: bool, aux: bool) -> InceptionNet:
+    """A thin GoogLeNet whose weights at the start do not depend on `aux`."""
+    model = googlenet(
+        num_classes,
+        config.small_input,
+        batch_norm=batch_norm,
+        width_mult=config.trial_width,
+    )
+    if not aux:
+        model.aux_heads.clear()  # drawn all the same, so that both of a pair start alike
+    return model
+
+
+def auxiliary(config: Config) -> dict[str, object]:
+    """Section 5 of the paper of 2015 and section 4 of that of 2016, at the size of the dataset."""
+    config, device = prepare(config)
+    data = load_data(config, device)
+    run = Run.open(config, LESSON)
+    loss_fn = AuxiliaryLoss(nn.CrossEntropyLoss(), weight=0.3)
+    trials: dict[str, list[Trial]] = {kind: [] for kind in KINDS}
+    for seed in range(config.seed, config.seed + config.seeds):
+        for kind, options in KINDS.items():
+            net = partial(trial_net, config, data.num_classes, **options)
+            name, seeded = f"{kind}, seed {seed}", replace(config, seed=seed)
+            trials[kind].append(train_trial(name, net, data, seeded, device, loss_fn))
+
+    figure, (loss, accuracy, gradient) = plotting.panels(3, "Auxiliary classifiers")
+    plotting.curves(
+        {k: [[r.val_loss for r in t.history] for t in ts] for k, ts in trials.items()},
+        "epoch", "validation loss", "Loss of the last classifier", log_y=True, ax=loss,
+    )  # fmt: skip
+    accuracies = {kind: mean_and_spread([t.test_top1 for t in ts]) for kind, ts in trials.items()}
+    plotting.bars(
+        {kind: average for kind, (average, _) in accuracies.items()},
+        "test top-1",
+        f"Test accuracy, mean and deviation of {config.seeds} seeds",
+        errors={kind: spread for kind, (_, spread) in accuracies.items()},
+        percent=True,
+        colors=plotting.PALETTE,
+        ax=accuracy,
+    )
+    norms = {k: np.mean([t.first_layer_gradient for t in ts], axis=0) for k, ts in trials.items()}
+    steps = max(1, len(norms["2014"]) // 20)
+    plotting.curves(
+        norms, "step", "gradient norm", "Gradient at the first layer",
+        log_y=True, smooth=steps, ax=gradient,
+    )  # fmt: skip
+    run.figure("auxiliary", figure)
+    early = {kind: float(np.mean(norm[:steps])) for kind, norm in norms.items()}
+    rows = [
+        {
+            "net": kind,
+            "seeds": len(ts),
+            "validation loss": round(mean(t.history[-1].val_loss for t in ts), 4),
+            "test top-1": f"{accuracies[kind][0]:.2%}",
+            "deviation": f"{accuracies[kind][1]:.2%}",
+            "first gradient": f"{early[kind]:.3g}",
+            "seconds": round(sum(t.seconds for t in ts), 1),
+        }
+        for kind, ts in trials.items()
+    ]
+    return run.conclude(rows, auxiliary_verdict(trials, early))
+
+
+def auxiliary_verdict(trials: dict[str, list[Trial]], early: dict[str, float]) -> list[str]:
+    """What the numbers say of the two papers' claims, whichever way they fall."""
+    verdict = []
+    for base in ("2014", "BN"):
+        ratio = early[f"{base} + aux"] / early[base]
+        verdict.append(
+            f"{base}: with auxiliary classifiers the first layer's early gradient is {ratio:.2f} "
+            "times what it is without"
+        )
+    for base in ("2014", "BN"):
+        without, with_aux = ([t.test_top1 for t in trials[k]] for k in (base, f"{base} + aux"))
+        # Both nets of a pair start from the same weights: what counts is their difference.
+        gain, spread = mean_and_spread([b - a for a, b in zip(without, with_aux)])
+        if len(without) == 1:
+            word = "one pair of runs cannot tell chance from effect (--seeds 3)"
+        elif abs(gain) > 2 * spread / len(without) ** 0.5:
+            word = "they help" if gain > 0 else "they hurt"
+        else:
+            word = "within the scatter of the seeds: no effect shown"
+        verdict.append(f"{base}: test accuracy changes by {100 * gain:+.2f} points; {word}")
+    return verdict
+
+
+# %% [markdown]
+# ## Second experiment: which branch does the work?
+#
+# Train GoogLeNet, then look into each module on images that it has not seen. Four shares per
+# branch: of the *channels*, which the table fixed; of the *output*, as sum of squares; of the
+# *gradient* that comes back to the module's input; and, the only one that is about cause, the
+# validation loss when the branch is *silenced*.
+
+
+# %%
+BRANCHES = ("1x1", "3x3", "5x5", "pool")
+
+
+def branch_shares(model: InceptionNet, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+    """Shares of each branch in each module of the same net, (modules, branches), rows sum to 1.
+
+    Args:
+        x: (N, 3, H, W)
+        y: (N,)
+    """
+    model.eval()
+    taps: list[tuple[list[Tensor], list[Tensor]]] = []  # per module its branches' inputs, outputs
+    x = model.stem(model.rescale(x))
+    for stage in model.stages:
+        for module in stage:
+            if not isinstance(module, Branches):
+                x = module(x)
+                continue
+            # A copy of the input for each branch, so that what flows back can be told apart.
+            copies = [x.clone() for _ in module.branches]
+            for copy in copies:
+                copy.retain_grad()
+            outputs = [branch(copy) for branch, copy in zip(module.branches, copies)]
+            taps.append((copies, outputs))
+            x = torch.cat(outputs, dim=1)
+    F.cross_entropy(model.head(x), y).backward()
+    model.zero_grad(set_to_none=True)
+
+    def shares(amounts: list[list[float]]) -> np.ndarray:
+        table = np.array(amounts)
+        return table / table.sum(axis=1, keepdims=True)
+
+    return {
+        "channels": shares([[out.shape[1] for out in outputs] for _, outputs in taps]),
+        "output": shares([[out.square().sum().item() for out in outputs] for _, outputs in taps]),
+        "gradient": shares([[c.grad.square().sum().item() for c in copies] for copies, _ in taps]),
+    }
+
+
+def silenced_losses(model: InceptionNet, loader: Loader) -> tuple[float, dict[str, list[float]]]:
+    """The loss on a split, and per module what it becomes when one branch gives only zeros."""
+    losses: dict[str, list[float]] = {}
+    for stage in model.stages:
+        for name, module in stage.named_children():
+            if isinstance(module, Branches):
+                losses[name] = []
+                for branch in module.branches:
+                    hook = branch.register_forward_hook(lambda *args: torch.zeros_like(args[-1]))
+                    losses[name].append(score(model, loader)[0])
+                    hook.remove()
+    return score(model, loader)[0], losses
+
+
+def branches(config: Config) -> dict[str, object]:
+    """Where the output and the gradient of each module of a trained GoogLeNet come from."""
+    config, device = prepare(config)
+    data = load_data(config, device)
+    run = Run.open(config, LESSON)
+    # With torchvision's two 3x3 branches there would be less to tell apart.
+    paper_form = replace(config, model="googlenet", five_by_five=True)
+    net = partial(build, paper_form, data.num_classes)
+    loss_fn = AuxiliaryLoss(nn.CrossEntropyLoss(), weight=0.3)
+    model = train_trial("googlenet", net, data, config, device, loss_fn).model
+
+    tables = branch_shares(model, *next(iter(data.val.batches())))
+    intact, silenced = silenced_losses(model, data.val)
+    tables["loss"] = np.array(list(silenced.values())) - intact
+    titles = {
+        "channels": "Share of the channels",
+        "output": "Share of the output",
+        "gradient": "Share of the gradient",
+        "loss": f"Loss added by silencing the branch (intact: {intact:.3f})",
+    }
+    figure, axes = plotting.panels(4, "Where a module's output comes from", columns=2)
+    for (what, title), ax in zip(titles.items(), axes):
+        share = what != "loss"
+        plotting.heatmap(
+            tables[what],
+            list(silenced),
+            BRANCHES,
+            title,
+            fmt="{:+.2f}",
+            percent=share,
+            limits=(0, 1) if share else None,
+            ax=ax,
+        )
+    run.figure("branches", figure)
+    rows = [
+        {
+            "module": name,
+            "branch": branch,
+            **{k: f"{tables[k][i, j]:.1%}" for k in ("channels", "output", "gradient")},
+            "loss added": round(tables["loss"][i, j], 4),
+        }
+        for i, name in enumerate(silenced)
+        for j, branch in enumerate(BRANCHES)
+    ]
+    return run.conclude(rows, branches_verdict(tables, list(silenced)))
+
+
+def branches_verdict(tables: dict[str, np.ndarray], modules: list[str]) -> list[str]:
+    """Which branch leads in what, and whether a branch's energy tells what it is worth."""
+    verdict = []
+    for what in ("output", "gradient"):
+        average, width = tables[what].mean(axis=0), tables["channels"].mean(axis=0)
+        most, dense = average.argmax(), (average / width).argmax()
+        verdict.append(
+            f"{what}: the {BRANCHES[most]} branch gives most, {average[most]:.0%} on average from "
+            f"{width[most]:.0%} of the channels; per channel the {BRANCHES[dense]} branch does, "
+            f"{average[dense] / width[dense]:.1f} times its share"
+        )
+    module, branch = np.unravel_index(tables["loss"].argmax(), tables["loss"].shape)
+    verdict.append(
+        f"most missed is the {BRANCHES[branch]} of {modules[module]}: without it "
+        f"the loss rises by {tables['loss'][module, branch]:.2f}"
+    )
+    for what in ("channels", "output", "gradient"):
+        verdict.append(
+            f"rank correlation of a branch's share of the {what} with the loss added by silencing "
+            f"it: {rank_correlation(tables[what], tables['loss']):+.2f}"
+        )
+    return verdict
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's: 1 if both order their entries alike, -1 if in reverse, near 0 if unrelated."""
+    ranks = [values.ravel().argsort().argsort() for values in (a, b)]
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+# %% [markdown]
+# ## Third experiment: what do the 1x1 convolutions save?
+#
+# No training, only arithmetic and a clock. Three forms of every module of the paper's table, on the
+# maps of a 224x224 image: *reduced* as published; *direct*, with the 3x3 and 5x5 on the module's
+# whole input; and *naive*, the paper's figure 2(a), where the pool is not projected either, so that
+# each module is wider than the last.
+
+
+# %%
+class Direct(Branches):
+    """The module without reductions.  Szegedy et al. 2015, fig. 2(a), if not `project_pool`.
+
+    (N, C_in, H, W) -> (N, widths.out_channels, H, W); unprojected, the pool gives all C_in instead
+    of pool_proj.
+
+    >>> widths = Widths(64, 96, 128, 16, 32, 32)
+    >>> Direct(192, widths, project_pool=False)(torch.zeros(2, 192, 28, 28)).shape
+    torch.Size([2, 416, 28, 28])
+    """
+
+    def __init__(self, in_channels: int, widths: Widths, project_pool: bool = True) -> None:
+        pool = [nn.MaxPool2d(3, stride=1, padding=1)]
+        if project_pool:
+            pool += [ConvBnReLU(in_channels, widths.pool_proj, 1)]
+        super().__init__(
+            ConvBnReLU(in_channels, widths.conv1x1, 1),
+            ConvBnReLU(in_channels, widths.conv3x3, 3),
+            ConvBnReLU(in_channels, widths.conv5x5, 5),
+            nn.Sequential(*pool),
+        )
+
+
+FORMS: dict[str, Callable[[int, Widths], nn.Module]] = {
+    "reduced": partial(Inception, five_by_five=True),
+    "direct": Direct,
+    "naive": partial(Direct, project_pool=False),
+}
+
+
+def bottleneck(config: Config) -> dict[str, object]:
+    """Multiply-adds and milliseconds of GoogLeNet's nine modules with and without reductions."""
+    config, device = prepare(config)
+    run = Run.open(config, LESSON)
+    rows: list[dict[str, object]] = []
+    for form, make in FORMS.items():
+        in_channels = round(192 * config.width_mult)
+        for stage, px in zip(GOOGLENET, (28, 14, 7)):
+            for name, row in stage.items():
+                widths = row.times(config.width_mult)
+                module = make(in_channels, widths).to(device, memory_format=torch.channels_last)
+                cost = profile(module, (in_channels, px, px), seconds=config.clock)
+                rows.append(
+                    {
+                        "module": name,
+                        "form": form,
+                        "channels in": in_channels,
+                        "parameters": cost.params,
+                        "M MACs": round(cost.macs / 1e6, 1),
+                        "ms": round(cost.latency_ms, 2),
+                    }
+                )
+                unprojected = in_channels - widths.pool_proj if form == "naive" else 0
+                in_channels = widths.out_channels + unprojected
+
+    def column(form: str, what: str) -> list[float]:
+        return [row[what] for row in rows if row["form"] == form]
+
+    names = [name for stage in GOOGLENET for name in stage]
+    figure, (widths_ax, macs_ax, total_ax) = plotting.panels(3, "GoogLeNet without its reductions")
+    plotting.curves(
+        {form: column(form, "channels in") for form in FORMS},
+        "module", "channels", "Channels that each module reads", ax=widths_ax,
+    )  # fmt: skip
+    plotting.curves(
+        {form: column(form, "M MACs") for form in FORMS},
+        "module", "million multiply-adds", "Multiply-adds of each module", log_y=True, ax=macs_ax,
+    )  # fmt: skip
+    for ax in (widths_ax, macs_ax):
+        ax.set_xticks(range(1, len(names) + 1), names)
+    total = {what: {f: sum(column(f, what)) for f in FORMS} for what in ("M MACs", "ms")}
+    plotting.bars(
+        {
+            f"{form}: {word}": total[what][form] / total[what]["reduced"]
+            for what, word in (("M MACs", "multiply-adds"), ("ms", "time"))
+            for form in FORMS
+        },
+        "times the reduced form",
+        "All nine modules",
+        fmt="{:.1f}",
+        colors=plotting.PALETTE[:3],
+        ax=total_ax,
+    )
+    run.figure("bottleneck", figure)
+    return run.conclude(rows, bottleneck_verdict(rows, total))
+
+
+def bottleneck_verdict(
+    rows: list[dict[str, object]], total: dict[str, dict[str, float]]
+) -> list[str]:
+    """What the reductions save on paper and on the clock, and where they save most."""
+    verdict = []
+    for form in ("direct", "naive"):
+        macs, ms = (total[what][form] / total[what]["reduced"] for what in ("M MACs", "ms"))
+        verdict.append(
+            f"{form}: {macs:.1f} times the multiply-adds of the reduced form, {ms:.1f} times the "
+            f"time here ({total['M MACs'][form]:,.0f} M, {total['ms'][form]:.1f} ms)"
+        )
+        word = "less" if ms < macs else "no less"
+        verdict.append(f"{form}: the clock charges {word} than the multiply-adds say")
+    macs = {(row["form"], row["module"]): row["M MACs"] for row in rows}
+    saved = {module: macs["direct", module] / macs["reduced", module] for _, module in macs}
+    most, least = max(saved, key=saved.get), min(saved, key=saved.get)
+    verdict.append(
+        f"the reductions save most in {most} ({saved[most]:.1f} times) and least in {least} "
+        f"({saved[least]:.1f} times)"
+    )
+    return verdict
+
+
+EXPERIMENTS: dict[str, Callable[[Config], object]] = {
+    "auxiliary": auxiliary,
+    "branches": branches,
+    "bottleneck": bottleneck,
+}
+
+# %% [markdown]
+# ## One run, from data to report
+#
+# Flat and explicit: this is the whole recipe. What is new to this lesson is the loss: in training
+# the model returns a tuple, and `AuxiliaryLoss` adds it up.
+
+
+# %%
+GOOGLENET_KNOBS = ("five_by_five", "batch_norm", "width_mult")
+
+
+def build(config: Config, num_classes: int) -> InceptionNet:
+    """The model that the flags ask for.
+
+    Raises:
+        UserError: a flag of GoogLeNet with another model.
+    """
+    options = {"aux": config.aux}
+    for name in GOOGLENET_KNOBS:
+        if config.model == "googlenet":
+            options[name] = getattr(config, name)
+        elif getattr(config, name) != getattr(Config, name):
+            raise UserError(f"--{name.replace('_', '-')}: only googlenet has it")
+    return MODELS[config.model](num_classes=num_classes, small_input=config.small_input, **options)
+
+
+def run(config: Config) -> dict[str, object]:
+    """Train, test once with the best epoch's weights, profile, draw, save; what result.json holds
+    comes back.
+    """
+    config, device = prepare(config)
+    data = load_data(config, device)
+    model = build(config, data.num_classes).to(
+        device, memory_format=runtime.memory_format(config.image_size)
+    )
+    if config.pretrained:
+        load_pretrained(model, config.model)
+
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    loss_fn = AuxiliaryLoss(criterion, model.aux_weight)
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, data.train)
+
+    run = Run.open(config, LESSON)
+    banner(config, device, data, model, run)
+    history = fit(model, data, loss_fn, optimizer, schedule, config, run)
+
+    # The only time that the test images are seen.
+    test = evaluate(model, data.test, data.class_names)
+    cost = profile(model, data.input_size)
+    draw_figures(run, model, data, history, test)
+    return run.finish(model, data, history, test, cost)
+
+
+# %% [markdown]
+# ## The loop itself
+#
+# Nothing is hidden behind `fit`: this is what runs for every batch.
+
+# %%
+if in_notebook():
+    print(inspect.getsource(train_one_epoch))
+
+# %% [markdown]
+# ## What to notice
+#
+# - The training loss starts near $1.6 \ln 10 = 3.7$ and not near $\ln 10 = 2.3$: three classifiers
+#   pay, two of them 0.3. The validation loss is that of the last one alone.
+# - Auxiliary heads hold almost half of GoogLeNet's 13 million parameters, and none of them is there
+#   when it predicts (`--no-aux --summary` beside `--summary`).
+# - torchvision's GoogLeNet has a 3x3 in place of the 5x5: a published result may rest on a slip.
+#
+# ## Exercises
+#
+# 1. Write `Inception` without looking, from the drawing at the top.
+# 2. By hand: how many multiply-adds has the 5x5 branch of 3a on a 28x28 map, with the reduction and
+#    without? Check with `--experiment bottleneck`.
+# 3. Replace the 5x5 of `five_by_five` by two 3x3. What becomes of the parameters, and what of the
+#    receptive field?
+# 4. Let the weight of `AuxiliaryLoss` fall to zero over the epochs. Does the accuracy notice?
+# 5. Write `InceptionC` for n = 3, and find the map size below which 1x7 mostly reads padding.
+
+# %%
+if __name__ == "__main__":
+    main(config, MODELS, build, run, EXPERIMENTS)

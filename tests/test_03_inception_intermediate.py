@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import doctest
+import json
+import math
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -19,6 +27,11 @@ NAMES = list(lesson.MODELS)
 # Inception-v3's auxiliary head needs a 17x17 map: torchvision's only trains from 299 pixels on.
 TWIN_PX = {"googlenet": 64, "inception_v3": 299}
 SMALLEST_PX = {"googlenet": 64, "inception_v3": 75}
+
+
+def test_doctests() -> None:
+    failed, attempted = doctest.testmod(lesson)
+    assert attempted >= 15 and failed == 0
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -206,3 +219,158 @@ def test_torchvisions_own_names_are_the_ones_the_rule_expects() -> None:
             model = torchvision.models.get_model(name, weights=None, init_weights=False)
         aux = sum(p.numel() for n, p in model.named_parameters() if n.lower().startswith("aux"))
         assert aux == int(PUBLISHED[name]["params_aux_heads"])
+
+
+class Images:
+    """A loader of one batch of noise."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.x, self.y = torch.randn(6, 3, 8, 8, generator=generator), torch.arange(6)
+
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.x, self.y)]
+
+
+def thin_googlenet() -> nn.Module:
+    torch.manual_seed(0)
+    return lesson.googlenet(10, small_input=True, width_mult=0.125).eval()
+
+
+def kill(branch: nn.Module) -> None:
+    """A last BatchNorm of zero: the branch gives zeros and lets no gradient through."""
+    norm = [m for m in branch.modules() if isinstance(m, nn.BatchNorm2d)][-1]
+    nn.init.zeros_(norm.weight)
+    nn.init.zeros_(norm.bias)
+
+
+def test_branch_shares_see_a_dead_branch_and_the_table() -> None:
+    model, images = thin_googlenet(), Images()
+    kill(model.stages[1].get_submodule("4b").branches[2])
+    shares = lesson.branch_shares(model, images.x, images.y)
+    for table in shares.values():
+        assert table.shape == (9, 4)
+        assert table.sum(axis=1) == pytest.approx([1.0] * 9)
+    assert shares["channels"][0] == pytest.approx([64 / 256, 128 / 256, 32 / 256, 32 / 256])
+    assert shares["output"][3, 2] == shares["gradient"][3, 2] == 0
+    assert (shares["output"] > 0).sum() == (shares["gradient"] > 0).sum() == 35
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_shares_of_the_output_are_those_of_the_plain_forward_pass() -> None:
+    model, images = thin_googlenet(), Images()
+    seen: list[Tensor] = []
+    module = model.stages[2].get_submodule("5a")
+    module.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    model(images.x)
+    energy = [part.square().sum().item() for part in seen[0].split([32, 40, 16, 16], dim=1)]
+    expected = [part / sum(energy) for part in energy]
+    shares = lesson.branch_shares(model, images.x, images.y)["output"][7]
+    assert shares == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_silenced_branch_costs_what_a_dead_one_does() -> None:
+    model, images = thin_googlenet(), Images()
+    intact, silenced = lesson.silenced_losses(model, images)
+    assert list(silenced) == ["3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b"]
+    assert intact == pytest.approx(nn.functional.cross_entropy(model(images.x), images.y).item())
+    kill(model.stages[0].get_submodule("3b").branches[1])
+    dead = nn.functional.cross_entropy(model(images.x), images.y).item()
+    assert silenced["3b"][1] == pytest.approx(dead, rel=1e-5)
+    assert silenced["3b"][1] != pytest.approx(intact, rel=1e-5)
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(9, 4)), generator.normal(size=(9, 4))
+    expected = stats.spearmanr(a.ravel(), b.ravel()).statistic
+    assert lesson.rank_correlation(a, b) == pytest.approx(expected)
+
+
+def test_nets_of_a_pair_start_from_the_same_weights() -> None:
+    nets = []
+    for aux in (False, True):
+        torch.manual_seed(5)
+        nets.append(lesson.trial_net(lesson.Config(image_size=8), 10, batch_norm=True, aux=aux))
+    without, with_aux = (net.state_dict() for net in nets)
+    assert set(without) == {name for name in with_aux if not name.startswith("aux_heads")}
+    assert all(torch.equal(without[name], with_aux[name]) for name in without)
+
+
+def pair(*top1: float) -> list[SimpleNamespace]:
+    return [SimpleNamespace(test_top1=value) for value in top1]
+
+
+@pytest.mark.parametrize(
+    ("with_aux", "expected"),
+    [
+        ((0.95, 0.96), "they help"),
+        ((0.85, 0.86), "they hurt"),
+        ((0.95, 0.85), "no effect shown"),
+    ],
+)
+def test_auxiliary_verdict_follows_the_numbers(with_aux: tuple, expected: str) -> None:
+    trials = {kind: pair(0.9, 0.91) for kind in lesson.KINDS}
+    trials["BN + aux"] = pair(*with_aux)
+    early = {kind: 2.0 if "aux" in kind else 1.0 for kind in lesson.KINDS}
+    verdict = lesson.auxiliary_verdict(trials, early)
+    assert "2.00 times" in verdict[0]
+    assert expected in verdict[-1]
+
+
+def test_bottleneck_by_hand(cli: Callable, tmp_path: Path) -> None:
+    code, out, err = cli("03", "--experiment", "bottleneck", "--clock", "0", "--width-mult", "0.25")
+    assert code == 0, err
+    rows = json.loads(next(tmp_path.rglob("experiment.json")).read_text())["rows"]
+    macs = {(row["form"], row["module"]): row["M MACs"] for row in rows}
+    # 3a at a quarter of the width: 48 channels in; 16, 24, 32, 4, 8, 8.
+    ours = 784 * (48 * (16 + 24 + 4 + 8) + 9 * 24 * 32 + 25 * 4 * 8)
+    assert macs["reduced", "3a"] == round(ours / 1e6, 1)
+    direct = 784 * 48 * (16 + 9 * 32 + 25 * 8 + 8)
+    assert macs["direct", "3a"] == round(direct / 1e6, 1)
+    # Naive: 16 + 32 + 8 channels and the 48 of the input go on to 3b.
+    assert (
+        next(r for r in rows if (r["form"], r["module"]) == ("naive", "3b"))["channels in"] == 104
+    )
+    assert "times the multiply-adds" in out
+
+
+@pytest.mark.parametrize(
+    ("experiment", "flags"),
+    [
+        ("auxiliary", ("--trial-width", "0.125", "--seeds", "1")),
+        ("branches", ("--width-mult", "0.125")),
+    ],
+)
+def test_experiment_in_miniature(
+    cli: Callable, tmp_path: Path, experiment: str, flags: tuple[str, ...]
+) -> None:
+    common = ("--dataset", "digits", "--smoke", "--device", "cpu")
+    code, out, err = cli("03", "--experiment", experiment, *common, *flags)
+    assert code == 0, err
+    (outcome,) = tmp_path.rglob("experiment.json")
+    record = json.loads(outcome.read_text())
+    assert len(record["rows"]) == {"auxiliary": 4, "branches": 36}[experiment]
+    assert all(sentence in out for sentence in record["verdict"])
+    assert (outcome.parent / f"{experiment}.png").stat().st_size > 10_000
+
+
+def test_run_in_miniature(cli: Callable, tmp_path: Path) -> None:
+    flags = ("--dataset", "digits", "--smoke", "--device", "cpu", "--width-mult", "0.125")
+    code, _, err = cli("03", *flags)
+    assert code == 0, err
+    result = json.loads(next(tmp_path.rglob("result.json")).read_text())
+    assert result["model"] == "googlenet"
+    # Two batches of training hardly move the losses of three classifiers from those of a guess.
+    (row,) = csv.DictReader(next(tmp_path.rglob("history.csv")).open())
+    assert float(row["train_loss"]) == pytest.approx(1.6 * math.log(10), rel=0.15)
+    assert float(row["val_loss"]) == pytest.approx(math.log(10), rel=0.3)
+
+
+def test_a_flag_of_googlenet_is_refused_for_another_model(cli: Callable) -> None:
+    code, _, err = cli("03", "--model", "inception_v3", "--width-mult", "0.5", "--summary")
+    assert code == 2
+    assert "--width-mult" in err and "Traceback" not in err
