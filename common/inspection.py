@@ -55,7 +55,11 @@ def stage_activations(model: nn.Module, x: Tensor) -> dict[str, np.ndarray]:
 
 
 def grad_cam(
-    model: nn.Module, x: Tensor, class_index: Tensor | Sequence[int] | None = None
+    model: nn.Module,
+    x: Tensor,
+    class_index: Tensor | Sequence[int] | None = None,
+    *,
+    min_size: int = 4,
 ) -> np.ndarray:
     """Where the last feature map speaks for a class: (N, C, H, W) -> (N, h, w) in [0, 1].
 
@@ -63,38 +67,43 @@ def grad_cam(
     what speaks against the class is cut off.  Selvaraju et al. 2017, eq. 1 and 2. Each image's map
     is divided by its own largest value; it is zero everywhere if nothing spoke for the class.
 
+    NOTE: of small images the last feature map has a single place, or four, and shows nothing. Where
+    it has less than `min_size` rows or columns, the last stage with as many is looked at instead.
+
     Args:
         class_index: (N,), the class whose logit is explained; by default the predicted one of each
             image.
     """
     model = _plain(model)
-    features: Tensor | None = None
+    maps: list[Tensor] = []  # each stage's output, then what forward_features gives
+
+    def watch(features: Tensor) -> Tensor:
+        """Keep `features`, and go on with a copy: what follows may work in place."""
+        maps.append(features)
+        return features.clone()
+
     compute_features = model.forward_features
-
-    def watched_features(x: Tensor) -> Tensor:
-        """The feature map as a leaf of its own graph: gradients reach it even if every layer is
-        frozen, and stop there.
-        """
-        nonlocal features
-        with torch.no_grad():
-            features = compute_features(x).detach()
-        features.requires_grad_()
-        return features.clone()  # the head may work in place
-
-    model.forward_features = watched_features
+    stages = getattr(model, "stages", nn.Module()).children()
+    handles = [stage.register_forward_hook(lambda _, __, out: watch(out)) for stage in stages]
+    model.forward_features = lambda x: watch(compute_features(x))
     try:
         with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
-            logits = model(_beside(model, x).clone())  # (N, K)
-            if features is None:
+            # The input asks for a gradient, so features have one even if every layer is frozen.
+            logits = model(_beside(model, x).clone().requires_grad_())  # (N, K)
+            if not maps:
                 raise ValueError(f"{type(model).__name__}.forward does not call forward_features")
             if class_index is None:
                 class_index = logits.argmax(dim=1)
             chosen = torch.as_tensor(class_index, dtype=torch.long, device=logits.device)
             # Images don't mix in eval mode, so the gradient of the sum holds each image's own.
             score = logits.gather(1, chosen[:, None]).sum()
+            fine = [m for m in maps if min(m.shape[2:]) >= min_size]
+            features = maps[-1] if not fine else fine[-1]
             (gradient,) = torch.autograd.grad(score, features)  # (N, C, h, w)
     finally:
         del model.forward_features  # the method of the class is back
+        for handle in handles:
+            handle.remove()
 
     weights = gradient.mean(dim=(2, 3), keepdim=True)  # (N, C, 1, 1)
     cam = (weights * features.detach()).sum(dim=1).relu()  # (N, h, w)

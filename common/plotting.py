@@ -144,7 +144,7 @@ def confusion_matrix(
         _, (ax,) = panels(1, size=(side + 0.9, side))
     wrong = counts - np.diag(np.diag(counts))
     title = f"{evaluation.top1:.1%} of {len(evaluation.targets):,} images are right"
-    if wrong.any():
+    if wrong.max() > 1:
         true, guess = np.unravel_index(wrong.argmax(), wrong.shape)
         title += (
             f"\nmost often wrong: {_short(class_names[true])} taken for "
@@ -192,7 +192,7 @@ def filters(weights: np.ndarray, *, most: int = 128) -> Figure:
 
 def activations(image: np.ndarray, maps: Mapping[str, np.ndarray], *, most: int = 8) -> Figure:
     """What each stage passes on: beside the input, (H, W, 3) in [0, 1], the `most` channels of
-    highest mean of each stage's (C, h, w), each scaled to its own range.
+    highest mean of each stage's (C, h, w), each stage on its own scale.
     """
     from matplotlib.figure import Figure
 
@@ -209,12 +209,12 @@ def activations(image: np.ndarray, maps: Mapping[str, np.ndarray], *, most: int 
     for row, (name, stage) in enumerate(maps.items()):
         ax = figure.add_subplot(grid[row, 1])
         chosen = np.argsort(-stage.mean(axis=(1, 2)), kind="stable")[:most]
+        low, high = stage[chosen].min(), stage[chosen].max()
         for column, channel in enumerate(chosen):
-            tile = stage[channel].astype(float)
-            low, high = tile.min(), tile.max()
-            tile = (tile - low) / (high - low) if high > low else np.zeros_like(tile)
             left = 1.06 * column
-            ax.imshow(tile, cmap="viridis", vmin=0, vmax=1, extent=(left, left + 1, 0, 1))
+            ax.imshow(
+                stage[channel], cmap="viridis", vmin=low, vmax=high, extent=(left, left + 1, 0, 1)
+            )
             ax.text(
                 left + 0.5,
                 -0.04,
@@ -240,11 +240,13 @@ def grad_cam(
     heatmaps: np.ndarray,
     titles: Sequence[str],
     *,
-    heading: str = "Grad-CAM: bright is what spoke for the predicted class, dark what did not",
+    heading: str = "Grad-CAM: bright is what spoke for the predicted class",
 ) -> Figure:
     """Each image, (N, H, W, 3) in [0, 1], beside itself under its heatmap, (N, h, w) in [0, 1]."""
     if len(images) == 0:
         return _message("Grad-CAM: no images to show")
+    height, width = heatmaps.shape[1:]
+    heading += f" (feature map of {height}×{width})"
     from matplotlib import colormaps
 
     pairs = []
@@ -266,7 +268,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str], heading: str) -> Figur
     """Images, (N, H, W, 3) in [0, 1], each under its title. No image: a figure that says so."""
     if len(images) == 0:
         return _message(f"{heading}: none")
-    columns = min(len(images), 6 if len(images) > 8 else 4)
+    columns = -(-len(images) // -(-len(images) // 6))  # rows of up to 6, equally long
     return _grid([np.clip(i, 0, 1) for i in images], titles, heading, columns, width=1.75)
 
 
@@ -755,6 +757,8 @@ _LEADER = {
 
 def _label_ends(ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """Write each series' name beside its last point, outside the axes, in its colour."""
+    from matplotlib.text import Text
+
     labels = []
     for name, x, y, color in ends:
         known = np.isfinite(x)
@@ -779,7 +783,7 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None
             ax.transData.transform(label.xy)[1] if label.xycoords == "data" else box.y0
             for label in labels
         ]
-        gap = 1.15 * max(label._get_layout(renderer)[0].height for label in labels)
+        gap = 1.15 * max(Text.get_window_extent(label, renderer).height for label in labels)
         for label, y in zip(labels, _spread(wanted, gap, box.y0, box.y1)):
             label.xyann = (1.03, (y - box.y0) / box.height)
 
@@ -817,6 +821,7 @@ def _label_points(
 ) -> None:
     """Write each point's name where it covers no other name, no point and little of the line."""
     from matplotlib.patheffects import withStroke
+    from matplotlib.text import Text
 
     size = TEXT_SIZE if len(points) <= 15 else SMALL_SIZE if len(points) <= 30 else SMALL_SIZE - 2
     labels = [
@@ -843,7 +848,7 @@ def _label_points(
         pixel = renderer.points_to_pixels(1)
         area = ax.get_window_extent(renderer)
         spots = ax.transData.transform([(x, y) for _, x, y in points])
-        sizes = [label._get_layout(renderer)[0] for label in labels]
+        sizes = [Text.get_window_extent(label, renderer) for label in labels]  # without their lines
         sizes = np.array([(box.width + 4 * pixel, box.height + 1 * pixel) for box in sizes])
         obstacles = [_boxes(spots, 9 * pixel, 9 * pixel)]
         if len(line) > 1:

@@ -11,6 +11,7 @@ from pathlib import Path
 from common.records import write_atomically
 
 LONG_TABLE = 30  # rows; longer ones are folded
+DPI = 130  # of the figures, as common.plotting saves them
 
 
 def write_report(
@@ -30,21 +31,18 @@ def write_report(
         tables: heading and rows; columns are the rows' keys, in order of appearance.
         figures: PNG files, embedded in this order.
         notes: sentences under the title: what was run, the verdict.
-        captions: caption by the figure's file stem; by default the stem itself, "confusion_matrix"
-            as "Confusion matrix".
+        captions: caption by the figure's file stem; a figure without one has only its own title.
 
     Raises:
         FileNotFoundError: a figure is missing.
+        ValueError: a figure is not a PNG.
     """
     captions = captions or {}
     body = [f"<h1>{escape(title)}</h1>"]
     body += [f'<p class="note">{escape(note)}</p>' for note in notes]
     if facts:
         body.append(_facts(facts))
-    body += [
-        _figure(path, captions.get(path.stem) or _sentence(path.stem))
-        for path in map(Path, figures)
-    ]
+    body += [_figure(path, captions.get(path.stem, "")) for path in map(Path, figures)]
     body += [_table(heading, rows) for heading, rows in tables.items() if rows]
     page = PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
     path = Path(folder) / "report.html"
@@ -62,10 +60,17 @@ def _facts(facts: Mapping[str, object]) -> str:
 
 
 def _figure(path: Path, caption: str) -> str:
-    png = base64.b64encode(path.read_bytes()).decode("ascii")
+    data = path.read_bytes()
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        raise ValueError(f"{path} is not a PNG")
+    # At 96 CSS pixels an inch all figures have text of one size; a phone scrolls the wide ones.
+    width = int.from_bytes(data[16:20], "big") * 96 // DPI
+    size = f'class="wide" width="{width}"' if width > 700 else f'width="{width}"'
+    source = f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
+    text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    alt = escape(caption or _words(path.stem))
     return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{png}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure><div class="scroll"><img alt="{alt}" {size} src="{source}"></div>{text}</figure>'
     )
 
 
@@ -117,11 +122,6 @@ def _words(name: str) -> str:
     return str(name).replace("_", " ")
 
 
-def _sentence(name: str) -> str:
-    words = _words(name)
-    return words[:1].upper() + words[1:]
-
-
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -165,6 +165,7 @@ figure { margin: 1.5rem 0; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff;
       border-radius: .5rem; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; text-align: center; }
+img.wide { min-width: min(40rem, 100vw * 2); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left;

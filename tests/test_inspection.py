@@ -99,10 +99,28 @@ def test_grad_cam_is_zero_where_nothing_speaks_for_the_class(model: TinyModel, x
     assert heat.shape == (5, 4, 4) and not heat.any()
 
 
-def test_grad_cam_refuses_a_model_that_goes_around_forward_features(x: Tensor) -> None:
+def test_grad_cam_takes_an_earlier_stage_where_the_last_map_is_too_small(
+    model: TinyModel, x: Tensor
+) -> None:
+    model.stages.append(nn.Conv2d(4, 4, 4))  # (N, 4, 1, 1)
+    model.eval().requires_grad_(False)
+    assert inspection.grad_cam(model, x).shape == (5, 4, 4)
+    assert inspection.grad_cam(model, x, min_size=1).shape == (5, 1, 1)
+    assert inspection.grad_cam(model, x, min_size=99).shape == (5, 1, 1)
+    # d score / d A of stage 2 by hand: the last convolution's kernel, weighted by the class.
+    second = model.stages[:2](model.stem(x))
+    classes = [0, 1, 2, 1, 0]
+    kernel, weights = model.stages[2].weight, model.head[-1].weight[classes]
+    gradient = torch.einsum("nk,kchw->nchw", weights, kernel)
+    expected = expected_cam(second, gradient.mean((2, 3)))
+    assert expected.any()
+    np.testing.assert_allclose(inspection.grad_cam(model, x, classes), expected, atol=1e-5)
+
+
+def test_grad_cam_refuses_a_model_that_goes_around_its_features(x: Tensor) -> None:
     class Around(TinyModel):
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.stages(self.stem(x)))
+            return self.head(self.stem(x))
 
     model = Around()
     with pytest.raises(ValueError, match="forward_features"):

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
+# A glyph, a layout or a scale that matplotlib complains of, a mean of nothing in numpy.
 pytestmark = pytest.mark.filterwarnings(
-    "error"
-)  # a glyph, a layout or a scale that matplotlib complains of
+    "error::UserWarning", "error::RuntimeWarning", "ignore::DeprecationWarning"
+)
 
 ROOT = Path(__file__).parent.parent
 MODELS = [

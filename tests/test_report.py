@@ -65,7 +65,7 @@ def test_every_figure_is_embedded_and_nothing_comes_from_outside(
     head = "data:image/png;base64,"
     assert all(source.startswith(head) for source in sources)
     assert [base64.b64decode(s[len(head) :]) for s in sources] == [f.read_bytes() for f in figures]
-    assert [image["alt"] for image in page.all("img")] == ["Learning curves", 'A"b<c']
+    assert [image["alt"] for image in page.all("img")] == ["learning curves", 'a"b<c']
     for tag, attributes in page.tags:
         assert tag not in {"script", "link", "iframe", "object", "base"}
         assert "href" not in attributes and "srcset" not in attributes
@@ -116,6 +116,12 @@ def test_long_tables_are_folded(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path, "t", {}, {"Per class": rows}, []))
     assert len(page.all("details")) == 1 and len(page.all("tr")) == 101
     assert "Per class (100 rows)" in page.texts and page.open == []
+
+
+def test_only_png_figures_are_embedded(tmp_path: Path) -> None:
+    (tmp_path / "page.png").write_text("<script>")
+    with pytest.raises(ValueError, match=r"page\.png is not a PNG"):
+        write_report(tmp_path, "t", {}, {}, [tmp_path / "page.png"])
 
 
 def test_a_missing_figure_leaves_the_old_report(tmp_path: Path) -> None:
