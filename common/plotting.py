@@ -224,7 +224,7 @@ def activations(image: np.ndarray, maps: Mapping[str, np.ndarray], *, most: int 
                 ha="center",
                 va="top",
             )
-        ax.set(xlim=(0, 1.06 * most - 0.06), ylim=(-0.2, 1))
+        ax.set(xlim=(0, 1.06 * most - 0.06), ylim=(-0.2, 1.03))
         channels, height, width = stage.shape
         ax.set_anchor("NW")
         label = f"{name}: {channels} channels of {height}×{width}"
