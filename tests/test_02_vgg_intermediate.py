@@ -1,85 +1,88 @@
-"""Lesson 2: every VGG is the paper's network, and its receptive fields are what autograd says."""
+"""Lesson 2: the family's structure, the small form, receptive fields by hand and by autograd, and
+the whole path through the command line. The figures that all lessons share are in test_models.py.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
+import doctest
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import lesson
 from torch import nn
 
 from common.profiling import count_macs, count_parameters
-from tests.parity import PUBLISHED, largest_difference, torchvision_twin
 
-lesson = import_module("02_vgg_intermediate")
-NAMES = list(lesson.MODELS)
-
-
-def test_the_table_has_torchvisions_eight_names() -> None:
-    assert set(NAMES) == {name for name in PUBLISHED if name.startswith("vgg")}
-    assert len(NAMES) == 8
+vgg = lesson("02")
+MODELS = vgg.MODELS
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_parameters_and_macs_are_the_published_ones(name: str) -> None:
+def on_meta(name: str, **options: object) -> nn.Module:
     with torch.device("meta"):
-        model = lesson.MODELS[name]()
-    assert count_parameters(model) == int(PUBLISHED[name]["params"])
-    macs = count_macs(model, (3, 224, 224))
-    assert macs / 1e9 == pytest.approx(float(PUBLISHED[name]["gmacs"]), rel=0.005)
+        return MODELS[name](**options)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_are_torchvisions(name: str) -> None:
-    with torch.device("meta"):
-        ours = lesson.MODELS[name]()  # 140 million weights need no values to be overwritten
-    assert largest_difference(ours.to_empty(device="cpu"), torchvision_twin(name)) < 1e-4
+def test_doctests() -> None:
+    failed, attempted = doctest.testmod(vgg)
+    assert attempted >= 8 and failed == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+# ------------------------------------------------------------------------------------ architecture
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_depth_is_the_number_in_the_name(name: str) -> None:
-    with torch.device("meta"):
-        model = lesson.MODELS[name]()
-    weighted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    layers = list(on_meta(name).modules())
+    weighted = [m for m in layers if isinstance(m, (nn.Conv2d, nn.Linear))]
+    norms = [m for m in layers if isinstance(m, nn.BatchNorm2d)]
     assert len(weighted) == int(name.removeprefix("vgg").removesuffix("_bn"))
-    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == name.endswith("_bn")
+    assert len(norms) == (len(weighted) - 3 if name.endswith("_bn") else 0)
 
 
 def test_three_quarters_of_vgg11_is_one_linear_layer() -> None:
-    with torch.device("meta"):
-        model = lesson.MODELS["vgg11"]()
+    model = on_meta("vgg11")
     assert model.head[2].weight.numel() == 512 * 7 * 7 * 4096
     assert model.head[2].weight.numel() > 0.75 * count_parameters(model)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [8, 28, 32])
+def test_head_is_silenced_as_told_and_in_training_only() -> None:
+    rates = [m.p for m in on_meta("vgg16", dropout=0.3).modules() if isinstance(m, nn.Dropout)]
+    assert rates == [0.3, 0.3]  # the first two linear layers, sec. 3.1
+
+
+# -------------------------------------------------------------------------------------- small form
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("size", [8, 16, 28, 32])
 def test_small_form_never_shrinks_to_nothing(name: str, size: int) -> None:
-    with torch.device("meta"):
-        model = lesson.MODELS[name](num_classes=10, small_input=True)
-        x = torch.zeros(2, 3, size, size)
-        assert model.forward_features(x).shape == (2, 512, 1, 1)
-        assert model(x).shape == (2, 10)
+    model = on_meta(name, num_classes=10, small_input=True)
+    x = torch.zeros(2, 3, size, size, device="meta")
+    assert model.forward_features(x).shape == (2, 512, 1, 1)
+    assert model(x).shape == (2, 10)
 
 
-@pytest.mark.parametrize("size", [8, 32])
-def test_every_parameter_of_the_small_form_gets_a_gradient(size: int) -> None:
-    model = lesson.MODELS["vgg11_bn"](num_classes=10, small_input=True)
-    model(torch.randn(4, 3, size, size)).logsumexp(dim=1).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    weighted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    assert all(m.weight.grad.any() for m in weighted)
-
-
-def test_small_form_at_32_px_has_the_paper_s_convolutions_and_a_linear_head() -> None:
-    """kuangliu/pytorch-cifar's VGG-16: the same 13 convolutions with BatchNorm, then Linear(512, 10)."""
-    with torch.device("meta"):
-        model = lesson.MODELS["vgg16_bn"](num_classes=10, small_input=True)
+def test_small_form_is_the_one_of_the_cifar_literature() -> None:
+    """kuangliu/pytorch-cifar's VGG-16: 13 convolutions with BatchNorm, then Linear(512, 10)."""
+    model = on_meta("vgg16_bn", num_classes=10, small_input=True)
     assert count_parameters(model) == 14_728_266
+    # Stage by stage at 32, 16, 8, 4 and 2 pixels: area times in times out, nine weights each.
+    pairs = {
+        32: [(3, 64), (64, 64)],
+        16: [(64, 128), (128, 128)],
+        8: [(128, 256), (256, 256), (256, 256)],
+        4: [(256, 512), (512, 512), (512, 512)],
+        2: [(512, 512)] * 3,
+    }
+    convs = sum(side**2 * 9 * i * o for side, layers in pairs.items() for i, o in layers)
+    assert count_macs(model, (3, 32, 32)) == convs + 512 * 10
 
 
 def test_at_8_px_the_last_two_pools_change_nothing() -> None:
-    model = lesson.MODELS["vgg11"](num_classes=10, small_input=True).eval()
+    model = MODELS["vgg11"](num_classes=10, small_input=True).eval()
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         expected = model(x)
@@ -90,9 +93,20 @@ def test_at_8_px_the_last_two_pools_change_nothing() -> None:
         assert not torch.equal(model(x), expected)
 
 
+def test_every_parameter_gets_a_gradient_at_8_px() -> None:
+    torch.manual_seed(0)
+    model = MODELS["vgg11_bn"](num_classes=10, small_input=True)
+    model(torch.randn(4, 3, 8, 8)).logsumexp(dim=1).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    weighted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert all(m.weight.grad.any() for m in weighted)
+
+
+# ---------------------------------------------------------------------------------- receptive field
+
+
 def test_receptive_fields_of_vgg16_by_hand() -> None:
-    with torch.device("meta"):
-        fields = lesson.receptive_fields(lesson.MODELS["vgg16"]())
+    fields = vgg.receptive_fields(on_meta("vgg16"))
     # Two convolutions add 2 pixels each and the pool 1; from there a step is 2 pixels, and so on.
     sizes = [3, 5, 6, 10, 14, 16, 24, 32, 40, 44, 60, 76, 92, 100, 132, 164, 196, 212]
     assert [field.size for field in fields] == sizes
@@ -100,23 +114,139 @@ def test_receptive_fields_of_vgg16_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("kernels", "sees"), [((5,), 5), ((3, 3), 5), ((7,), 7), ((3, 3, 3), 7)])
-def test_measured_field_of_a_stack_is_the_computed_one(kernels: tuple[int, ...], sees: int) -> None:
-    stack = lesson.conv_stack(kernels, channels=8)
+def test_measured_field_of_a_stack_is_the_computed_one(kernels: tuple, sees: int) -> None:
+    torch.manual_seed(0)
+    stack = vgg.conv_stack(kernels, channels=8)
     image = torch.randn(4, 8, 15, 15, requires_grad=True)
-    assert lesson.extent(lesson.centre_gradient(stack(image), image)) == sees
-    assert lesson.receptive_fields(stack)[-1].size == sees
-
-
-def test_measured_field_of_two_stages_is_the_computed_one() -> None:
-    stages = lesson.MODELS["vgg13"](num_classes=10, small_input=True).stages[:2]
-    image = torch.randn(16, 3, 32, 32, requires_grad=True)
-    assert lesson.extent(lesson.centre_gradient(stages(image), image)) == 16
+    assert vgg.extent(vgg.centre_gradient(stack(image), image)) == sees
+    assert vgg.receptive_fields(stack)[-1].size == sees
 
 
 def test_three_3x3_cost_27_parts_of_a_7x7_s_49() -> None:
-    """Simonyan and Zisserman 2014, sec. 2.3: 3 (3^2 C^2) = 27 C^2 weights against 7^2 C^2 = 49 C^2."""
+    """Simonyan and Zisserman 2014, sec. 2.3: 3 (3^2 C^2) = 27 C^2 weights against 7^2 C^2."""
     with torch.device("meta"):
-        three, one = (lesson.conv_stack(k, channels=64) for k in ((3, 3, 3), (7,)))
+        three, one = (vgg.conv_stack(k, channels=64) for k in ((3, 3, 3), (7,)))
     assert count_parameters(three) == 27 * 64**2
     assert count_parameters(one) == 49 * 64**2
     assert count_macs(three, (64, 14, 14)) == 14 * 14 * 27 * 64**2
+
+
+def test_every_layer_is_looked_at_by_its_name_in_the_paper() -> None:
+    torch.manual_seed(0)
+    model = vgg.VGG((1, 2), channels=(8, 8), num_classes=2, small_input=True)
+    seen = vgg.look_at_layers(model, torch.device("cpu"), images=4)
+    assert [s.name for s in seen] == ["conv1_1", "pool1", "conv2_1", "conv2_2", "pool2"]
+    assert [s.measured for s in seen] == [3, 4, 8, 12, 14] == [s.computed for s in seen]
+    # 14 pixels at jumps of 4: the smallest odd map that holds them has 5 positions, 20 pixels.
+    assert seen[0].gradient.shape == (20, 20)
+    assert seen[2].macs == 10 * 10 * 9 * 8 * 8 and seen[1].macs == 0
+
+
+def test_effective_field_holds_the_share_and_no_less() -> None:
+    gradient = torch.zeros(9, 9)
+    gradient[2:7, 2:7] = 1.0  # 25 pixels, 9 of them in the middle 3x3
+    assert vgg.effective_extent(gradient, share=9 / 25) == 3
+    assert vgg.effective_extent(gradient, share=10 / 25) == 5
+    gradient[2, 2:8] = gradient[6, 2:8] = 1e-9  # now the field reaches one column farther
+    assert vgg.extent(gradient) == 6
+
+
+# -------------------------------------------------------------------------------------- whole runs
+
+
+def test_run_in_miniature(cli: Callable, tmp_path: Path) -> None:
+    code, _, err = cli("02", "--dataset", "digits", "--smoke", "--device", "cpu")
+    assert code == 0, err
+    (outcome,) = (tmp_path / "runs").rglob("result.json")
+    result = json.loads(outcome.read_text())
+    assert (result["model"], result["params"]) == ("vgg11_bn", 9_231_114)
+    figures = {path.stem for path in outcome.parent.glob("*.png")}
+    assert {"filters", "activations", "block_maps", "grad_cam"} <= figures
+
+
+@pytest.mark.parametrize(("flags", "lr"), [((), 0.005), (("--lr", "0.3"), 0.3)])
+def test_plain_nets_get_a_tenth_of_the_rate_unless_told(flags: tuple, lr: float) -> None:
+    rate = vgg.parse_flags(vgg.Config, ["--model", "vgg11", *flags]).resolve("digits").lr
+    assert rate == pytest.approx(lr)
+    assert vgg.Config().resolve("digits").lr == pytest.approx(0.05)
+
+
+def test_receptive_field_in_miniature(cli: Callable, tmp_path: Path) -> None:
+    code, out, err = cli(
+        "02", "--experiment", "receptive-field", "--model", "vgg11", "--field-images", "2",
+        "--dataset", "digits", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    (outcome,) = (tmp_path / "runs").rglob("experiment.json")
+    rows = {row["name"]: row for row in json.loads(outcome.read_text())["rows"]}
+    assert rows["three 3x3"]["sees (measured)"] == rows["one 7x7"]["sees (measured)"] == 7
+    assert rows["pool5"]["sees (measured)"] == rows["pool5"]["sees (computed)"] == 150
+    assert "as far as one 7x7" in out
+    for name in ("receptive_fields", "field_growth"):
+        assert (outcome.parent / f"{name}.png").stat().st_size > 10_000
+
+
+def test_batch_norm_in_miniature(cli: Callable, tmp_path: Path) -> None:
+    code, out, err = cli(
+        "02", "--experiment", "batch-norm", "--image-size", "8", "--dataset", "digits", "--smoke",
+        "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    (outcome,) = (tmp_path / "runs").rglob("experiment.json")
+    rows = json.loads(outcome.read_text())["rows"]
+    assert [row["lr"] for row in rows] == [0.005, 0.005, 0.05, 0.05]
+    assert [row["name"].split(",")[0] for row in rows] == ["vgg11", "vgg11_bn"] * 2
+    assert "verdict" in out
+    assert (outcome.parent / "batch_norm.png").stat().st_size > 10_000
+
+
+def test_batch_norm_goes_on_when_a_net_diverges(cli: Callable, tmp_path: Path) -> None:
+    code, _, err = cli(
+        "02", "--experiment", "batch-norm", "--image-size", "8", "--dataset", "digits", "--smoke",
+        "--device", "cpu", "--lr", "1e30",
+    )  # fmt: skip
+    assert code == 0, err
+    (outcome,) = (tmp_path / "runs").rglob("experiment.json")
+    losses = [row["train loss"] for row in json.loads(outcome.read_text())["rows"]]
+    assert len(losses) == 4 and "not finite" in losses
+
+
+def outcome(batch_norm: bool, lr: float, top1: float, val: list[float]) -> object:
+    class Epoch:
+        def __init__(self, epoch: int, val_top1: float) -> None:
+            self.epoch, self.val_top1 = epoch, val_top1
+
+    history = [Epoch(i, v) for i, v in enumerate(val, 1)]
+    return vgg.Outcome("", batch_norm, lr, vgg.Trial("", 0, 0, top1, 0.0, history))
+
+
+# Test accuracy, and validation accuracy after each of two epochs.
+SLOW, FAST, FAILED = (0.95, [0.5, 0.95]), (0.96, [0.95, 0.95]), (0.1, [0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("plain", "normed", "first", "second"),  # each net at the lower and at the higher rate
+    [
+        ((SLOW, FAILED), (FAST, FAST), "holds", "holds"),
+        ((FAST, FAILED), (SLOW, FAST), "fails", "holds"),
+        ((SLOW, SLOW), (FAST, FAST), "holds", "did not show"),
+        ((SLOW, FAILED), (FAST, FAILED), "is undecided", "fails"),
+        ((FAILED, FAILED), (FAST, FAST), "holds", "is undecided"),
+    ],
+)
+def test_verdict_follows_the_numbers(plain: tuple, normed: tuple, first: str, second: str) -> None:
+    outcomes = [
+        outcome(batch_norm, lr, top1, val)
+        for batch_norm, runs in ((False, plain), (True, normed))
+        for lr, (top1, val) in zip((0.01, 0.1), runs)
+    ]
+    verdict = " ".join(vgg.batch_norm_verdict(outcomes, test_images=360))
+    assert f"the first claim {first}" in verdict
+    assert f"the second claim {second}" in verdict
+
+
+def test_verdict_counts_a_loss_that_is_not_finite_as_failure() -> None:
+    outcomes = [outcome(bn, lr, *FAST) for bn in (False, True) for lr in (0.01, 0.1)]
+    outcomes[1] = outcomes[1]._replace(trial=None)
+    verdict = vgg.batch_norm_verdict(outcomes, test_images=360)
+    assert any("second claim holds" in line for line in verdict)
