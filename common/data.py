@@ -394,9 +394,9 @@ def _collate(items: list[tuple[Tensor | str, int]]) -> tuple[Tensor | str, Tenso
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
+def _leave_ctrl_c_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which Python ends them when it exits itself
     torch.set_num_threads(1)
 
 
@@ -412,7 +412,7 @@ def _file_workers(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=_leave_ctrl_c_to_the_main_process,
         generator=torch.Generator(),  # or each epoch would draw from the one that dropout uses
     )
 
@@ -484,7 +484,7 @@ def _read_all(
                 batch_sampler=rows,
                 num_workers=num_workers(config) if len(files) > 2000 else 0,
                 collate_fn=list,
-                worker_init_fn=_leave_signals_to_the_main_process,
+                worker_init_fn=_leave_ctrl_c_to_the_main_process,
                 generator=torch.Generator(),
             )
             images: list[Tensor | str] = []

@@ -530,6 +530,11 @@ def _train_epoch(
         try:
             with Bar(total, label, "img", done, show=watch.show) as watch.bar:
                 return train_one_epoch(model, loader, loss_fn, optimizer, schedule, scaler, watch)
+        except UserError as error:
+            # SIGTERM to the whole process group: the workers died of it before the step was done.
+            if watch.stop.signum and watch.run is not None and "worker process" in str(error):
+                raise Interrupted(watch.stop.signum, watch.run.farewell()) from None
+            raise
         except torch.OutOfMemoryError as error:
             advice = (
                 "try a smaller --batch-size with a larger --accumulate, or a smaller --image-size"

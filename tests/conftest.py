@@ -1,0 +1,69 @@
+"""What the tests share: lessons by number, small image folders, the command line in this process."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+LESSONS = sorted(p.stem for p in ROOT.glob("0[1-8]_*.py"))
+
+torch.set_num_threads(1)  # several test processes share the cores
+
+
+def lesson(number: str) -> ModuleType:
+    """The lesson whose file name begins with `number`."""
+    return importlib.import_module(next(name for name in LESSONS if name.startswith(number)))
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes DIR[/split]/CLASS/N.png of noise whose mean colour tells the class."""
+    from PIL import Image
+
+    def make(
+        classes: tuple[str, ...] = ("cat", "dog", "eel"),
+        per_class: int = 12,
+        size: int = 16,
+        splits: tuple[str, ...] = ("",),
+        name: str = "images",
+    ) -> Path:
+        generator = np.random.default_rng(0)
+        for split in splits:
+            for label, kind in enumerate(classes):
+                folder = tmp_path / name / split / kind
+                folder.mkdir(parents=True, exist_ok=True)
+                for i in range(per_class):
+                    pixels = generator.integers(0, 100, (size, size, 3))
+                    pixels[..., label % 3] += 120
+                    Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable:
+    """`cli("01", "--epochs", "0")` -> (exit code, stdout, stderr), without a new interpreter."""
+
+    def call(number: str, *argv: str) -> tuple[int, str, str]:
+        module = lesson(number)
+        script = f"{module.__name__}.py"
+        monkeypatch.setattr(sys, "argv", [script, "--run-dir", str(tmp_path / "runs"), *argv])
+        code = 0
+        try:
+            config = module.parse_flags(module.Config)
+            module.main(config, module.MODELS, module.build, module.run, module.EXPERIMENTS)
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call

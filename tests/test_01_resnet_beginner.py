@@ -1,0 +1,159 @@
+"""Lesson 1: what the paper's tables and a hand count say of its networks, and its experiment in miniature."""
+
+from __future__ import annotations
+
+import doctest
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import lesson
+from torch import nn
+
+from common.profiling import count_macs, count_parameters
+from tests.parity import PUBLISHED, largest_difference, torchvision_twin
+
+resnet = lesson("01")
+MODELS = resnet.MODELS
+
+
+def test_doctests() -> None:
+    failed, attempted = doctest.testmod(resnet)
+    assert attempted >= 6 and failed == 0
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name in PUBLISHED])
+def test_torchvision_and_the_published_table_agree(model: str) -> None:
+    """Parameters, multiply-adds, and the logits of the same weights."""
+    with torch.device("meta"):
+        net = MODELS[model]()
+    assert count_parameters(net) == int(PUBLISHED[model]["params"])
+    gmacs = float(PUBLISHED[model]["gmacs"])
+    assert count_macs(net, (3, 224, 224)) == pytest.approx(1e9 * gmacs, rel=0.005)
+    assert largest_difference(net.to_empty(device="cpu"), torchvision_twin(model)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "params"),
+    [
+        ("resnet20", {}, 269_722),  # option A, as published: 0.27M
+        ("resnet20", {"shortcut": "B"}, 272_474),
+        ("resnet32", {}, 464_154),  # 0.46M
+        ("resnet44", {}, 658_586),  # 0.66M
+        ("resnet56", {}, 853_018),  # 0.85M
+        ("resnet110", {}, 1_727_962),  # 1.7M
+        ("resnet18", {"small_input": True}, 11_173_962),  # kuangliu/pytorch-cifar
+    ],
+)
+def test_cifar_forms_have_the_published_parameters(model: str, options: dict, params: int) -> None:
+    assert count_parameters(MODELS[model](num_classes=10, **options)) == params
+
+
+def test_squeeze_excitation_adds_its_hand_count() -> None:
+    # Per block 2 C^2/16 weights and C/16 + C biases; Hu et al. 2018, eq. 5. resnet50: 3, 4, 6, 3 blocks.
+    blocks = [(3, 256), (4, 512), (6, 1024), (3, 2048)]
+    extra = sum(n * (2 * c * c // 16 + c // 16 + c) for n, c in blocks)
+    with torch.device("meta"):
+        assert count_parameters(MODELS["se_resnet50"]()) == 25_557_032 + extra
+
+
+def test_plain_net_is_the_resnet_without_its_projections() -> None:
+    projections = sum(a * b + 2 * b for a, b in [(64, 128), (128, 256), (256, 512)])
+    with torch.device("meta"):
+        assert count_parameters(MODELS["plainnet18"]()) == 11_689_512 - projections
+        assert count_parameters(MODELS["plainnet34"]()) == 21_797_672 - projections
+
+
+def test_macs_of_resnet20_by_hand() -> None:
+    """Sec. 4.2 at 32x32: a stem, then three stages of six 3x3 convolutions, halved and doubled."""
+    stem = 32 * 32 * 3 * 16 * 9
+    first = 6 * 32 * 32 * 16 * 16 * 9
+    second = 16 * 16 * 9 * (16 * 32 + 5 * 32 * 32)
+    third = 8 * 8 * 9 * (32 * 64 + 5 * 64 * 64)
+    assert count_macs(MODELS["resnet20"](num_classes=10), (3, 32, 32)) == (
+        stem + first + second + third + 64 * 10
+    )
+
+
+@pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
+def test_zero_residual_branch_is_the_identity(block: type[nn.Module]) -> None:
+    """With the last BatchNorm at zero a block passes on relu(x), to the bit."""
+    channels = 16 * block.expansion
+    unit = block(channels, 16)
+    last = unit.bn2 if block is resnet.BasicBlock else unit.bn3
+    nn.init.zeros_(last.weight)
+    x = torch.randn(2, channels, 8, 8)
+    assert torch.equal(unit(x), x.relu())
+
+
+def test_zero_init_is_an_option_that_is_on() -> None:
+    on, off = MODELS["resnet18"](), MODELS["resnet18"](zero_init_residual=False)
+    assert on.stages[0][0].bn2.weight.abs().sum() == 0
+    assert off.stages[0][0].bn2.weight.min() == 1
+
+
+def test_option_a_subsamples_and_pads() -> None:
+    x = torch.randn(1, 16, 8, 8)
+    y = resnet.PadShortcut(16, 32, stride=2)(x)
+    assert torch.equal(y[:, :16], x[:, :, ::2, ::2])
+    assert y[:, 16:].abs().sum() == 0
+
+
+def test_identity_of_preactivation_is_untouched() -> None:
+    """From the stem to the sum nothing rectifies: with a dead branch negative values come through."""
+    unit = resnet.PreActBlock(16, 16)
+    nn.init.zeros_(unit.conv2.weight)
+    x = torch.randn(2, 16, 4, 4)
+    assert torch.equal(unit(x), x)
+
+
+def test_unknown_shortcut_and_depth_are_refused() -> None:
+    with pytest.raises(ValueError, match="shortcut is 'A'"):
+        MODELS["resnet18"](shortcut="C")
+    with pytest.raises(ValueError, match="6n \\+ 2"):
+        resnet.cifar_resnet(21)
+
+
+def test_experiment_in_miniature(cli: Callable, tmp_path: Path) -> None:
+    code, out, err = cli(
+        "01", "--experiment", "skip-connections", "--depths", "8,14", "--dataset", "digits",
+        "--smoke", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    (outcome,) = (tmp_path / "runs").rglob("experiment.json")
+    rows = json.loads(outcome.read_text())["rows"]
+    assert [r["name"] for r in rows] == [
+        f"{family}-{depth}" for depth in (8, 14) for family in resnet.FAMILIES
+    ]
+    assert "verdict" in out
+    assert (outcome.parent / "skip_connections.png").stat().st_size > 10_000
+
+
+def trial(loss: float, top1: float) -> object:
+    record = resnet.Trial.__dataclass_fields__  # the real class, with only what the verdict reads
+    assert {"history", "test_top1"} <= set(record)
+
+    class Last:
+        train_loss = loss
+
+    return resnet.Trial("", 0, 0, top1, 0.0, [Last()])
+
+
+@pytest.mark.parametrize(
+    ("plain", "residual", "expected"),
+    [
+        ((0.1, 0.5), (0.1, 0.05), "the claim holds"),
+        ((0.1, 0.5), (0.1, 0.9), "the claim fails"),
+        ((0.5, 0.1), (0.1, 0.05), "did not show"),
+    ],
+)
+def test_verdict_follows_the_numbers(plain: tuple, residual: tuple, expected: str) -> None:
+    losses = {"plain": plain, "residual": residual, "pre-activation": residual}
+    trials = {
+        (family, depth): trial(losses[family][i], 0.9)
+        for family in losses
+        for i, depth in enumerate((20, 56))
+    }
+    assert any(expected in line for line in resnet.skip_verdict(trials, [20, 56]))

@@ -1,0 +1,257 @@
+"""Splits, order and randomness of the loaders; folders and files as people have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import sources
+from common.config import TrainConfig
+from common.data import Data, load_data, make_data
+from common.errors import UserError
+from common.sources import Pictures, Source, load_folder, read_image, stratified_split
+
+CPU = torch.device("cpu")
+
+
+def numbered(n: int = 100, classes: int = 4, **options: object) -> tuple[Source, TrainConfig]:
+    """Images whose first pixel is their row number, so that a batch says what is in it."""
+    pixels = torch.zeros(n, 3, 8, 8, dtype=torch.uint8)
+    pixels[:, :, 0, 0] = torch.arange(n, dtype=torch.uint8).view(-1, 1)
+    every = Pictures(torch.arange(n) % classes, pixels)
+    test = Pictures(torch.arange(20) % classes, pixels[:20])
+    settings = {"batch_size": 8, "augment": "none", "image_size": 8, **options}
+    config = TrainConfig(**settings).resolve("digits")
+    return Source("numbered", [str(c) for c in range(classes)], every, test), config
+
+
+def rows_of(data: Data, x: torch.Tensor) -> list[int]:
+    pixels = x[:, 0, 0, 0] * data.std[0] + data.mean[0]
+    return (255 * pixels).round().int().tolist()
+
+
+def epoch_rows(data: Data, epoch: int, start: int = 0) -> list[list[int]]:
+    return [rows_of(data, x) for x, _ in data.train.batches(epoch, start)]
+
+
+def test_validation_is_disjoint_from_training_and_stratified() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
+    rest, part = stratified_split(labels, 0.1, seed=3)
+    assert set(rest.tolist()) | set(part.tolist()) == set(range(100))
+    assert not set(rest.tolist()) & set(part.tolist())
+    assert torch.bincount(labels[part]).tolist() == [5, 3, 2]
+    assert part.tolist() != stratified_split(labels, 0.1, seed=4)[1].tolist()
+
+
+def test_digits_splits_share_no_image() -> None:
+    data = load_data(TrainConfig(seed=1).resolve("digits"), CPU)
+    sizes = [len(loader.labels) for loader in data.splits().values()]
+    assert sum(sizes) == 1797
+    pixels = {n: {p.numpy().tobytes() for p in _inner(d.pixels)} for n, d in data.splits().items()}
+    everything = sources.load_digits()
+    doubles = 1797 - len(
+        {p.numpy().tobytes() for p in torch.cat([everything.train.pixels, everything.test.pixels])}
+    )
+    shared = len(pixels["train"] & pixels["val"]) + len(pixels["train"] & pixels["test"])
+    assert shared + len(pixels["val"] & pixels["test"]) <= doubles
+
+
+def _inner(pixels: torch.Tensor) -> torch.Tensor:
+    """Without the padding that the training split carries."""
+    edge = (pixels.shape[-1] - 8) // 2
+    return pixels[:, :, edge : edge + 8, edge : edge + 8].contiguous()
+
+
+def test_test_images_stay_the_same_whatever_the_seed() -> None:
+    a, b = (load_data(TrainConfig(seed=s).resolve("digits"), CPU) for s in (0, 1))
+    assert torch.equal(a.test.pixels, b.test.pixels)
+    assert not torch.equal(a.val.pixels, b.val.pixels)
+
+
+def test_an_epoch_holds_each_image_at_most_once_in_a_new_order() -> None:
+    data = make_data(*numbered(), CPU)
+    first, second = (sum(epoch_rows(data, e), []) for e in (0, 1))
+    assert len(first) == len(set(first)) == 88  # 90 in whole batches of 8
+    assert first != second
+    assert first == sum(epoch_rows(data, 0), [])
+
+
+def test_starting_later_gives_the_rest_of_the_same_epoch() -> None:
+    for augment in ("none", "basic", "strong"):
+        source, config = numbered(augment=augment)
+        data = make_data(source, config, CPU)
+        whole = [x for x, _ in data.train.batches(2)]
+        rest = [x for x, _ in data.train.batches(2, start=5)]
+        assert len(rest) == len(whole) - 5
+        assert all(torch.equal(a, b) for a, b in zip(whole[5:], rest))
+
+
+def test_augmentation_does_not_depend_on_the_batch_size() -> None:
+    source, config = numbered(augment="basic", cutout=3)
+    small = make_data(source, config, CPU)
+    large = make_data(source, TrainConfig(**{**config.to_dict(), "batch_size": 16}), CPU)
+    a = torch.cat([x for x, _ in small.train.batches(0)])[:80]
+    assert torch.equal(a, torch.cat([x for x, _ in large.train.batches(0)])[:80])
+
+
+def test_mixing_leaves_the_global_generator_alone() -> None:
+    data = make_data(*numbered(augment="strong"), CPU)
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    _, y = next(iter(data.train.batches()))
+    assert y.shape == (8, 4) and torch.allclose(y.sum(1), torch.ones(8))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_normalised_training_images_have_mean_zero_and_deviation_one() -> None:
+    data = load_data(TrainConfig(augment="none").resolve("digits"), CPU)
+    x = torch.cat([x for x, _ in data.train.batches()])
+    assert x.mean().abs() < 0.02 and (x.std() - 1).abs() < 0.02
+
+
+def test_accumulated_batches_are_whole_steps() -> None:
+    data = make_data(*numbered(accumulate=3), CPU)
+    assert len(data.train) == 9  # 90 // (3 * 8) = 3 steps of 3 batches
+    data.train.halve_batches()
+    assert (data.train.batch_size, data.train.accumulate, len(data.train)) == (4, 6, 18)
+
+
+def test_too_few_images_for_a_batch_make_a_smaller_one() -> None:
+    source, config = numbered(n=12, batch_size=64)
+    assert make_data(source, config, CPU).train.batch_size == 8
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def folder_config(folder: Path, **options: object) -> TrainConfig:
+    settings = {"dataset": "folder", "data_dir": str(folder), "batch_size": 4, **options}
+    return TrainConfig(**settings).resolve("folder", settings.pop("image_size", 96))
+
+
+@pytest.mark.parametrize("augment", ["basic", "strong"])
+def test_workers_change_nothing(image_folder: Callable, augment: str) -> None:
+    folder = image_folder(per_class=8, size=100)
+    runs = []
+    for workers in (0, 2):
+        data = load_data(folder_config(folder, workers=workers, augment=augment), CPU)
+        assert not data.in_memory
+        batches = [x for x, _ in data.train.batches(1)]
+        runs.append(batches)
+        again = [x for x, _ in data.train.batches(1, start=2)]
+        assert all(torch.equal(a, b) for a, b in zip(batches[2:], again))
+    assert len(runs[0]) == len(runs[1])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_small_folders_live_in_memory(image_folder: Callable) -> None:
+    data = load_data(folder_config(image_folder(), image_size=16), CPU)
+    assert data.in_memory and data.train.pixels.dtype == torch.uint8
+    assert {name: len(d.labels) for name, d in data.splits().items()} == {
+        "train": 30, "val": 3, "test": 3,
+    }  # fmt: skip
+
+
+def test_three_layouts(image_folder: Callable) -> None:
+    for splits, has_val in ((("train", "val", "test"), True), (("train", "val"), False)):
+        source = load_folder(str(image_folder(splits=splits, name="_".join(splits))), 0)
+        assert (source.val is not None) == has_val
+        assert source.class_names == ["cat", "dog", "eel"]
+        assert len(source.train) == len(source.test) == 36
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda make, tmp: tmp / "nowhere", "no such folder"),
+        (lambda make, tmp: _empty(tmp), "no class folders"),
+        (lambda make, tmp: make(classes=("only",)), "one class only"),
+        (lambda make, tmp: _with_empty_class(make()), "no images in this class folder"),
+        (lambda make, tmp: make(splits=("val",)), "no train folder"),
+        (lambda make, tmp: make(splits=("train",)), "neither val nor test"),
+        (lambda make, tmp: _odd_class(make(splits=("train", "val"))), "'fox' is missing in"),
+    ],
+)
+def test_wrong_folders_are_named(
+    image_folder: Callable, tmp_path: Path, build: Callable, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_folder(str(build(image_folder, tmp_path)), 0)
+
+
+def _empty(tmp: Path) -> Path:
+    (tmp / "empty").mkdir()
+    return tmp / "empty"
+
+
+def _with_empty_class(folder: Path) -> Path:
+    (folder / "fox").mkdir()
+    (folder / "fox" / "notes.txt").write_text("no picture")
+    return folder
+
+
+def _odd_class(folder: Path) -> Path:
+    (folder / "val" / "fox").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "val" / "fox" / "1.png")
+    return folder
+
+
+def test_broken_image_is_named_or_skipped(image_folder: Callable) -> None:
+    folder = image_folder()
+    (folder / "dog" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    (folder / "dog" / ".hidden.png").write_bytes(b"")
+    for size in (16, 96):
+        with pytest.raises(UserError, match=r"torn\.jpg"):
+            load_data(folder_config(folder, image_size=size, workers=0), CPU)
+        data = load_data(folder_config(folder, image_size=size, workers=0, skip_broken=True), CPU)
+        assert data.skipped == 1 and "1 broken left out" in data.describe()
+
+
+def test_an_image_that_breaks_during_an_epoch_is_named(image_folder: Callable) -> None:
+    folder = image_folder(size=100)
+    for workers in (0, 1):
+        data = load_data(folder_config(folder, workers=workers), CPU)
+        victim = Path(data.train.files.paths[0])
+        pixels = victim.read_bytes()
+        victim.write_bytes(pixels[: len(pixels) // 2])
+        with pytest.raises(UserError, match=victim.name):
+            list(data.train.batches(0))
+        victim.write_bytes(pixels)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "I;16", "1", "F"])
+def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    grey = np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (8, 1))
+    path = tmp_path / "x.tiff"
+    if mode == "I;16":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    elif mode == "F":
+        Image.fromarray(grey.astype(np.float32)).save(path)
+    else:
+        colour = Image.fromarray(grey).convert("RGB")
+        (colour.quantize(256) if mode == "P" else colour.convert(mode)).save(path)
+    pixels = read_image(str(path))
+    assert pixels.shape == (3, 8, 16) and pixels.dtype == torch.uint8
+    expected = torch.from_numpy(grey)
+    if mode == "1":
+        assert set(pixels.unique().tolist()) <= {0, 255}
+    else:
+        assert (pixels.int() - expected.int()).abs().max() <= 2
+
+
+def test_exif_turns_and_transparency_is_white(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 4), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    pixels = read_image(str(tmp_path / "turned.png"))
+    assert pixels.shape == (3, 8, 4) and pixels[0, 0, 3] == 255
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (read_image(str(tmp_path / "clear.png")) == 255).all()
