@@ -41,7 +41,7 @@ class Config(TrainConfig):
     """What this lesson can be told; every field is a flag, and `--help` prints them all."""
 
     model: str = knob("vgg11_bn", "a name of MODELS: vgg11, vgg13, vgg16, vgg19, vgg16_bn, ...")
-    dropout: float = knob(0.5, "share of the head's hidden units silenced, from 96 px on", low=0)
+    dropout: float = knob(0.5, "share of the large head's units silenced, for over 64 px", low=0)
     field_images: int = knob(4, "noise images that --experiment receptive-field looks at", low=1)
 
     # What differs from the defaults of common/config.py. Digits are enlarged to 16 pixels, so that
@@ -51,8 +51,8 @@ class Config(TrainConfig):
     def resolve(self, *args: object, **options: object) -> TrainConfig:
         """As ever, but a net without BatchNorm gets a tenth of the recipe's learning rate.
 
-        That is about the paper's own, 0.01 per 256 images (sec. 3.1), and the experiment
-        `batch-norm` shows what it gets for more.
+        That is the paper's own 0.01 per 256 images (sec. 3.1) or twice as much, and the experiment
+        `batch-norm` shows what becomes of it at the full rate.
         """
         config = super().resolve(*args, **options)
         if self.lr is None and not self.model.endswith("_bn"):
@@ -715,9 +715,11 @@ if in_notebook():
 # %% [markdown]
 # ## What to notice
 #
-# - `--model vgg16 --image-size 224 --summary`: 123.6 of the 138.4 million parameters sit in the
-#   head, 15.3 of the 15.5 billion multiply-adds in the convolutions.
-# - `filters.png`: 3x3 is too small for a picture. Colours and edges are all that fits.
+# - `--model vgg16 --image-size 224 --summary`: 119.6 of the 134.3 million parameters sit in the
+#   head (ten classes), 15.3 of the 15.5 billion multiply-adds in the convolutions.
+# - `filters.png`: 3x3 is too small for a picture, a colour or an edge is all that fits. On gray
+#   digits the filters keep the colours that they were drawn with: red, green and blue are equal
+#   there, so that only the sum over the three reaches the loss.
 # - `block_maps.png`: the first block still shows the digit; from block to block the maps shrink,
 #   and what is left says what is there, no longer where.
 # - In `receptive_fields.png` the corners of the field are dark: the many paths to the centre pixel
