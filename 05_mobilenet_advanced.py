@@ -1,14 +1,110 @@
-"""Lesson 5: MobileNet, a convolution in two cheap steps."""
+"""Lesson 5, advanced: MobileNet, a convolution in two cheap steps.
+
+Howard et al., "MobileNets: efficient convolutional neural networks for mobile vision
+applications", 2017 (arXiv 1704.04861); Sandler et al., "MobileNetV2: inverted residuals and linear
+bottlenecks", 2018 (arXiv 1801.04381); Howard et al., "Searching for MobileNetV3", 2019 (arXiv
+1905.02244).
+
+The idea in one sentence: filter each channel by itself, then mix the channels pixel by pixel, and
+a network does what a standard one does with about an eighth of the multiply-adds.
+
+    python 05_mobilenet_advanced.py                            # trains; digits on a CPU
+    python 05_mobilenet_advanced.py --experiment separable     # against standard convolutions
+    python 05_mobilenet_advanced.py --experiment multipliers   # thinner, or smaller images?
+    python 05_mobilenet_advanced.py --experiment quantize      # 8-bit integers after training
+    python 05_mobilenet_advanced.py --model mobilenet_v3_large --summary
+"""
+
+# %% [markdown]
+# ## The problem, and the one equation
+#
+# A phone has a hundredth of the power of a GPU. Where do the multiply-adds go? A standard
+# convolution does two jobs at once: it filters in space, and it mixes channels. With a $k \times k$
+# kernel each of its $D$ outputs reads $k^2$ pixels of all $C$ inputs. MobileNet does one job after
+# the other, and at each place that takes
+#
+# $$k^2 C + C D \quad\text{instead of}\quad k^2 C D,
+# \qquad\text{a share of}\quad \frac{1}{D} + \frac{1}{k^2}$$
+#
+#         standard     C ───── 3x3 over all channels ───── D
+#
+#         separable    C ── 3x3, each channel alone ── C ── 1x1 over all channels ── D
+#                              depthwise                         pointwise
+#
+# With 3x3 kernels and a few hundred channels one eighth to one ninth is left. What does it cost in
+# accuracy, and does the clock agree?
 
 # %%
+from dataclasses import dataclass
+
+from common.cli import in_notebook, main, parse_flags
+from common.config import TrainConfig, knob
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """What this lesson can be told; every field is a flag, and `--help` prints them all."""
+
+    model: str = knob(
+        "mobilenet_v2",
+        "a name of MODELS: mobilenet_v1, mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large",
+    )
+    width_mult: float = knob(1.0, "factor on the channels of every layer", low=0.05)
+    trial_width: float = knob(
+        0.5, "width_mult of the nets that --experiment separable trains", low=0.05
+    )
+    seeds: int = knob(2, "runs of each net that --experiment separable averages", low=1)
+    width_mults: str = knob("0.25,0.5,1", "columns of the grid of --experiment multipliers")
+    resolution_mults: str = knob("0.5,0.75,1", "its rows, factors on the side of the image")
+    backend: str = knob(
+        "",
+        "integer kernels for --experiment quantize (default: the first that torch has here)",
+        ("x86", "fbgemm", "onednn", "qnnpack", ""),
+    )
+    latency_px: int = knob(
+        224, "side of the images of ImageNet's form that experiments time, in pixels", low=32
+    )
+    clock: float = knob(0.3, "seconds for which experiments time each net or block", low=0)
+
+    # What differs from the defaults of common/config.py; the record at the top was measured with
+    # these.
+    RECIPES = {"digits": {"image_size": 8, "epochs": 20, "batch_size": 64, "base_lr": 0.4}}
+
+
+# Flags are read before torch is imported, so that --help answers at once; a notebook gets the
+# defaults.
+config = parse_flags(Config) if __name__ == "__main__" else Config()
+
+# %%
+import importlib
+import inspect
+import io
+import time
+import warnings
+from bisect import bisect_left
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
+from itertools import islice
+from statistics import mean, median
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.profiling import macs_by_module
+from common import plotting, runtime
+from common.data import Loader, load_data
+from common.errors import UserError
+from common.evaluation import evaluate
+from common.experiments import Trial, mean_and_spread, train_trial
+from common.pretrained import load_pretrained
+from common.profiling import count_macs, macs_by_module, profile
+from common.runs import Run, banner, draw_figures, prepare
+from common.training import fit, make_optimizer, make_schedule, train_one_epoch
+
+LESSON = "05_mobilenet_advanced"
 
 # %% [markdown]
 # ## Convolution, BatchNorm, activation: the unit that everything below is made of
@@ -461,9 +557,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 # %% [markdown]
 # ## Where the multiply-adds are
 #
-# Table 2 of the first paper: after the separation nearly all the work is in 1x1 convolutions, which
-# are plain matrix products and need no rearranging of memory. That is why V2 and V3 work on the 1x1
-# layers.
+# Table 2 of the first paper: once separated, nearly all the work is in 1x1 convolutions. They are
+# plain matrix products, and they are what V2 and V3 go on to save.
 
 
 # %%
@@ -493,3 +588,646 @@ def cost_by_kind(
     all_macs = sum(macs for macs, _ in sums.values())
     all_parameters = sum(parameters for _, parameters in sums.values())
     return {kind: (m / all_macs, p / all_parameters) for kind, (m, p) in sums.items()}
+
+
+# %% [markdown]
+# ## First experiment: what does the separation cost, and what does it save?
+#
+# V1 is trained three times: with standard convolutions, with separable ones, and with standard ones
+# again in a net so thin that it takes as many multiply-adds as the separable one. The clock has a
+# word too: each block of V1 is timed in both forms on the maps of a large image.
+
+
+# %%
+def separable(config: Config) -> dict[str, object]:
+    """Table 4 of the first paper, with a fair rival and a clock added; prints a verdict, draws a
+    figure.
+    """
+    config, device = prepare(config)
+    data = load_data(config, device)
+    run = Run.open(config, LESSON)
+    net = partial(
+        mobilenet_v1,
+        num_classes=data.num_classes,
+        small_input=config.small_input,
+        width_mult=config.trial_width,
+    )
+    standard = partial(net, block=StandardConv)
+    with torch.device("meta"):
+        budget = count_macs(net(), data.input_size)
+    thin = width_for_macs(standard, budget, data.input_size)
+    kinds = {
+        "standard": standard,
+        "separable": net,
+        "thin standard": partial(standard, width_mult=thin),
+    }
+    trials: dict[str, list[Trial]] = {kind: [] for kind in kinds}
+    for seed in range(config.seed, config.seed + config.seeds):
+        for kind, build_kind in kinds.items():
+            seeded = replace(config, seed=seed)
+            trial = train_trial(f"{kind}, seed {seed}", build_kind, data, seeded, device)
+            trials[kind].append(trial)
+    costs = {
+        kind: profile(first.model, data.input_size, seconds=config.clock)
+        for kind, (first, *_) in trials.items()
+    }
+    blocks = time_blocks(config.latency_px, device, config.clock)
+
+    figure, (learning, accuracy, saving) = plotting.panels(3, "The same net, convolved two ways")
+    plotting.curves(
+        {kind: [[r.val_top1 for r in t.history] for t in ts] for kind, ts in trials.items()},
+        "epoch", "validation top-1", "Learning", percent=True, ax=learning,
+    )  # fmt: skip
+    tests = {kind: mean_and_spread([t.test_top1 for t in ts]) for kind, ts in trials.items()}
+    plotting.bars(
+        {kind: m for kind, (m, _) in tests.items()},
+        "test top-1",
+        f"Test accuracy, {config.seeds} seeds, \N{PLUS-MINUS SIGN} standard deviation",
+        {kind: s for kind, (_, s) in tests.items()} if config.seeds > 1 else None,
+        percent=True,
+        colors=plotting.PALETTE,
+        ax=accuracy,
+    )
+    plotting.curves(
+        {
+            word: [b[f"{what} standard"] / b[f"{what} separable"] for b in blocks]
+            for word, what in (("multiply-adds", "M MACs"), ("time", "ms"))
+        },
+        "block of V1, from the stem to the head",
+        "times saved",
+        f"What separating a block saves, {config.latency_px} px",
+        colors=plotting.PALETTE[3:],
+        ax=saving,
+    )
+    run.figure("separable", figure)
+    rows = [
+        {**t.row(), "ms, one image": round(costs[kind].latency_ms, 2)}
+        for kind, ts in trials.items()
+        for t in ts
+    ]
+    share = cost_by_kind(trials["separable"][0].model, data.input_size)["1x1"][0]
+    verdict = separable_verdict(trials, blocks)
+    verdict.append(f"{share:.0%} of the separable net's multiply-adds are in 1x1 convolutions")
+    return run.conclude(rows, verdict, blocks=blocks, width_of_thin_standard=thin)
+
+
+def width_for_macs(
+    build: Callable[..., nn.Module], macs: int, input_size: tuple[int, int, int]
+) -> float:
+    """The least width_mult, in hundredths, whose net takes at least `macs` multiply-adds."""
+
+    def cost(hundredths: int) -> int:
+        with torch.device("meta"):
+            return count_macs(build(width_mult=hundredths / 100), input_size)
+
+    widths = range(5, 101)
+    return widths[min(bisect_left(widths, macs, key=cost), len(widths) - 1)] / 100
+
+
+def time_blocks(image_size: int, device: torch.device, clock: float) -> list[dict[str, float]]:
+    """Multiply-adds and milliseconds of V1's blocks, standard and separable, one image of that
+    size.
+    """
+    rows, in_channels, px = [], 32, image_size // 2
+    for row in V1:
+        line: dict[str, float] = {"channels in": in_channels, "px": px}
+        for word, kind in (("standard", StandardConv), ("separable", DepthwiseSeparable)):
+            block = kind(in_channels, row.channels, row.stride)
+            block = block.to(device, memory_format=torch.channels_last)
+            cost = profile(block, (in_channels, px, px), seconds=clock / 2)
+            line[f"M MACs {word}"], line[f"ms {word}"] = cost.macs / 1e6, cost.latency_ms
+        rows.append(line)
+        in_channels, px = row.channels, px // row.stride
+    return rows
+
+
+def separable_verdict(trials: dict[str, list[Trial]], blocks: list[dict[str, float]]) -> list[str]:
+    """What separation costs in accuracy and saves in multiply-adds, memory and time."""
+    top1 = {kind: [t.test_top1 for t in ts] for kind, ts in trials.items()}
+    ours = trials["separable"][0]
+    verdict = []
+    for rival in ("standard", "thin standard"):
+        gains = [ours - theirs for ours, theirs in zip(top1["separable"], top1[rival])]
+        theirs = trials[rival][0]
+        verdict.append(
+            f"against {rival}: {theirs.macs / ours.macs:.1f} times fewer multiply-adds, "
+            f"{theirs.params / ours.params:.1f} times fewer parameters; test accuracy "
+            f"{100 * mean(gains):+.2f} points, {word_for(gains)}"
+        )
+    saved = {
+        what: sum(b[f"{what} standard"] for b in blocks)
+        / sum(b[f"{what} separable"] for b in blocks)
+        for what in ("M MACs", "ms")
+    }
+    word = "less" if saved["ms"] < saved["M MACs"] else "no less"
+    verdict.append(
+        f"V1's blocks on a large image: {saved['M MACs']:.1f} times fewer multiply-adds, "
+        f"{saved['ms']:.1f} times the speed; the clock saves {word} than the count promises"
+    )
+    return verdict
+
+
+def word_for(gains: list[float]) -> str:
+    """What differences of pairs of runs, one pair a seed, allow to say."""
+    gain, spread = mean_and_spread(gains)
+    if len(gains) == 1:
+        return "and one pair of runs cannot tell chance from effect (--seeds 3)"
+    if abs(gain) > 2 * spread / len(gains) ** 0.5:
+        return "ahead in all but chance" if gain > 0 else "behind in all but chance"
+    return "within the scatter of the seeds"
+
+
+# %% [markdown]
+# ## Second experiment: thinner, or smaller images?
+#
+# The two knobs of the first paper (sec. 3.3 and 3.4): a width multiplier on the channels and a
+# resolution multiplier on the image. Both cut multiply-adds by about their square. Which one costs
+# less accuracy? Every net of the grid is trained; multiply-adds and milliseconds are shown for
+# ImageNet's form of it, because images of a few pixels time little but the calls of the kernels.
+
+
+# %%
+class Cell(NamedTuple):
+    """One net of the grid: its two multipliers, how it tested, what ImageNet's form of it costs."""
+
+    width: float
+    resolution: float
+    px: int  # it was trained and tested with
+    trial: Trial
+    macs: int  # of ImageNet's form, on an image of latency_px x resolution
+    latency_ms: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.width:g} at {self.px}"
+
+
+def multipliers(config: Config) -> dict[str, object]:
+    """Tables 6 and 7 of the first paper as one grid; prints a verdict, draws a figure."""
+    widths = factors("width-mults", config.width_mults)
+    resolutions = factors("resolution-mults", config.resolution_mults)
+    config, device = prepare(config)
+    if config.image_size * resolutions[0] < 4:
+        raise UserError(
+            f"--resolution-mults {resolutions[0]:g} of {config.image_size} px leaves less than 4 "
+            "px: try a larger --image-size"
+        )
+    run = Run.open(config, LESSON)
+    cells = []
+    for resolution in resolutions:
+        sized = replace(config, image_size=round(config.image_size * resolution))
+        data = load_data(sized, device)
+        large_px = 32 * max(1, round(config.latency_px * resolution / 32))
+        for width in widths:
+            name = f"width {width:g} at {sized.image_size} px"
+            net = partial(
+                mobilenet_v1,
+                num_classes=data.num_classes,
+                small_input=config.small_input,
+                width_mult=width,
+            )
+            trial = train_trial(name, net, data, sized, device)
+            large = mobilenet_v1(width_mult=width).to(device, memory_format=torch.channels_last)
+            cost = profile(large, (3, large_px, large_px), seconds=config.clock)
+            px = sized.image_size
+            cells.append(Cell(width, resolution, px, trial, cost.macs, cost.latency_ms))
+
+    def grid(value: Callable[[Cell], float]) -> np.ndarray:
+        values = [value(cell) for cell in cells]
+        return np.array(values).reshape(len(resolutions), len(widths))
+
+    figure, (accuracy, front, clock) = plotting.panels(3, "Two ways to a cheaper MobileNet")
+    columns = [f"{w:g}" for w in widths]
+    plotting.heatmap(
+        grid(lambda cell: 100 * cell.trial.test_top1),
+        [f"{cells[i * len(widths)].px} px" for i in range(len(resolutions))],
+        columns,
+        "Test accuracy",
+        xlabel="width multiplier",
+        ylabel="image",
+        label="test top-1, %",
+        fmt="{:.1f}",
+        ax=accuracy,
+    )
+    best_so_far, on_front = -1.0, []
+    for cell in sorted(cells, key=lambda cell: cell.trial.macs):
+        if cell.trial.test_top1 > best_so_far:
+            best_so_far = cell.trial.test_top1
+            on_front.append(cell.name)
+    plotting.scatter(
+        [(cell.name, cell.trial.macs / 1e6, cell.trial.test_top1) for cell in cells],
+        "million multiply-adds, as trained",
+        "test top-1",
+        "No net on the line is beaten by a cheaper one",
+        log_x=True,
+        front=on_front,
+        percent=True,
+        ax=front,
+    )
+    plotting.heatmap(
+        grid(lambda cell: cell.latency_ms),
+        [f"{32 * max(1, round(config.latency_px * r / 32))} px" for r in resolutions],
+        columns,
+        "Time of one image in ImageNet's form",
+        xlabel="width multiplier",
+        ylabel="image",
+        label="ms",
+        fmt="{:.1f}",
+        ax=clock,
+    )
+    run.figure("multipliers", figure)
+    rows = [
+        {
+            **cell.trial.row(),
+            "M MACs, large": round(cell.macs / 1e6, 1),
+            "ms, large": round(cell.latency_ms, 2),
+        }
+        for cell in cells
+    ]
+    return run.conclude(rows, multipliers_verdict(cells, len(data.test.labels)))
+
+
+def factors(flag: str, text: str) -> list[float]:
+    """Numbers between commas, in ascending order, each above 0 and at most 4.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        values = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        values = []
+    if not values or not 0 < values[0] <= values[-1] <= 4:
+        raise UserError(f"--{flag} {text}: give factors between commas, such as 0.5,0.75,1")
+    return values
+
+
+def multipliers_verdict(cells: list[Cell], images: int) -> list[str]:
+    """What each multiplier alone saves and costs, which of them is the better saving, and the
+    cheapest net that is as good as the best.
+
+    Args:
+        images: of the test set; two accuracies p closer than two standard errors of their
+            difference, 2 sqrt(2 p (1 - p) / images), count as equal.
+    """
+    whole = max(cells, key=lambda cell: (cell.width, cell.resolution))
+    alone = {
+        "width": {cell.width: cell for cell in cells if cell.resolution == whole.resolution},
+        "resolution": {cell.resolution: cell for cell in cells if cell.width == whole.width},
+    }
+
+    def noise(p: float) -> float:
+        return 2 * (2 * p * (1 - p) / images) ** 0.5
+
+    verdict = []
+    for knob_name, line in alone.items():
+        for factor, cell in line.items():
+            if cell is not whole:
+                verdict.append(
+                    f"{knob_name} {factor:g} alone: {whole.macs / cell.macs:.1f} times fewer "
+                    f"multiply-adds and {whole.latency_ms / cell.latency_ms:.1f} times the speed "
+                    f"on large images; test accuracy "
+                    f"{100 * (cell.trial.test_top1 - whole.trial.test_top1):+.1f} points"
+                )
+    for factor in sorted(alone["width"].keys() & alone["resolution"].keys()):
+        thin, small = alone["width"][factor].trial, alone["resolution"][factor].trial
+        gap = thin.test_top1 - small.test_top1
+        if thin is small:
+            continue
+        if abs(gap) < noise((thin.test_top1 + small.test_top1) / 2):
+            word = f"make no difference that {images} test images could show"
+        else:
+            word = "differ: " + ("cut the width" if gap > 0 else "cut the resolution")
+        verdict.append(
+            f"a factor of {factor:g} on width or on resolution: {thin.test_top1:.1%} or "
+            f"{small.test_top1:.1%}; they {word}"
+        )
+    best = max(cells, key=lambda cell: cell.trial.test_top1)
+    level = best.trial.test_top1 - noise(best.trial.test_top1)
+    cheapest = min(
+        (cell for cell in cells if cell.trial.test_top1 >= level), key=lambda c: c.trial.macs
+    )
+    verdict.append(
+        f"best is width {best.name} px with {best.trial.test_top1:.1%}; the cheapest that these "
+        f"images cannot tell from it is width {cheapest.name} px with "
+        f"{cheapest.trial.test_top1:.1%} and {best.trial.macs / cheapest.trial.macs:.1f} times "
+        "fewer multiply-adds"
+    )
+    return verdict
+
+
+# %% [markdown]
+# ## Third experiment: 8-bit integers after training
+#
+# Post-training quantisation stores a number $w$ as an integer $q$ with $w \approx s\,q$: a scale
+# $s$ shared by a whole tensor, or by one output channel. First BatchNorm disappears, because in
+# eval mode it is only a factor and an offset per channel, which the convolution before it can
+# carry:
+#
+# $$w' = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}\, w, \qquad
+# b' = \beta - \frac{\gamma \mu}{\sqrt{\sigma^2 + \epsilon}}$$
+#
+# Then some training images run through the net while observers note the range of every activation,
+# and kernels that multiply 8-bit integers take over. The factors that were folded in differ from
+# channel to channel, most of all in depthwise layers, where one scale for all has to stretch to the
+# widest of them: see Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient
+# inference", sec. 3.
+
+
+# %%
+PRECISIONS = ("FP32", "FP32 folded", "INT8 tensor", "INT8 channel")
+
+
+def choose_backend(asked: str) -> str:
+    """The kernels to multiply integers with: what was asked for, else the first that is there.
+
+    Raises:
+        UserError: this build of torch has none, or has lost the API.
+    """
+    try:
+        importlib.import_module("torch.ao.quantization.quantize_fx")
+    except ImportError:
+        raise UserError(
+            f"--experiment quantize: torch {torch.__version__} no longer has "
+            "torch.ao.quantization; it is in torch 2.6 to 2.15"
+        ) from None
+    here = [e for e in torch.backends.quantized.supported_engines if e != "none"]
+    wanted = [asked] if asked else ["x86", "fbgemm", "qnnpack", "onednn"]
+    found = [engine for engine in wanted if engine in here]
+    if not found:
+        raise UserError(
+            f"--experiment quantize: torch {torch.__version__} has no {' or '.join(wanted)} "
+            f"kernels for 8-bit integers on this machine (it has: {', '.join(here) or 'none'})"
+        )
+    return found[0]
+
+
+def quantized_versions(model: nn.Module, images: Tensor, backend: str) -> dict[str, nn.Module]:
+    """The same net in each of PRECISIONS, on the CPU, in eval mode.
+
+    Args:
+        images: (N, 3, H, W), from the training set, to find the activations' ranges with.
+    """
+    from torch.ao.quantization import (
+        QConfig,
+        default_per_channel_weight_observer,
+        default_weight_observer,
+        get_default_qconfig_mapping,
+    )
+    from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx
+
+    model = model.cpu().eval()
+    torch.backends.quantized.engine = backend
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # newer versions of torch call this API deprecated
+        versions = [model, fuse_fx(deepcopy(model))]
+        for weight in (default_weight_observer, default_per_channel_weight_observer):
+            mapping = get_default_qconfig_mapping(backend)
+            activation = mapping.global_qconfig.activation
+            mapping.set_global(QConfig(activation=activation, weight=weight))
+            observed = prepare_fx(deepcopy(model), mapping, example_inputs=(images[:1],))
+            observed(images)
+            versions.append(convert_fx(observed))
+    return dict(zip(PRECISIONS, versions))
+
+
+def megabytes(model: nn.Module) -> float:
+    """Size of the file that the weights make, in 10^6 bytes."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.getbuffer().nbytes / 1e6
+
+
+@torch.inference_mode()
+def milliseconds(versions: dict[str, nn.Module], x: Tensor, clock: float) -> dict[str, float]:
+    """Median time of one pass of each, in turns, so that a busy machine is unfair to none."""
+    times: dict[str, list[float]] = {name: [] for name in versions}
+    for model in versions.values():
+        model(x)
+    began = time.perf_counter()
+    while len(times["FP32"]) < 5 or time.perf_counter() - began < clock * len(versions):
+        for name, model in versions.items():
+            start = time.perf_counter()
+            model(x)
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: median(values) for name, values in times.items()}
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, loader: Loader) -> Tensor:
+    """(images, classes) on the CPU, where the integer kernels are."""
+    return torch.cat([model(x.cpu()) for x, _ in loader.batches()])
+
+
+def weight_errors(folded: nn.Module, quantized: nn.Module) -> dict[str, float]:
+    """Per convolution, by name: |rounded weights - weights| / |weights|, Euclidean norms."""
+    convs = {n: m for n, m in folded.named_modules() if isinstance(m, nn.Conv2d)}
+    errors = {}
+    for name, layer in quantized.named_modules():
+        # A fused convolution and activation is called by the name of the pair.
+        conv = convs.get(name) or convs.get(f"{name}.0")
+        if conv is not None and callable(getattr(layer, "weight", None)):
+            rounded = layer.weight().dequantize()
+            errors[name] = ((rounded - conv.weight).norm() / conv.weight.norm()).item()
+    return errors
+
+
+def quantize(config: Config) -> dict[str, object]:
+    """Train in float32, quantise, and measure size, time and accuracy; prints a verdict, draws a
+    figure.
+    """
+    backend = choose_backend(config.backend)
+    config, device = prepare(config)
+    data = load_data(config, device)
+    run = Run.open(config, LESSON)
+
+    def start() -> nn.Module:
+        model = build(config, data.num_classes)
+        return load_pretrained(model, config.model) if config.pretrained else model
+
+    model = train_trial(config.model, start, data, config, device).model
+    calibration = torch.cat([x.cpu() for x, _ in islice(data.train.batches(), 4)])
+    trained = quantized_versions(model, calibration, backend)
+    # Random weights take as long as trained ones.
+    large = MODELS[config.model](width_mult=config.width_mult)
+    noise = torch.randn(4, 3, config.latency_px, config.latency_px)
+    noise = noise.contiguous(memory_format=torch.channels_last)
+    large = large.to(memory_format=torch.channels_last)
+    large = quantized_versions(large, noise, backend)
+
+    logits = {name: logits_of(version, data.test) for name, version in trained.items()}
+    answers = {name: values.argmax(1) for name, values in logits.items()}
+    labels = torch.cat([y.cpu() for _, y in data.test.batches()])
+    batch = calibration[:64]
+    one = milliseconds(trained, calibration[:1], config.clock)
+    many = milliseconds(trained, batch, config.clock)
+    one_large = milliseconds(large, noise[:1], config.clock)
+    rows = [
+        {
+            "weights": name,
+            "MB": round(megabytes(trained[name]), 2),
+            "test top-1": (answers[name] == labels).float().mean().item(),
+            "answers changed": int((answers[name] != answers["FP32"]).sum()),
+            "ms, one image": round(one[name], 2),
+            f"ms, {len(batch)} images": round(many[name], 2),
+            f"ms, {config.latency_px} px": round(one_large[name], 2),
+            f"MB, {config.latency_px} px": round(megabytes(large[name]), 2),
+        }
+        for name in PRECISIONS
+    ]
+    errors = {name: weight_errors(trained["FP32 folded"], trained[name]) for name in PRECISIONS[2:]}
+
+    figure, axes = plotting.panels(4, f"{config.model} in 8 bits, {backend} kernels", columns=2)
+    plotting.bars(
+        {row["weights"]: row["MB"] for row in rows},
+        "MB", "Size of the weights", colors=plotting.PALETTE, ax=axes[0],
+    )  # fmt: skip
+    plotting.bars(
+        {row["weights"]: row["test top-1"] for row in rows},
+        "test top-1", "Test accuracy", percent=True, colors=plotting.PALETTE, ax=axes[1],
+    )  # fmt: skip
+    plotting.bars(
+        one_large,
+        "ms",
+        f"One image of {config.latency_px} px, {torch.get_num_threads()} threads",
+        colors=plotting.PALETTE,
+        ax=axes[2],
+    )
+    plotting.curves(
+        {name: list(by_layer.values()) for name, by_layer in errors.items()},
+        "convolution, from the stem to the head",
+        "relative error",
+        "Weights lost by rounding to 8 bits",
+        log_y=True,
+        colors=plotting.PALETTE[2:],
+        ax=axes[3],
+    )
+    run.figure("quantize", figure)
+    gap = (logits["FP32 folded"] - logits["FP32"]).abs().max().item()
+    verdict = quantize_verdict(rows, errors, gap, len(labels))
+    return run.conclude(rows, verdict, backend=backend, weight_errors=errors)
+
+
+def quantize_verdict(
+    rows: list[dict[str, object]], errors: dict[str, dict[str, float]], gap: float, images: int
+) -> list[str]:
+    """What folding and integers save and cost, and whether a scale per channel was needed."""
+    plain, folded, tensor, channel = rows
+    (large,) = (c for c in plain if c.startswith("ms,") and c.endswith("px"))
+
+    def times(row: dict[str, object], column: str) -> str:
+        ratio = plain[column] / row[column]
+        return f"{ratio:.1f} times the speed"
+
+    verdict = [
+        f"folding BatchNorm moves no logit by more than {gap:.1g}; "
+        f"{times(folded, large)} on a large image"
+    ]
+    for row in (tensor, channel):
+        change = row["test top-1"] - plain["test top-1"]
+        verdict.append(
+            f"{row['weights']}: {plain['MB'] / row['MB']:.1f} times smaller; "
+            f"{times(row, large)} on a large image, {times(row, 'ms, one image')} on one of the "
+            f"dataset; {row['answers changed']} of {images} answers change, accuracy by "
+            f"{100 * change:+.2f} points"
+        )
+    middle = {name: median(by_layer.values()) for name, by_layer in errors.items()}
+    worst = max(errors[tensor["weights"]], key=errors[tensor["weights"]].get)
+    verdict.append(
+        f"rounding loses {middle[tensor['weights']]:.1%} of the weights in the median layer with a "
+        f"scale per tensor ({errors[tensor['weights']][worst]:.1%} in the worst, {worst}) and "
+        f"{middle[channel['weights']]:.1%} with one per channel"
+    )
+    gain = channel["test top-1"] - tensor["test top-1"]
+    if gain > 0:
+        word = f"pays here: {100 * gain:.2f} points more than a scale per tensor"
+    elif gain < 0:
+        word = f"does not pay here: {-100 * gain:.2f} points less than a scale per tensor"
+    else:
+        word = "makes no difference to the accuracy here"
+    verdict.append(f"a scale per channel {word}")
+    return verdict
+
+
+EXPERIMENTS: dict[str, Callable[[Config], object]] = {
+    "separable": separable,
+    "multipliers": multipliers,
+    "quantize": quantize,
+}
+
+# %% [markdown]
+# ## One run, from data to report
+#
+# Flat and explicit: this is the whole recipe. `fit` repeats `train_one_epoch`, whose source is in
+# the last cell.
+
+
+# %%
+def build(config: Config, num_classes: int) -> nn.Module:
+    """The model that the flags ask for."""
+    return MODELS[config.model](
+        num_classes=num_classes, small_input=config.small_input, width_mult=config.width_mult
+    )
+
+
+def run(config: Config) -> dict[str, object]:
+    """Train, test once with the best epoch's weights, profile, draw, save; what result.json holds
+    comes back.
+    """
+    config, device = prepare(config)
+    data = load_data(config, device)
+    model = build(config, data.num_classes).to(
+        device, memory_format=runtime.memory_format(config.image_size)
+    )
+    if config.pretrained:
+        load_pretrained(model, config.model)
+
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, data.train)
+
+    run = Run.open(config, LESSON)
+    banner(config, device, data, model, run)
+    history = fit(model, data, loss_fn, optimizer, schedule, config, run)
+
+    # The only time that the test images are seen.
+    test = evaluate(model, data.test, data.class_names)
+    cost = profile(model, data.input_size)
+    draw_figures(run, model, data, history, test)
+    return run.finish(model, data, history, test, cost)
+
+
+# %% [markdown]
+# ## The loop itself
+#
+# Nothing is hidden behind `fit`: this is what runs for every batch.
+
+# %%
+if in_notebook():
+    print(inspect.getsource(train_one_epoch))
+
+# %% [markdown]
+# ## What to notice
+#
+# - `--summary`: the depthwise layers hold few of the parameters and few of the multiply-adds, the
+#   1x1 layers nearly all. The classifier of V1 alone is a quarter of its parameters.
+# - V2 at 224 px takes half of V1's multiply-adds, and V3-small a tenth. Compare their milliseconds
+#   in the reports: the clock does not follow the count, because a small kernel that waits for
+#   memory costs as much time as a large one that multiplies.
+# - The blocks of V2 and V3 look like ResNet's bottleneck with the waist on the outside.
+#
+# ## Exercises
+#
+# 1. Write `DepthwiseSeparable` without looking. By how much is it cheaper than a standard 3x3 with
+#    64 channels in and 128 out? Check with `count_macs`.
+# 2. Write `SqueezeExcitation` with the hard sigmoid. What share of V3-small's parameters is it?
+# 3. Write `InvertedResidual`. Put a ReLU6 after its last 1x1 and train: what does the linear
+#    bottleneck give on digits?
+# 4. Fold a BatchNorm into its convolution by hand, with the formula of the third experiment, and
+#    compare the outputs.
+# 5. Quantise `mobilenet_v1` and `mobilenet_v3_small` (`--experiment quantize --model ...`). Which
+#    gains most from integers, and which layers stand in the way of the other?
+
+# %%
+if __name__ == "__main__":
+    main(config, MODELS, build, run, EXPERIMENTS)
