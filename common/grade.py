@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.exercises import FOLDER, Exercise, Worth, exercises, lesson_path, manifests, worth
+from common.exercises import FOLDER, ROOT, Exercise, Worth, exercises, file_name, lesson_path, manifests, worth
 from common.exercises.checks import Trial, trials_of, verdict
 from common.sandbox import Host, Limits, SandboxUnavailable, Worker, WorkerLost, require_platform
 
@@ -78,7 +78,9 @@ class Submission:
 
         Raises: ValueError, with a line for the student, if there is no such file or it can't be taken.
         """
-        wanted = lesson_path(lesson).name
+        wanted = file_name(lesson)
+        if self.path.resolve() == ROOT:  # the lessons themselves
+            return wanted, lesson_path(lesson).read_bytes()
         if not self.path.is_dir():
             candidates = [self.path]
         else:
@@ -149,13 +151,17 @@ class Grader:
     """Marks submissions one after another. Use as a context manager: it keeps a host process warm.
 
     Args:
+        lessons: what will be marked.
         limits: for each worker.
         references: shared by the graders of a class, so that the reference is observed once.
     """
 
-    def __init__(self, limits: Limits = Limits(), references: References | None = None) -> None:
+    def __init__(
+        self, lessons: Iterable[str], limits: Limits = Limits(), references: References | None = None
+    ) -> None:
+        self.lessons = tuple(lessons)
         self.references = references or References()
-        self.host = Host(preload_modules(), limits)
+        self.host = Host(preload_modules(self.lessons), limits)
 
     def __enter__(self) -> Grader:
         return self
@@ -163,13 +169,12 @@ class Grader:
     def __exit__(self, *exc_info: object) -> None:
         self.host.close()
 
-    def mark(self, submission: Submission, lessons: Iterable[str]) -> Iterator[list[Result]]:
+    def mark(self, submission: Submission) -> Iterator[list[Result]]:
         """The results of one exercise after another: one per line of the table."""
-        lessons = tuple(lessons)
-        for lesson in lessons:
+        for lesson in self.lessons:
             hopeless = ""  # what keeps the whole file from being run
             try:
-                filename, data = submission.source(lesson, only=len(lessons) == 1)
+                filename, data = submission.source(lesson, only=len(self.lessons) == 1)
             except ValueError as error:
                 hopeless = str(error)
             deadline = time.monotonic() + self.host.limits.lesson_seconds
@@ -185,11 +190,11 @@ class Grader:
                 hopeless = mine.hopeless
                 yield _judge(exercise, mine.seen, theirs, time.monotonic() - started)
 
-    def mark_exercise(self, submission: Submission, number: str, only: bool = False) -> list[Result]:
+    def mark_exercise(self, submission: Submission, number: str) -> list[Result]:
         """The results of a single exercise."""
         exercise = exercises(f"{int(number.split('.')[0]):02d}")[number]
         try:
-            filename, data = submission.source(exercise.lesson, only)
+            filename, data = submission.source(exercise.lesson, only=len(self.lessons) == 1)
         except ValueError as error:
             return _all_lost(exercise, str(error))
         started = time.monotonic()
@@ -245,13 +250,12 @@ def observe(
                 "parts": exercise.parts,
                 "grafts": grafts(exercise),
                 "setup": exercise.setup,
+                "reference": ".".join(lesson_path(exercise.lesson).relative_to(ROOT).with_suffix("").parts),
             }
-            seconds = min(host.limits.import_seconds, max(1.0, deadline - time.monotonic()))
-            answer = worker.ask(question, seconds)
+            answer = worker.ask(question, host.limits.import_seconds, deadline)
             if "error" in answer:
                 return Observed([{"error": _clean(answer["error"])}] * len(cases))
             loaded = True
-            end = min(deadline, time.monotonic() + host.limits.exercise_seconds)
             for i, case in enumerate(cases):
                 if case.inputs is None:
                     question = {"probe": "evaluate", "expression": case.expression, "seed": seed + i}
@@ -264,8 +268,7 @@ def observe(
                         "device": case.device,
                         "seed": seed + i,
                     }
-                seconds = round(max(1.0, end - time.monotonic()), 1)
-                answer = worker.ask(question, seconds)
+                answer = worker.ask(question, host.limits.case_seconds, deadline)
                 seen.append({k: _clean(v) if k.endswith("error") else v for k, v in answer.items()})
             return Observed(seen)
     except WorkerLost as lost:
@@ -298,10 +301,10 @@ def grafts(exercise: Exercise) -> dict[str, Any]:
     return {"imports": "\n".join(imports), "replace": replaced, "lacking": lacking}
 
 
-def preload_modules() -> tuple[str, ...]:
-    """What the lessons import, for the host to import once. Not the lessons themselves."""
+def preload_modules(lessons: Iterable[str]) -> tuple[str, ...]:
+    """What these lessons import, for the host to import once. Not the lessons themselves."""
     names = {"torch": None, "numpy": None, "common.exercises.probes": None}
-    for lesson in manifests():
+    for lesson in lessons:
         for node in ast.parse(lesson_path(lesson).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Import):
                 names.update({alias.name: None for alias in node.names})
@@ -473,12 +476,12 @@ def mark_class(
 
     def mark(submission: Submission) -> list[Grade]:
         if not hasattr(local, "grader"):
-            local.grader = Grader(limits, references)
+            local.grader = Grader(lessons, limits, references)
             with lock:
                 graders.append(local.grader)
         return [
             _grade(submission.name, group, digests[submission.name])
-            for group in local.grader.mark(submission, lessons)
+            for group in local.grader.mark(submission)
         ]
 
     bar = tqdm(total=len(submissions), initial=len(done), unit="student", disable=quiet)
@@ -586,7 +589,7 @@ def lessons_for(submission: Submission, chosen: str | None) -> tuple[str, ...]:
     if lesson is None:
         raise ValueError(
             f"{submission.path}: can't tell which lesson this is; name it like the lesson "
-            f"({lesson_path(next(iter(manifests()))).name}) or say --lessons NN"
+            f"({file_name(next(iter(manifests())))}) or say --lessons NN"
         )
     return (lesson,)
 
@@ -605,13 +608,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lessons", metavar="NN,NN", help="what the assignment consists of (default: all)")
     parser.add_argument("--grade-json", type=Path, metavar="FILE", help="Gradescope's results.json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="submissions at a time (default: %(default)s)")
-    parser.add_argument("--time-limit", type=float, default=limits.exercise_seconds, metavar="SECONDS", help="per import and per exercise (default: %(default)s)")
+    parser.add_argument("--time-limit", type=float, default=limits.case_seconds, metavar="SECONDS", help="of computing, per import and per case (default: %(default)s)")
     parser.add_argument("--memory-limit", type=int, default=limits.memory_mb, metavar="MB", help="(default: %(default)s)")
     options = parser.parse_args(argv)
     limits = replace(
         limits,
         import_seconds=options.time_limit,
-        exercise_seconds=options.time_limit,
+        case_seconds=options.time_limit,
         memory_mb=options.memory_limit,
     )
     try:
@@ -657,8 +660,8 @@ def _mark_one(path: Path, chosen: str | None, json_path: Path | None, limits: Li
         return everything
 
     save()
-    with Grader(limits) as grader:
-        for group in grader.mark(submission, lessons):
+    with Grader(lessons, limits) as grader:
+        for group in grader.mark(submission):
             results.update({(r.exercise, r.check): r for r in group})
             save()
     print(table(save()))

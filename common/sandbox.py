@@ -49,10 +49,15 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Limits:
-    """What one worker may take. Seconds are of the wall clock: a sleeping worker costs the class as much."""
+    """What one worker may take.
 
-    import_seconds: float = 30.0
-    exercise_seconds: float = 30.0
+    Seconds of computing, so that a busy machine takes nothing from a student; `patience` times as many may pass on
+    the wall clock, for code that sleeps. `lesson_seconds` are of the wall clock: hosts stop an autograder by it.
+    """
+
+    import_seconds: float = 20.0
+    case_seconds: float = 20.0
+    patience: float = 4.0
     lesson_seconds: float = 240.0
     memory_mb: int = 1000  # anonymous and shared memory of all its processes; torch's own libraries are not counted
     processes: int = 64  # processes and threads together
@@ -97,6 +102,7 @@ class Host:
         require_platform()
         self.limits = limits
         self.preload = preload if LINUX else ()
+        self.own_user: bool | None = None  # whether workers run as a user of their own; known after the first
         self.process: subprocess.Popen[bytes] | None = None
         self.control: socket.socket | None = None
 
@@ -148,7 +154,9 @@ class Host:
             shutil.rmtree(folder, ignore_errors=True)
             self.close()
             raise WorkerLost("grader", "the grader's helper process could not start a worker")
-        return json.loads(answer)["pid"], questions, output, folder
+        answer = json.loads(answer)
+        self.own_user = answer["own_user"]
+        return answer["pid"], questions, output, folder
 
     def reap(self, pid: int) -> int | None:
         """Wait for a killed worker and clear away whatever it left running. Its exit status, None if unknown."""
@@ -193,15 +201,22 @@ class Worker:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The worker's answer, plain JSON data: to be judged, never to be trusted."""
+    def ask(self, question: dict[str, Any], seconds: float, deadline: float = float("inf")) -> dict[str, Any]:
+        """The worker's answer, plain JSON data: to be judged, never to be trusted.
+
+        Args:
+            seconds: of computing that the answer may take.
+            deadline: by `time.monotonic()`, when the answer must be there at the latest.
+        """
         if self.lost is not None:
             raise self.lost
         # An answer must repeat this number: a submission can't lay out answers before it is asked.
         number = secrets.token_hex(8)
+        self.allowed, self.computed_before = seconds, None
+        self.deadline = min(deadline, time.monotonic() + seconds * self.limits.patience)
         try:
-            self._send(json.dumps({**question, "number": number}).encode() + b"\n", seconds)
-            answer = json.loads(self._receive(seconds))
+            self._send(json.dumps({**question, "number": number}).encode() + b"\n")
+            answer = json.loads(self._receive())
             if not isinstance(answer, dict) or answer.pop("number", None) != number:
                 raise ValueError
             return answer
@@ -227,17 +242,16 @@ class Worker:
         """The beginning of what the submission printed."""
         return self.printed.decode("utf-8", "replace")
 
-    def _send(self, message: bytes, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+    def _send(self, message: bytes) -> None:
         while message:
-            self._wait(deadline, seconds, writing=True)
+            self._wait(writing=True)
             with contextlib.suppress(BlockingIOError):
                 message = message[self.socket.send(message) :]
 
-    def _receive(self, seconds: float) -> bytes:
-        deadline, received = time.monotonic() + seconds, bytearray()
+    def _receive(self) -> bytes:
+        received = bytearray()
         while not received.endswith(b"\n"):
-            self._wait(deadline, seconds)
+            self._wait()
             try:
                 part = self.socket.recv(1 << 20)
             except BlockingIOError:
@@ -249,7 +263,7 @@ class Worker:
                 self._lose("protocol", f"the submission answered with more than {self.limits.answer_mb} MB")
         return bytes(received)
 
-    def _wait(self, deadline: float, seconds: float, writing: bool = False) -> None:
+    def _wait(self, writing: bool = False) -> None:
         """Until the socket is ready. Reads the output meanwhile, and enforces every limit."""
         checked = time.monotonic()
         while True:
@@ -258,8 +272,8 @@ class Worker:
             now = time.monotonic()
             if self.output in ready:
                 self._drain()
-            if now > deadline:
-                self._lose("time", f"stopped after {seconds:g} s: an endless loop, or far too slow")
+            if now > self.deadline:
+                self._lose("time", "stopped: it waits for something, or the time for the whole lesson is used up")
             if now - checked > POLL_SECONDS:
                 checked = now
                 self._check_usage()
@@ -279,6 +293,10 @@ class Worker:
         usage = _usage(self.pid, self.host.process.pid)
         if usage.ended:
             self._died()
+        if self.computed_before is None:
+            self.computed_before = usage.seconds
+        if usage.seconds - self.computed_before > self.allowed:
+            self._lose("time", f"stopped after computing for {self.allowed:g} s: an endless loop, or far too slow")
         if usage.memory_mb > self.limits.memory_mb:
             self._lose("memory", f"stopped: it used more than {self.limits.memory_mb} MB of memory")
         if usage.tasks > self.limits.processes:
@@ -314,31 +332,35 @@ _ONE_THREAD = {
 @dataclass
 class _Usage:
     memory_mb: float = 0.0
-    tasks: int = 0
+    seconds: float = 0.0  # of computing
+    tasks: int = 0  # processes and threads
     ended: bool = False
 
 
 def _usage(pid: int, host: int) -> _Usage:
-    """Memory and number of processes and threads of the worker `pid` and of all that descends from its host."""
+    """What the worker `pid` and all that descends from its host have taken."""
     usage = _Usage()
     if not LINUX:
-        listing = subprocess.run(
-            ["ps", "-o", "pid=,rss=,stat=", "-g", str(pid)], capture_output=True, text=True, check=False
-        )
+        command = ["ps", "-o", "pid=,rss=,stat=,time=", "-g", str(pid)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=False)
         for line in listing.stdout.splitlines():
-            process, rss, state = line.split()[:3]
+            process, rss, state, clock = line.split()[:4]
             usage.memory_mb += int(rss) / 1024
+            minutes, _, seconds = clock.rpartition(":")  # [days-][hours:]minutes:seconds
+            usage.seconds += 60 * int(minutes.split(":")[-1] or 0) + float(seconds)
             usage.tasks += 1
             usage.ended |= int(process) == pid and state.startswith("Z")
         return usage
     for process in _descendants(host):
         try:
             status = Path(f"/proc/{process}/status").read_text()
+            stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
         fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        usage.ended |= process == pid and fields["State"].strip().startswith("Z")
-        usage.tasks += int(fields["Threads"]) if "Threads" in fields else 1
+        usage.ended |= process == pid and stat[0] == "Z"
+        usage.tasks += int(fields.get("Threads", "1"))
+        usage.seconds += (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
         for field in ("RssAnon", "RssShmem"):
             usage.memory_mb += int(fields.get(field, "0 kB").split()[0]) / 1024
     return usage
@@ -406,7 +428,7 @@ def serve(control: socket.socket, preload: list[str]) -> None:
                     os._exit(70)
             for fd in fds:
                 os.close(fd)
-            answer = {"pid": pid}
+            answer = {"pid": pid, "own_user": user is not None}
         else:
             answer = {"status": _reap(request["reap"])}
         control.sendall(json.dumps(answer).encode() + b"\n")
@@ -429,33 +451,59 @@ def _reap(pid: int) -> int:
             return status
 
 
-def _spare_user() -> int | None:
-    """A user id for the workers that nobody has, if we are root and that user could still import what it needs."""
+@dataclass(frozen=True)
+class _User:
+    """Whom the workers run as: a user id that nobody has."""
+
+    number: int
+    reads_all: bool  # with leave to read every file, because Python itself lies where only root may look
+
+
+def _spare_user() -> _User | None:
+    """None where we are not root, or can't become somebody else."""
     if os.geteuid() != 0:
         return None
-    user = 20_000 + os.getpid() % 40_000
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups([])
-            os.setresgid(user, user, user)
-            os.setresuid(user, user, user)
-            readable = [os.access(path, os.R_OK) for path in (__file__, os.__file__, *_package_files())]
-            os._exit(0 if all(readable) else 1)
-        except BaseException:
-            os._exit(1)
-    return user if os.waitpid(pid, 0)[1] == 0 else None
+    for reads_all in (False, True) if LINUX else (False,):
+        user = _User(20_000 + os.getpid() % 40_000, reads_all)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _become(user)
+                for path in _needed_files():
+                    with open(path, "rb"):
+                        pass
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        if os.waitpid(pid, 0)[1] == 0:
+            return user
+    return None
 
 
-def _package_files() -> list[str]:
+def _needed_files() -> list[str]:
+    """A file of this course, one of Python's own and one of each large package: workers import from all of them."""
     files = (getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "numpy"))
-    return [file for file in files if file]
+    return [__file__, os.__file__, *(file for file in files if file)]
+
+
+def _become(user: _User) -> None:
+    """Give up root for good.  Raises: OSError."""
+    if user.reads_all:
+        _prctl(_KEEP_CAPABILITIES, 1)
+    os.setgroups([])
+    os.setresgid(user.number, user.number, user.number)
+    os.setresuid(user.number, user.number, user.number)
+    if user.reads_all:
+        # capset(2): of all that root may do, keep reading files (CAP_DAC_READ_SEARCH), and no more.
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+        effective_permitted_inheritable = (ctypes.c_uint32 * 6)(1 << 2, 1 << 2, 0, 0, 0, 0)
+        _libc_call("capset", header, effective_permitted_inheritable)
 
 
 # ---------------------------------------------------------------------------------------------- worker
 
 
-def _become_worker(folder: str, limits: Limits, fds: list[int], user: int | None) -> None:
+def _become_worker(folder: str, limits: Limits, fds: list[int], user: _User | None) -> None:
     """In the fork: leave the host's session, lower every limit, then answer questions."""
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
@@ -471,11 +519,9 @@ def _become_worker(folder: str, limits: Limits, fds: list[int], user: int | None
     os.chdir(folder)
     _lower_limits(limits, own_user=user is not None)
     if user is not None:
-        os.chown(folder, user, user)
+        os.chown(folder, user.number, user.number)
         _libc_call("unshare", _NEW_NETWORK)  # refused in some containers, which is no reason to stop
-        os.setgroups([])
-        os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
+        _become(user)
     _prctl(_NO_NEW_PRIVILEGES, 1)
     from common.exercises.probes import answer_questions
 
@@ -490,7 +536,7 @@ def _lower_limits(limits: Limits, own_user: bool) -> None:
     lower("RLIMIT_CORE", 0)
     lower("RLIMIT_FSIZE", limits.file_mb << 20)
     lower("RLIMIT_NOFILE", 256)
-    lower("RLIMIT_CPU", int(limits.import_seconds + limits.lesson_seconds) + 5)
+    lower("RLIMIT_CPU", int(limits.lesson_seconds) + 5)
     if LINUX:
         # torch maps gigabytes that it never touches, so this is only a ceiling for absurd requests. What is
         # really used is watched by the parent.
@@ -500,18 +546,20 @@ def _lower_limits(limits: Limits, own_user: bool) -> None:
         lower("RLIMIT_NPROC", limits.processes)
 
 
-_NO_NEW_PRIVILEGES, _SET_CHILD_SUBREAPER, _NEW_NETWORK = 38, 36, 0x40000000
+_KEEP_CAPABILITIES, _SET_CHILD_SUBREAPER, _NO_NEW_PRIVILEGES = 8, 36, 38  # <linux/prctl.h>
+_NEW_NETWORK = 0x40000000  # <linux/sched.h>
 
 
 def _prctl(option: int, value: int) -> None:
     _libc_call("prctl", option, value, 0, 0, 0)
 
 
-def _libc_call(name: str, *arguments: int) -> None:
-    """A Linux call that Python 3.10 has no name for."""
+def _libc_call(name: str, *arguments: object) -> None:
+    """A Linux call that Python has no name for. Where it is refused nothing happens."""
     if LINUX:
-        getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments)
+        getattr(ctypes.CDLL(None), name)(*arguments)
 
 
 if __name__ == "__main__":
     serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    os._exit(0)  # the libraries' own farewells say nothing about a submission

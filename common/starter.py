@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.exercises import ROOT, exercises, lesson_path, manifests, worth
+from common.exercises import exercises, file_name, lesson_path, manifests, worth
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,13 +34,14 @@ def take_out(source: str, chosen: list[Exercise]) -> str:
     """
     lines = source.splitlines()
     tree = ast.parse(source)
-    jobs: list[tuple[ast.FunctionDef, str]] = []
+    messages: dict[ast.FunctionDef, list[str]] = {}
     for exercise in chosen:
-        message = f"Exercise {exercise.number}: {exercise.hint}"
         for part in exercise.parts:
-            jobs += [(function, message) for function in functions_of(tree, part)]
-    for function, message in sorted(jobs, key=lambda job: -job[0].lineno):  # from the end: line numbers stay true
-        _empty(lines, function, message)
+            for function in functions_of(tree, part):
+                # Two exercises may be about the same part: a block, and the block with BatchNorm.
+                messages.setdefault(function, []).append(f"Exercise {exercise.number}: {exercise.hint}")
+    for function in sorted(messages, key=lambda f: -f.lineno):  # from the end, so that line numbers stay true
+        _empty(lines, function, " ".join(messages[function]))
     return "\n".join(lines) + "\n"
 
 
@@ -106,7 +107,7 @@ def _quoted(text: str) -> str:
 
 def _with_assignment(source: str, lesson: str, chosen: list[Exercise]) -> str:
     """A markdown cell behind the lesson's docstring that lists what to do and how to check it."""
-    name = lesson_path(lesson).name
+    name = file_name(lesson)
     rows = worth((lesson,))
     text = [
         "# %% [markdown]",
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         unknown = [n for n in options.only or () if n.split(".")[0].zfill(2) == lesson and n not in known]
         if unknown:
             return _fail(f"no exercise {unknown[0]} in lesson {lesson}; it has {', '.join(known)}")
-        path = options.out / lesson_path(lesson).name
+        path = options.out / file_name(lesson)
         if path.resolve() == lesson_path(lesson).resolve():
             return _fail(f"{path} is the lesson itself: choose another folder")
         if path.exists() and not options.force:

@@ -14,6 +14,10 @@ Manifests are INI files, so that an instructor can change them without programmi
         round_channels(32, 1.1)                                     no "on": the value itself
     unseen =                               more of the same, for the hidden check
     setup =                                optional: definitions that the cases use
+        |def double(x):                    each line behind a bar, which keeps the indentation
+        |    return 2 * x
+
+An optional section [lesson] with `source = PATH` names the reference where it isn't the script of the same name.
 """
 
 from __future__ import annotations
@@ -82,19 +86,25 @@ def manifests() -> dict[str, Path]:
     return {path.name[:2]: path for path in sorted(FOLDER.glob("[0-9][0-9]_*.ini"))}
 
 
+def file_name(lesson: str) -> str:
+    """What a submission's file is called: like the manifest, which is called like the lesson."""
+    return f"{manifests()[lesson].stem}.py"
+
+
+@lru_cache
 def lesson_path(lesson: str) -> Path:
-    """The lesson's own script, the reference of its exercises. The manifest is called like it."""
-    return ROOT / f"{manifests()[lesson].stem}.py"
+    """The reference: the lesson's own script, unless the manifest names another file of the course."""
+    return ROOT / _parse(lesson).get("lesson", "source", fallback=file_name(lesson))
 
 
 @lru_cache
 def exercises(lesson: str) -> dict[str, Exercise]:
     """The exercises of one lesson by number.  Raises: ValueError, naming the manifest and what is wrong in it."""
-    path = manifests()[lesson]
-    parser = configparser.ConfigParser(interpolation=None)
-    parser.read(path, encoding="utf-8")
+    path, parser = manifests()[lesson], _parse(lesson)
     found = {}
     for number in parser.sections():
+        if number == "lesson":
+            continue
         section = parser[number]
         try:
             found[number] = Exercise(
@@ -132,6 +142,12 @@ def points() -> tuple[Worth, ...]:
 def worth(lessons: tuple[str, ...]) -> tuple[Worth, ...]:
     """The lines of the table that belong to these lessons."""
     return tuple(row for row in points() if row.lesson in lessons)
+
+
+def _parse(lesson: str) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(manifests()[lesson], encoding="utf-8")
+    return parser
 
 
 def _cases(text: str) -> tuple[Case, ...]:

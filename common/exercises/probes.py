@@ -12,6 +12,7 @@ import __future__
 import ast
 import base64
 import builtins
+import contextlib
 import difflib
 import hashlib
 import io
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
 SAMPLE = 4096  # numbers of an output that are sent to the parent; of a larger one, every n-th
@@ -109,7 +110,7 @@ class Submission:
         self.namespace: dict[str, Any] = {}
 
     def load(
-        self, filename: str, source: str, parts: list[str], grafts: dict[str, Any], setup: str = ""
+        self, filename: str, source: str, parts: list[str], grafts: dict[str, Any], setup: str, reference: str
     ) -> dict:
         """Run the file, with everything that is not this exercise's replaced by the reference's.
 
@@ -120,12 +121,14 @@ class Submission:
             grafts: of the reference, never with the exercise's own parts: "imports", "replace" and "lacking",
                 the latter two name -> source text.
             setup: helpers of the manifest's cases.
+            reference: the module that the exercise is taken from, and the submission may not.
         """
         self.filename = filename
         text = decode(base64.b64decode(source))
         linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
         tree = ast.parse(text, filename)
-        refuse_imports(tree)
+        allowed = {name for node in ast.parse(grafts["imports"]).body for name in names_taken(node)}
+        refuse_imports(tree, {**FORBIDDEN, reference: "the solution"}, allowed)
         require_parts(tree, parts, filename)
         lock_doors()
 
@@ -134,8 +137,17 @@ class Submission:
         sys.modules["submission"] = module  # dataclasses look their module up
         self.namespace = vars(module)
         self.namespace.update(borrowed_imports(tree, grafts["imports"]))
-        for code in graft(tree, filename, grafts["replace"], grafts["lacking"]):
-            exec(code, self.namespace)
+        later = []
+        for code, own in graft(tree, filename, grafts["replace"], grafts["lacking"]):
+            try:
+                exec(code, self.namespace)
+            except NameError:
+                if own:
+                    raise
+                later.append(code)  # what the submission lacks may need what comes further down
+        for code in later:
+            with contextlib.suppress(Exception):
+                exec(code, self.namespace)
         exec(compile(setup, "<manifest>", "exec", dont_inherit=True), self.namespace)
         return {}
 
@@ -197,14 +209,14 @@ class Submission:
         seen["input_gradient"] = plain([t.grad for t in self.last_inputs])
 
         module.train()
-        passes = []
-        for i in range(2):
-            module.load_state_dict(before)
-            torch.manual_seed(seed + i)
-            passes.append(forward())
-        seen["train"] = plain(passes[0])
-        seen["train_repeats"] = _equal(*passes)
-        seen["train_is_eval"] = _equal(passes[0], in_eval)
+        torch.manual_seed(seed)
+        generator_before = torch.get_rng_state()
+        in_train = forward()
+        seen["train"] = plain(in_train)
+        seen["train_is_eval"] = _equal(in_train, in_eval)
+        # One coin for a whole batch often falls the same way twice, so who throws coins is asked more often.
+        throws = not torch.equal(torch.get_rng_state(), generator_before)
+        seen["train_repeats"] = all(_equal(in_train, forward()) for _ in range(30 if throws else 1))
         state = module.state_dict()
         seen["train_changes"] = sum(not torch.equal(v, before[k]) for k, v in state.items())
 
@@ -271,26 +283,33 @@ def _is_utf8(line: bytes) -> bool:
     return True
 
 
-def refuse_imports(tree: ast.Module) -> None:
-    """Raises: Trouble, at the first place where a finished model is taken from elsewhere."""
+def refuse_imports(tree: ast.Module, forbidden: dict[str, str], allowed: set[str]) -> None:
+    """Raises: Trouble, at the first place where a finished model is taken from elsewhere.
+
+    What the reference imports itself is allowed.
+    """
     for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Attribute):
-            names = [_dotted(node)]
-        elif isinstance(node, ast.Call) and _dotted(node.func).endswith(("import_module", "__import__")):
-            names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-        for name in names:
-            source = next((w for k, w in FORBIDDEN.items() if f"{name}.".startswith(f"{k}.")), None)
+        for name in names_taken(node):
+            source = next((what for k, what in forbidden.items() if f"{name}.".startswith(f"{k}.")), None)
             if LESSON_NAME.match(name):
                 source = "a lesson of the course"
-            if source:
+            if source and name not in allowed:
                 raise Trouble(
                     f"not allowed: line {node.lineno} takes from {source} ({name}); build the model yourself"
                 )
+
+
+def names_taken(node: ast.AST) -> list[str]:
+    """The dotted names of what a node imports or reaches for."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    if isinstance(node, ast.Attribute):
+        return [_dotted(node)]
+    if isinstance(node, ast.Call) and _dotted(node.func).endswith(("import_module", "__import__")):
+        return [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    return []
 
 
 def _dotted(node: ast.expr) -> str:
@@ -379,11 +398,11 @@ def borrowed_imports(tree: ast.Module, imports: str) -> dict[str, Any]:
 
 def graft(
     tree: ast.Module, filename: str, replace: dict[str, str], lacking: dict[str, str]
-) -> Iterator[types.CodeType]:
+) -> Iterator[tuple[types.CodeType, bool]]:
     """The submission statement by statement, with the reference's in place of those to be replaced.
 
     Statement by statement, because each code object carries one file name: no message shall quote grafted text
-    as the student's.
+    as the student's. With each comes whether it belongs to the submission, or stands in for what it lacks.
     """
     own = definitions(tree.body)
     for name, text in replace.items():
@@ -399,29 +418,23 @@ def graft(
     def code(node: ast.stmt, name: str, flags: int) -> types.CodeType:
         return compile(ast.Module([node], []), name, "exec", flags=flags, dont_inherit=True)
 
-    def reference(names: Iterable[str]) -> Iterator[types.CodeType]:
-        for name in names:
-            if name not in own:
-                yield from (code(node, "<reference>", future) for node in ast.parse(lacking[name]).body)
+    def reference(text: str) -> Iterator[types.CodeType]:
+        return (code(node, "<reference>", future) for node in ast.parse(text).body)
 
-    # Classes and functions that the submission lacks come first, tables built from classes last.
-    kinds = {name: ast.parse(text).body[0] for name, text in lacking.items()}
-    tables = [n for n, node in kinds.items() if not isinstance(node, (ast.ClassDef, ast.FunctionDef))]
     imports = 0
-    while imports < len(tree.body) and isinstance(
-        tree.body[imports], (ast.Expr, ast.Import, ast.ImportFrom)
-    ):
+    while imports < len(tree.body) and isinstance(tree.body[imports], (ast.Expr, ast.Import, ast.ImportFrom)):
         imports += 1
     for node in tree.body[:imports]:
-        yield code(node, filename, future * declared)
-    yield from reference(name for name in lacking if name not in tables)
+        yield code(node, filename, future * declared), True
+    for name, text in lacking.items():
+        if name not in own:
+            yield from ((part, False) for part in reference(text))
     for node in tree.body[imports:]:
         name = getattr(node, "name", None)
         if name in replace:
-            yield from (code(n, "<reference>", future) for n in ast.parse(replace[name]).body)
+            yield from ((part, True) for part in reference(replace[name]))
         else:
-            yield code(node, filename, future * declared)
-    yield from reference(tables)
+            yield code(node, filename, future * declared), True
 
 
 # ----------------------------------------------------------------------------------------- watching

@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--submission", type=Path, default=LESSONS, help="file or folder to mark (default: the lessons)")
     group.addoption("--lessons", metavar="NN,NN", help="what the assignment consists of (default: all, of a file its own)")
     group.addoption("--grade-json", type=Path, metavar="FILE", help="write Gradescope's results.json")
-    group.addoption("--time-limit", type=float, default=Limits().exercise_seconds, help="seconds per exercise")
+    group.addoption("--time-limit", type=float, default=Limits().case_seconds, help="seconds of computing, per import and per case")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,8 +54,7 @@ class Marking:
 
     def result(self, grader: grade.Grader, row: Worth) -> grade.Result:
         if row.exercise not in self.results:
-            only = len(self.lessons) == 1
-            self.results[row.exercise] = grader.mark_exercise(self.submission, row.exercise, only)
+            self.results[row.exercise] = grader.mark_exercise(self.submission, row.exercise)
         return next(r for r in self.results[row.exercise] if r.check == row.check)
 
 
@@ -70,8 +69,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def grader(pytestconfig: pytest.Config) -> Iterator[grade.Grader]:
-    seconds = pytestconfig.getoption("--time-limit", Limits().exercise_seconds)
-    with grade.Grader(replace(Limits(), import_seconds=seconds, exercise_seconds=seconds)) as grader:
+    seconds = pytestconfig.getoption("--time-limit", Limits().case_seconds)
+    limits = replace(Limits(), import_seconds=seconds, case_seconds=seconds)
+    with grade.Grader(pytestconfig.stash[_MARKING].lessons, limits) as grader:
         yield grader
 
 

@@ -1,0 +1,330 @@
+"""The grader, graded: full points for the lessons, none for the starters, the right ones for the wrong solutions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common import grade, starter
+from common.exercises import LEVELS, exercises, file_name, lesson_path, manifests, points, worth
+from common.exercises.checks import CHECKS
+from common.sandbox import Limits
+from tests.wrong_solutions import WRONG, Wrong, replace_part
+
+LESSONS = tuple(manifests())
+NUMBERS = [number for lesson in LESSONS for number in exercises(lesson)]
+ROOT = Path(grade.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def references() -> grade.References:
+    return grade.References()
+
+
+@pytest.fixture(scope="module")
+def grader(references: grade.References) -> Iterator[grade.Grader]:
+    """One for all tests: the host and the reference's observations are what costs."""
+    with grade.Grader(LESSONS, references=references) as grader:
+        yield grader
+
+
+def mark(grader: grade.Grader, folder: Path, lesson: str, source: str | bytes) -> list[grade.Result]:
+    path = folder / file_name(lesson)
+    path.write_bytes(source if isinstance(source, bytes) else source.encode())
+    submission = grade.Submission("student", path)
+    return [r for number in exercises(lesson) for r in grader.mark_exercise(submission, number)]
+
+
+# ---------------------------------------------------------------------------------- tables agree
+
+
+def test_the_table_and_the_manifests_agree() -> None:
+    rows = points()
+    assert len({(row.exercise, row.check) for row in rows}) == len(rows)
+    assert {row.exercise for row in rows} == set(NUMBERS)
+    assert {row.check for row in rows} <= set(CHECKS)
+    for lesson in LESSONS:
+        assert lesson_path(lesson).exists()
+        for exercise in exercises(lesson).values():
+            assert exercise.level in LEVELS and exercise.hint and exercise.cases and exercise.unseen
+            assert exercise.number.startswith(f"{int(lesson)}.")
+            checks = {row.check for row in rows if row.exercise == exercise.number}
+            assert ("unseen" in checks) and ("result" in checks) == any(c.inputs is None for c in exercise.cases)
+            for row in rows:
+                if row.exercise == exercise.number:  # a check that is about nothing could not fail
+                    assert (row.visibility == "hidden") == (row.check == "unseen")
+
+
+# ---------------------------------------------------------------------------------- starters
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_starters_keep_all_but_the_bodies(lesson: str) -> None:
+    import ast
+
+    def outline(source: str) -> list[str]:
+        tree = ast.parse(source)
+        nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+        lines = []
+        for node in nodes:
+            signature = ast.unparse(node.args) if isinstance(node, ast.FunctionDef) else ""
+            lines.append(f"{node.name} {signature} {ast.get_docstring(node)}")
+        return sorted(lines)
+
+    lesson_source, text = lesson_path(lesson).read_text(encoding="utf-8"), starter.make_starter(lesson)
+    inner = {"forward"}  # functions inside of a removed body go with it
+    missing = [line for line in outline(lesson_source) if line not in outline(text)]
+    assert not [line for line in missing if line.split()[0] not in inner], missing
+    compile(text, "starter", "exec")
+    for number, exercise in exercises(lesson).items():
+        assert f"Exercise {number}: " in text
+        for part in exercise.parts:
+            for function in starter.functions_of(ast.parse(text), part):
+                body = [n for n in function.body if not isinstance(n, ast.Expr)]
+                assert len(body) == 1 and isinstance(body[0], ast.Raise)
+
+
+def test_starters_import_cleanly_and_say_what_is_next(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert starter.main(["all", "--out", str(tmp_path)]) == 0
+    assert "python -m common.grade" in capsys.readouterr().out
+    names = sorted(path.stem for path in tmp_path.glob("*.py"))
+    assert len(names) == len(LESSONS)
+    code = f"import importlib; [importlib.import_module(n) for n in {names}]"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::SyntaxWarning", "-c", code],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert starter.main(["all", "--out", str(tmp_path)]) == 2, "a student's work must not be overwritten"
+    assert starter.main(["01", "--out", str(ROOT)]) == 2
+    assert starter.main(["77", "--out", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_each_exercise_alone_gives_its_own_points(lesson: str, grader: grade.Grader, tmp_path: Path) -> None:
+    """The bodies are put back one exercise at a time; at first none is there."""
+    all_of_it = exercises(lesson)
+    results = mark(grader, tmp_path, lesson, starter.make_starter(lesson))
+    assert sum(r.score for r in results) == 0
+    assert all(r.message.startswith("not done yet: Exercise") for r in results)
+    for number, exercise in all_of_it.items():
+        restored = [n for n, e in all_of_it.items() if set(e.parts) <= set(exercise.parts)]
+        text = starter.make_starter(lesson, [n for n in all_of_it if n not in restored])
+        results = mark(grader, tmp_path, lesson, text)
+        assert {r.exercise for r in results if r.score} == set(restored), number
+        assert all(r.passed for r in results if r.exercise in restored), number
+
+
+# ---------------------------------------------------------------------------------- wrong solutions
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: f"{wrong.exercise} {wrong.fault}")
+def test_wrong_solutions_lose_the_right_checks(wrong: Wrong, grader: grade.Grader, tmp_path: Path) -> None:
+    path = tmp_path / file_name(wrong.lesson)
+    path.write_text(wrong.source(), encoding="utf-8")
+    results = grader.mark_exercise(grade.Submission("student", path), wrong.exercise)
+    lost = [r for r in results if not r.passed]
+    assert " ".join(r.check for r in lost) == wrong.lost, [r.message for r in lost]
+    assert any(wrong.says in r.message for r in lost), [r.message for r in lost]
+
+
+@pytest.mark.parametrize("lesson", sorted({wrong.lesson for wrong in WRONG}))
+def test_wrong_parts_cost_no_other_exercise_a_point(lesson: str, grader: grade.Grader, tmp_path: Path) -> None:
+    """One fault in each exercise of the lesson at once: each loses what it loses alone."""
+    text, lost = lesson_path(lesson).read_text(encoding="utf-8"), set()
+    for number in exercises(lesson):
+        for wrong in [w for w in WRONG if w.exercise == number][-1:]:
+            text = replace_part(text, wrong.replaces, wrong.code)
+            lost |= {(number, check) for check in wrong.lost.split()}
+    results = mark(grader, tmp_path, lesson, text)
+    assert {(r.exercise, r.check) for r in results if not r.passed} == lost
+
+
+# ---------------------------------------------------------------------------------- other right ones
+
+
+RIGHT = """
+import torch
+from torch import nn
+
+
+class SqueezeExcitation(nn.Module):
+    def __init__(self, channels, reduction=16):
+        super().__init__()
+        self.gate = nn.Sequential(
+            nn.Flatten(), nn.Linear(channels, channels // reduction), nn.ReLU(),
+            nn.Linear(channels // reduction, channels), nn.Sigmoid(),
+        )
+
+    def forward(self, x):
+        return self.gate(nn.functional.adaptive_avg_pool2d(x, 1))[:, :, None, None] * x
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, in_channels, channels, stride=1, shortcut="B", se_reduction=0):
+        super().__init__()
+        self.identity = make_shortcut(shortcut, in_channels, channels, stride)
+        self.body = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, 1, "same", bias=False), nn.BatchNorm2d(channels),
+        )
+        if se_reduction:
+            self.body.append(SqueezeExcitation(channels, se_reduction))
+
+    def forward(self, x):
+        identity = self.identity(x)
+        return torch.relu(self.body(x) + identity)
+"""
+
+
+def test_other_names_order_and_layers_are_as_good(grader: grade.Grader, tmp_path: Path) -> None:
+    """A file with two classes of its own making, with linear layers for 1x1 convolutions and the shortcut first."""
+    results = mark(grader, tmp_path, "01", RIGHT)
+    assert {r.exercise for r in results if r.score} == {"1.3", "1.4"}
+    assert all(r.passed for r in results if r.exercise in ("1.3", "1.4"))
+    others = {r.message for r in results if not r.passed}
+    assert all("is not defined in 01_resnet_beginner.py" in message for message in others)
+
+
+# ---------------------------------------------------------------------------------- messages
+
+
+LESSON_5 = lesson_path("05").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (LESSON_5.replace("class DepthwiseSeparable", "class DepthwiseSeperable"), "did you mean DepthwiseSeperable?"),
+        (LESSON_5 + "\nimport timm\n", "takes from timm"),
+        (LESSON_5 + "\nfrom torchvision import models\n", "takes from torchvision's models"),
+        (LESSON_5 + "\nimport importlib\nimportlib.import_module('05_mobilenet_advanced')\n", "a lesson of the course"),
+        (LESSON_5 + "\nopen('/anywhere/05_mobilenet_advanced.py')\n", "may not read 05_mobilenet_advanced.py"),
+        (LESSON_5 + "\nname = 'torchvision'\ngetattr(__import__(name), 'models').resnet18()\n", "may not use torchvision's"),
+        (LESSON_5 + "\nprint(undefined)\n", "(line {last}: print(undefined))"),
+        (LESSON_5 + "\ndef broken(:\n", "syntax error in line {last}"),
+        (LESSON_5.encode() + "\n# é\n".encode("latin-1"), "line {last} is not UTF-8"),
+        (LESSON_5.encode("utf-16"), "not readable as text"),
+        (LESSON_5 + "\nimport sys\nsys.exit()\n", "it calls sys.exit() (line {last}"),
+        (LESSON_5 + "\nimport os\nos._exit(0)\n", "ended the process itself with exit code 0"),
+        (b"", "DepthwiseSeparable is not defined"),
+    ],
+)  # fmt: skip
+def test_messages_name_the_fault(source: str | bytes, says: str, grader: grade.Grader, tmp_path: Path) -> None:
+    path = tmp_path / file_name("05")
+    path.write_bytes(source if isinstance(source, bytes) else source.encode())
+    results = grader.mark_exercise(grade.Submission("student", path), "5.1")
+    assert sum(r.score for r in results) == 0
+    last = len(LESSON_5.splitlines()) + (3 if b"sys.exit" in path.read_bytes() else 2)
+    assert says.format(last=last) in results[0].message, results[0].message
+
+
+def test_files_that_are_not_there_or_not_plain(grader: grade.Grader, tmp_path: Path) -> None:
+    def message(path: Path) -> str:
+        return grader.mark_exercise(grade.Submission("student", path), "5.1")[0].message
+
+    (tmp_path / "mobilnet.py").write_text("")
+    assert "no 05_mobilenet_advanced.py; there is mobilnet.py" in message(tmp_path)
+    link = tmp_path / file_name("05")
+    link.symlink_to(lesson_path("05"))
+    assert "links are not followed" in message(tmp_path)
+    link.unlink()
+    os.mkfifo(link)
+    assert "not a plain file" in message(tmp_path)
+
+
+# ---------------------------------------------------------------------------------- a whole class
+
+
+GOOD = LESSON_5
+HOSTILE = {
+    "loop_at_import": GOOD + "\nwhile True:\n    pass\n",
+    "loop_in_c": replace_part(GOOD, "DepthwiseSeparable.forward", "def forward(self, x):\n    sum(range(10**11))\n"),
+    "crash": GOOD + "\nimport ctypes\nctypes.string_at(0)\n",
+    "exit": GOOD + "\nimport os\nos._exit(0)\n",
+    "threads": GOOD + "\nimport threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(99,)).start()\n",
+    "forks": GOOD + "\nimport os, time\nfor _ in range(200):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(999)\ntime.sleep(999)\n",
+    "tensor": replace_part(GOOD, "DepthwiseSeparable.forward", "def forward(self, x):\n    return torch.zeros(25 * 10**9)\n"),
+    "hoarder": GOOD + "\nhoard = []\nwhile True:\n    hoard.append(bytearray(2**24))\n",
+    "printer": GOOD + "\nfor _ in range(10**6):\n    print('x')\n",
+    "vandal": GOOD + "\nimport os, signal\nfor path in {paths!r}:\n    try:\n        open(path, 'w').write('score,100')\n    except OSError:\n        pass\n",
+    "killer": GOOD + "\nimport ctypes, os\nfor pid in (os.getppid(), {pid}):\n    ctypes.CDLL(None).kill(pid, 9)\n",
+    "patcher": replace_part(GOOD, "DepthwiseSeparable.forward", "def forward(self, x):\n    return x\n")
+    + "\nimport json\ntorch.equal = torch.allclose = lambda *a, **k: True\nnn.Module.__eq__ = lambda *a: True\n"
+    + "nn.Module.__hash__ = object.__hash__\njson.loads = lambda *a: {{'probe': 'load', 'number': 0}}\n",
+    "forger": GOOD + "\nimport os\nos.write(3, b'{{\"score\": 100}}' + bytes([10]))\nos.closerange(0, 99)\n",
+    "encoding": GOOD.encode() + b"# \xe9\n",
+    "syntax": GOOD + "\nclass (:\n",
+}  # fmt: skip
+KEEP_POINTS = {  # who does no harm to the other exercises keeps their points
+    "loop_in_c": {"5.2", "5.3"},
+    "tensor": {"5.2", "5.3"},
+    "patcher": {"5.2", "5.3"},
+    "printer": {"5.1", "5.2", "5.3"},
+    "killer": {"5.1", "5.2", "5.3"},
+    "vandal": {"5.1", "5.2", "5.3"},
+}
+
+
+def test_a_class_of_forty_with_hostile_ones(
+    grader: grade.Grader, references: grade.References, tmp_path: Path
+) -> None:
+    """Nobody is lost, nobody gains or loses by what a neighbour does, and a stopped run goes on."""
+    folder, out = tmp_path / "class", tmp_path / "grades.csv"
+    folder.mkdir()
+    grader.mark_exercise(grade.Submission("lesson", lesson_path("05")), "5.2")
+    guarded = grader.host.own_user  # without root the same user may overwrite files and kill: docs/GRADING.md
+    for i in range(25):  # three files of one class, as they come: a file, a folder, a folder in a folder
+        place = [folder, folder / f"good_{i:02}", folder / f"good_{i:02}" / "src"][i % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        text = GOOD if i % 5 else starter.make_starter("05", ["5.2"])
+        (place / (f"good_{i:02}.py" if place == folder else file_name("05"))).write_text(text)
+    for name, text in HOSTILE.items():
+        if name in ("killer", "vandal") and not guarded:
+            continue
+        (folder / name).mkdir()
+        if isinstance(text, str) and "{" in text[len(GOOD) - 200 :] and name in ("vandal", "killer", "patcher", "forger"):
+            tail = text[len(GOOD) - 200 :]
+            tail = tail.replace("{paths!r}", repr([str(out), str(folder / "good_01" / file_name("05"))]))
+            text = text[: len(GOOD) - 200] + tail.replace("{pid}", str(os.getpid())).replace("{{", "{").replace("}}", "}")
+        (folder / name / file_name("05")).write_bytes(text if isinstance(text, bytes) else text.encode())
+    students = 25 + len(HOSTILE) - (0 if guarded else 2)
+    limits = replace(Limits(), import_seconds=4, case_seconds=4)
+
+    started = time.monotonic()
+    grades = grade.mark_class(folder, out, ("05",), jobs=2, limits=limits, quiet=True)
+    print(f"{students} students in {time.monotonic() - started:.1f} s")
+
+    total = sum(row.points for row in worth(("05",)))
+    by_student: dict[str, list[grade.Grade]] = {}
+    for line in grades:
+        by_student.setdefault(line.student, []).append(line)
+    assert len(by_student) == students
+    for student, lines in by_student.items():
+        assert [line.exercise for line in lines] == list(exercises("05")), student
+        assert sum(line.max_score for line in lines) == total, student
+        full = {line.exercise for line in lines if line.score == line.max_score}
+        if student.startswith("good"):
+            assert full == ({"5.1", "5.2", "5.3"} if int(student[-2:]) % 5 else {"5.1", "5.3"}), lines
+        else:
+            assert full == KEEP_POINTS.get(student, set()), lines
+            assert all(line.message for line in lines if line.exercise not in full), student
+    with out.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(grades)
+
+    again = time.monotonic()
+    assert grade.mark_class(folder, out, ("05",), jobs=2, limits=limits, quiet=True) == grades
+    assert time.monotonic() - again < 5, "what was marked is not marked again"
