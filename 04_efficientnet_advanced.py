@@ -1,17 +1,109 @@
-"""EfficientNet: grow depth, width and resolution together."""
+"""Lesson 4, advanced: EfficientNet, growing depth, width and resolution together.
+
+Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", 2019
+(arXiv 1905.11946).
+
+The idea in one sentence: find a small net that is good for its cost by search, then grow its depth,
+its width and its input resolution in fixed proportion instead of one of them alone.
+
+    python 04_efficientnet_advanced.py                                # digits, on a GPU CIFAR-10
+    python 04_efficientnet_advanced.py --experiment compound-scaling  # the paper's claim, measured
+    python 04_efficientnet_advanced.py --experiment search            # how its table was found
+    python 04_efficientnet_advanced.py --model efficientnet_b0 --summary
+"""
+
+# %% [markdown]
+# ## The problem, and the one equation
+#
+# You have a net and twice the time to run it. Make it deeper? Wider? Show it larger images? Each
+# alone helps less and less: depth stops paying beyond a point, a wide and shallow net finds no
+# abstract features, and a large image is wasted on a net whose layers see a small part of it. The
+# three depend on each other, so scale them together, by one number $\phi$:
+#
+# $$\text{depth} = \alpha^\phi, \quad \text{width} = \beta^\phi, \quad
+# \text{resolution} = \gamma^\phi, \quad \alpha \cdot \beta^2 \cdot \gamma^2 \approx 2$$
+#
+# Multiply-adds grow with the depth, with the square of the width (channels in times channels out)
+# and with the square of the resolution (rows times columns). So each step of $\phi$ doubles the
+# cost. The paper found $\alpha = 1.2$, $\beta = 1.1$ and $\gamma = 1.15$ on its smallest net, B0,
+# and grew B1 to B7 out of it.
 
 # %%
-from __future__ import annotations
+from dataclasses import dataclass
 
+from common.cli import in_notebook, main, parse_flags
+from common.config import TrainConfig, knob
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """What this lesson can be told; every field is a flag, and `--help` prints them all."""
+
+    model: str = knob(
+        "efficientnet_mini", "a name of MODELS: efficientnet_b0, ..., efficientnet_b7"
+    )
+    width_mult: float = knob(1.0, "makes the model so many times as wide", low=0.05)
+    depth_mult: float = knob(1.0, "makes the model so many times as deep", low=0.05)
+    stochastic_depth: float = knob(0.2, "rate at which the last block is dropped", low=0)
+
+    seeds: int = knob(2, "runs of each net that an experiment compares", low=1)
+    # For compound-scaling.
+    start_width: float = knob(0.25, "width of the net to scale up, over B0's", low=0.05)
+    start_depth: float = knob(0.3, "depth of the net to scale up, over B0's", low=0.05)
+    start_size: int | None = knob(None, "pixels that it sees; default: half of image_size", low=4)
+    factor: float = knob(4.0, "scale up to so many times its multiply-adds", low=1)
+    # For search. The proxy task has half of image_size and few epochs.
+    nets: int = knob(36, "nets that each search trains", low=2)
+    proxy_epochs: int = knob(2, "epochs of the proxy task", low=1)
+    budget: float = knob(1.0, "multiply-adds allowed, over those of B0's own rows", low=0)
+
+    # What differs from the defaults of common/config.py; the record at the top was measured with
+    # these. At 8 px, the digits' own size, most stages would see two pixels by two, or one.
+    RECIPES = {
+        "digits": {
+            "image_size": 16,
+            "epochs": 8,
+            "batch_size": 64,
+            "base_lr": 0.2,
+            "start_size": 12,
+        }
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stochastic_depth >= 1:
+            raise UserError(f"--stochastic-depth {self.stochastic_depth}: a rate is below 1")
+
+
+# Flags are read before torch is imported, so that --help answers at once; a notebook gets the
+# defaults.
+config = parse_flags(Config) if __name__ == "__main__" else Config()
+
+# %%
+import inspect
 import math
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
+from statistics import mean
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.profiling import count_macs
+from common import plotting, runtime
+from common.data import load_data
+from common.evaluation import evaluate
+from common.experiments import Trial, mean_and_spread, train_trial
+from common.pretrained import load_pretrained
+from common.profiling import count_macs, profile
+from common.runs import Run, banner, draw_figures, prepare
+from common.training import fit, make_optimizer, make_schedule, train_one_epoch
+
+LESSON = "04_efficientnet_advanced"
 
 # %% [markdown]
 # ## One convolution, one norm, one activation
@@ -90,7 +182,7 @@ class SqueezeExcitation(nn.Module):
 
 # %%
 class StochasticDepth(nn.Module):
-    """Zero an image's residual branch with probability `rate` in training.  Huang et al. 2016, eq. 2.
+    """Zero an image's residual branch with probability `rate`.  Huang et al. 2016, eq. 2.
 
     (N, C, H, W) -> (N, C, H, W)
 
@@ -361,6 +453,8 @@ class EfficientNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C, h, w), the last map: 1/32 of the resolution, 1/8 if small."""
+        # A pixel's channels side by side: a CPU's depthwise convolutions are then twice as fast.
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x)  # (N, 32, H/2, W/2)
         x = self.stages(x)  # (N, 320, H/32, W/32)
         return self.head_conv(x)  # (N, 1280, H/32, W/32)
@@ -405,10 +499,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {name: partial(efficientnet, name)
 
 
 # %% [markdown]
-# ## The paper's claim, before any training: four ways to spend the same multiply-adds
+# ## Experiment 1: four ways to spend the same multiply-adds
 #
-# Every row below doubles the cost when phi grows by one, because `depth * width^2 * resolution^2 =
-# 2`. They differ in what the cost buys.
+# Start from a small net on small images. Every direction below doubles its cost when $\phi$ grows
+# by one, because depth x width^2 x resolution^2 = 2. They differ in what the cost buys. Follow each
+# to the same number of multiply-adds, train what comes out by the same recipe, and compare.
+#
+# Digits have 8 x 8 pixels. Larger images of them are interpolated: they hold nothing new, but give
+# the layers more places to look at. CIFAR-10 (`--dataset cifar10`) has real pixels to add.
 
 
 # %%
@@ -437,47 +535,517 @@ class Size(NamedTuple):
     image_size: int
 
 
-def stretch(base: Size, direction: Direction, phi: float) -> Size:
+def stretch(start: Size, direction: Direction, phi: float) -> Size:
     """Follow `direction` for `phi` steps.
 
     >>> stretch(Size(1.0, 1.0, 224), DIRECTIONS["compound"], phi=1)
     Size(width_mult=1.1, depth_mult=1.2, image_size=258)
     """
     return Size(
-        base.width_mult * direction.width**phi,
-        base.depth_mult * direction.depth**phi,
-        round(base.image_size * direction.resolution**phi),
+        start.width_mult * direction.width**phi,
+        start.depth_mult * direction.depth**phi,
+        2 * round(start.image_size * direction.resolution**phi / 2),  # halves without a rest
     )
 
 
-def build(size: Size, **options: float | bool) -> EfficientNet:
+def build_size(size: Size, **options: float | bool) -> EfficientNet:
     """B0's table in that size."""
     return efficientnet("efficientnet_b0", size.width_mult, size.depth_mult, **options)
 
 
 @cache
-def macs(size: Size, **options: float | bool) -> int:
+def macs_of_size(size: Size, **options: float | bool) -> int:
     """Multiply-adds of one image, counted on the meta device, where nothing is computed."""
     with torch.device("meta"):
-        model = build(size, **options)
+        model = build_size(size, **options)
     return count_macs(model, (3, size.image_size, size.image_size))
 
 
-def stretch_to(
-    target_macs: float, base: Size, direction: Direction, **options: float | bool
-) -> Size:
+def stretch_to(target: float, start: Size, direction: Direction, **options: float | bool) -> Size:
     """The size along `direction` whose multiply-adds come closest to the target.
 
-    Found by bisection over phi: the cost never falls when phi grows.
-    Layers are whole, channels come in eights and pixels in ones, so the real cost climbs in steps
-    and phi from the formula misses it.
+    Found by bisection over phi: the cost never falls when phi grows. Layers are whole, channels
+    come in eights and pixels in ones, so the real cost climbs in steps, and phi from the formula
+    misses it.
     """
-    low, high = 0.0, 2 * math.log2(target_macs / macs(base, **options))
+    low, high = 0.0, 2 * math.log2(target / macs_of_size(start, **options))
     for _ in range(7):
         middle = (low + high) / 2
-        if macs(stretch(base, direction, middle), **options) < target_macs:
+        if macs_of_size(stretch(start, direction, middle), **options) < target:
             low = middle
         else:
             high = middle
-    ends = stretch(base, direction, low), stretch(base, direction, high)
-    return min(ends, key=lambda size: abs(macs(size, **options) - target_macs))
+    ends = stretch(start, direction, low), stretch(start, direction, high)
+    return min(ends, key=lambda size: abs(macs_of_size(size, **options) - target))
+
+
+# %%
+def compound_scaling(config: Config) -> dict[str, object]:
+    """Figure 8 of the paper in small: the same cost spent on depth, width, resolution or all
+    three.
+    """
+    config, device = prepare(config)
+    # Without dropout of either kind, whose best rate depends on the size of the net.
+    options = {"small_input": config.small_input, "dropout": 0.0, "stochastic_depth": 0.0}
+    options["num_classes"] = load_data(config, device).num_classes
+    start_size = config.start_size or config.image_size // 2
+    start = Size(config.start_width, config.start_depth, start_size)
+    target = config.factor * macs_of_size(start, **options)
+    sizes = {"start": start}
+    for name, direction in DIRECTIONS.items():
+        sizes[name] = stretch_to(target, start, direction, **options)
+
+    run = Run.open(config, LESSON)
+    trials: dict[str, list[Trial]] = {}
+    for name, size in sizes.items():
+        sized = replace(config, image_size=size.image_size)
+        data = load_data(sized, device)
+        make = partial(build_size, size, **options)
+        trials[name] = [
+            train_trial(name, make, data, replace(sized, seed=config.seed + i), device)
+            for i in range(config.seeds)
+        ]
+
+    scores = {name: [t.test_top1 for t in runs] for name, runs in trials.items()}
+    grown = np.array([growth(size, start, trials[name][0]) for name, size in sizes.items()])
+    figure, (shape, loss, error) = plotting.panels(
+        3, f"Four ways to spend {config.factor:g} times the multiply-adds on {data.name}"
+    )
+    plotting.heatmap(
+        grown / grown[0],
+        list(sizes),
+        ["layers", "width", "pixels", "weights", "MACs"],
+        "What the cost buys, over the start",
+        fmt="{:.1f}x",
+        label="times the start's",
+        ax=shape,
+    )
+    plotting.curves(
+        {n: [[r.train_loss for r in t.history] for t in runs] for n, runs in trials.items()},
+        "epoch", "training loss", "Training loss", ax=loss,
+    )  # fmt: skip
+    draw_errors(scores, "Test error", error)
+    run.figure("compound_scaling", figure)
+    rows = [
+        {
+            "name": name,
+            "layers": sum(stage.layers for stage in scale_stages(B0, depth_mult=size.depth_mult)),
+            "width": round(size.width_mult, 2),
+            "pixels": size.image_size,
+            "parameters": trials[name][0].params,
+            "M MACs": round(trials[name][0].macs / 1e6, 2),
+            "train loss": f"{mean(t.history[-1].train_loss for t in trials[name]):.4f}",
+            "test top-1": f"{mean(scores[name]):.2%}",
+            "spread": f"{mean_and_spread(scores[name])[1]:.2%}",
+            "seconds": round(mean(t.seconds for t in trials[name]), 1),
+        }
+        for name, size in sizes.items()
+    ]
+    return run.conclude(rows, scaling_verdict(scores))
+
+
+def growth(size: Size, start: Size, trial: Trial) -> tuple[float, ...]:
+    """Layers, width, pixels (rows times columns), weights and multiply-adds."""
+    layers = sum(stage.layers for stage in scale_stages(B0, depth_mult=size.depth_mult))
+    return layers, size.width_mult, size.image_size**2, trial.params, trial.macs
+
+
+def draw_errors(scores: dict[str, list[float]], title: str, ax: object) -> None:
+    """Test errors as bars, of test accuracies by name; with more than one seed, mean and spread."""
+    seeds = len(next(iter(scores.values())))
+    plotting.bars(
+        {name: 1 - mean(values) for name, values in scores.items()},
+        "test error",
+        f"{title}, mean and spread of {seeds} seeds" if seeds > 1 else title,
+        {n: mean_and_spread(v)[1] for n, v in scores.items()} if seeds > 1 else None,
+        percent=True,
+        colors=plotting.PALETTE,
+        ax=ax,
+    )
+
+
+def scaling_verdict(scores: dict[str, list[float]]) -> list[str]:
+    """Whether all three together beat each alone, by accuracies of the same seeds per name."""
+    average = {name: mean(values) for name, values in scores.items()}
+    start = average.pop("start")
+    verdict = [
+        f"{name}: {value:.2%}, {'up' if value > start else 'not up'} from the start's {start:.2%}"
+        for name, value in sorted(average.items(), key=lambda item: -item[1])
+    ]
+    compound = average.pop("compound")
+    best = max(average, key=average.get)
+    gap = compound - average[best]
+    noise = max(mean_and_spread(scores[name])[1] for name in ("compound", best))
+    if gap > 0:
+        claim = (
+            f"the claim holds here: compound scaling is {gap:.2%} ahead of the best axis, {best}"
+        )
+    elif gap == 0:
+        claim = f"no decision here: compound scaling is level with the best axis, {best}"
+    else:
+        claim = f"the claim fails here: {best} alone is {-gap:.2%} ahead of compound scaling"
+    verdict.append(claim)
+    if len(scores["compound"]) == 1:
+        verdict.append("one seed says nothing of chance: try --seeds 3")
+    elif abs(gap) <= 2 * noise:
+        verdict.append(
+            f"the gap is within twice the spread over seeds ({noise:.2%}), so chance could turn it"
+        )
+    return verdict
+
+
+# %% [markdown]
+# ## Experiment 2: let a search find the rows of the table
+#
+# Where did B0's kernels, expansions and layers come from? From a search (Tan et al. 2019, MnasNet)
+# that trained about 8,000 nets for a few epochs each. In small: four stages, three genes each, and
+# a budget of multiply-adds. A candidate is trained on a *proxy task*, half the resolution and a few
+# epochs, and judged by its validation loss.
+#
+# The hard question of every such search is whether it beats drawing nets by lot at the same cost.
+
+
+# %%
+CHOICES: dict[str, tuple[int, ...]] = {
+    "expansion": (1, 3, 6),
+    "kernel_size": (3, 5),
+    "layers": (1, 2, 3),
+}
+ROWS = scale_stages(B0[:4], width_mult=0.5)  # channels and strides stay, and B0's own genes compete
+POPULATION, TOURNAMENT = 8, 3
+
+
+class Candidate(NamedTuple):
+    """A net of the space, and how the proxy task judged it."""
+
+    stages: tuple[Stage, ...]
+    macs: int
+    val_loss: float
+
+
+def spell(stages: tuple[Stage, ...]) -> str:
+    """The genes in short: expansion, kernel, layers.
+
+    >>> spell(ROWS)
+    'e1k3x1 e6k3x2 e6k5x2 e6k3x3'
+    """
+    return " ".join(f"e{s.expansion}k{s.kernel_size}x{s.layers}" for s in stages)
+
+
+def random_stages(rng: random.Random) -> tuple[Stage, ...]:
+    """Every gene by lot."""
+    return tuple(
+        row._replace(**{gene: rng.choice(values) for gene, values in CHOICES.items()})
+        for row in ROWS
+    )
+
+
+def mutate(stages: tuple[Stage, ...], rng: random.Random) -> tuple[Stage, ...]:
+    """One gene of one stage changed to another value."""
+    i, gene = rng.randrange(len(stages)), rng.choice(list(CHOICES))
+    others = [value for value in CHOICES[gene] if value != getattr(stages[i], gene)]
+    changed = stages[i]._replace(**{gene: rng.choice(others)})
+    return (*stages[:i], changed, *stages[i + 1 :])
+
+
+# %% [markdown]
+# Both searches have the same proxy, the same budget and the same number of nets to train, and share
+# the first few, drawn by lot. Then evolution breeds: a few members of the population meet, and the
+# best of them has a child that differs by one gene. The oldest member dies, however good it was, so
+# that a lucky training run can't rule for ever (Real et al. 2019, algorithm 1).
+
+
+# %%
+class Proxy:
+    """The cheap task by which nets are judged.
+
+    Args:
+        config: resolved; the proxy takes half of its image size, and `proxy_epochs`.
+        limit: the budget in multiply-adds, at the full image size.
+    """
+
+    def __init__(self, config: Config, device: torch.device, limit: float) -> None:
+        self.full_size = (3, config.image_size, config.image_size)
+        self.small_input, self.device, self.limit = config.small_input, device, limit
+        self.config = replace(
+            config, image_size=config.image_size // 2, epochs=config.proxy_epochs, warmup=0
+        )
+        self.data = load_data(self.config, device)
+
+    def build(self, stages: tuple[Stage, ...], num_classes: int) -> EfficientNet:
+        return EfficientNet(
+            stages,
+            round_channels(STEM_CHANNELS / 2),
+            num_classes,
+            self.small_input,
+            dropout=0.0,
+            stochastic_depth=0.0,
+        )
+
+    def macs(self, stages: tuple[Stage, ...]) -> int:
+        with torch.device("meta"):
+            return count_macs(self.build(stages, self.data.num_classes), self.full_size)
+
+    def judge(self, stages: tuple[Stage, ...]) -> float:
+        """Validation loss after a few epochs, always from the same seed."""
+        runtime.set_up_torch(self.device, self.config.seed, self.config.deterministic)
+        model = self.build(stages, self.data.num_classes).to(self.device)
+        optimizer = make_optimizer(model, self.config)
+        schedule = make_schedule(optimizer, self.config, self.data.train)
+        loss_fn = nn.CrossEntropyLoss()
+        history = fit(model, self.data, loss_fn, optimizer, schedule, self.config, label="proxy")
+        return history[-1].val_loss
+
+
+def by_lot(found: list[Candidate], rng: random.Random) -> tuple[Stage, ...]:
+    """Random search: what came before doesn't matter."""
+    return random_stages(rng)
+
+
+def by_evolution(found: list[Candidate], rng: random.Random) -> tuple[Stage, ...]:
+    """The child of the best of a few; the youngest candidates are the population."""
+    population = found[-POPULATION:]
+    rivals = rng.sample(population, min(TOURNAMENT, len(population)))
+    parent = min(rivals, key=lambda candidate: candidate.val_loss)
+    return mutate(parent.stages, rng)
+
+
+PATIENCE = 500  # proposals in vain, before the budget is called too small
+
+
+def search(
+    name: str,
+    propose: Callable[[list[Candidate], random.Random], tuple[Stage, ...]],
+    proxy: Proxy,
+    first: list[Candidate],
+    nets: int,
+    rng: random.Random,
+) -> list[Candidate]:
+    """Propose and judge until there are `nets` candidates, of which `first` are given.
+
+    A proposal that is over the budget, or was seen before, is made again; only training costs.
+    """
+    found, vain = list(first), 0
+    while len(found) < nets:
+        stages = propose(found, rng)
+        macs = proxy.macs(stages)
+        if macs > proxy.limit or any(stages == candidate.stages for candidate in found):
+            vain += 1
+            if vain == PATIENCE:
+                raise UserError(
+                    f"--budget {proxy.config.budget}: {len(found)} nets were found within it, "
+                    f"not --nets {nets}"
+                )
+            continue
+        candidate, vain = Candidate(stages, macs, proxy.judge(stages)), 0
+        if not found or candidate.val_loss < min(c.val_loss for c in found):
+            print(
+                f"{name:<10} net {len(found) + 1:>3} of {nets}  val loss {candidate.val_loss:.4f}  "
+                f"{macs / 1e6:.2f} M MACs  {spell(stages)}",
+                flush=True,
+            )
+        found.append(candidate)
+    return found
+
+
+# %%
+SEARCHES = {"evolution": by_evolution, "random": by_lot}
+
+
+def architecture_search(config: Config) -> dict[str, object]:
+    """Evolution against chance on the proxy task; then the winners, and B0's own rows, in full."""
+    config, device = prepare(config)
+    own = Proxy(config, device, limit=math.inf).macs(ROWS)
+    proxy = Proxy(config, device, limit=config.budget * own)
+    run = Run.open(config, LESSON)
+    first = search(
+        "first", by_lot, proxy, [], min(POPULATION, config.nets), random.Random(config.seed)
+    )
+    found = {
+        name: search(name, propose, proxy, first, config.nets, random.Random(config.seed + 1))
+        for name, propose in SEARCHES.items()
+    }
+    finalists = {n: min(f, key=lambda candidate: candidate.val_loss) for n, f in found.items()}
+    finalists["B0's rows"] = Candidate(ROWS, own, proxy.judge(ROWS))
+
+    data = load_data(config, device)
+    trials: dict[str, list[Trial]] = {}
+    for name, finalist in finalists.items():
+        make = partial(proxy.build, finalist.stages, data.num_classes)
+        trials[name] = [
+            train_trial(name, make, data, replace(config, seed=config.seed + i), device)
+            for i in range(config.seeds)
+        ]
+    scores = {name: [t.test_top1 for t in runs] for name, runs in trials.items()}
+
+    figure, (best, proposed, genes, final) = plotting.panels(
+        4, f"{config.nets} nets each, on {data.name}: does evolution beat chance?", columns=2
+    )
+    losses = {name: [c.val_loss for c in f] for name, f in found.items()}
+    plotting.curves(
+        {name: np.minimum.accumulate(values) for name, values in losses.items()},
+        "nets trained", "validation loss", "The best net so far, on the proxy task", ax=best,
+    )  # fmt: skip
+    plotting.curves(
+        losses, "nets trained", "validation loss", "Every net proposed", smooth=8, ax=proposed
+    )
+    labels, worth = gene_worth([c for f in found.values() for c in f])
+    plotting.heatmap(
+        worth,
+        labels,
+        [f"stage {i + 1}" for i in range(len(ROWS))],
+        "What a gene is worth: how much lower the loss is with it",
+        label="mean validation loss of all nets, minus that of those with it",
+        fmt="{:+.2f}",
+        ax=genes,
+    )
+    draw_errors(scores, "Trained in full: test error", final)
+    run.figure("search", figure)
+    rows = [
+        {
+            "net": name,
+            "genes": spell(finalist.stages),
+            "parameters": trials[name][0].params,
+            "M MACs": round(finalist.macs / 1e6, 2),
+            "proxy loss": f"{finalist.val_loss:.4f}",
+            "test top-1": f"{mean(scores[name]):.2%}",
+            "spread": f"{mean_and_spread(scores[name])[1]:.2%}",
+        }
+        for name, finalist in finalists.items()
+    ]
+    verdict = search_verdict(found, len(first), scores)
+    return run.conclude(rows, verdict, proxy_losses=losses)
+
+
+def gene_worth(candidates: list[Candidate]) -> tuple[list[str], np.ndarray]:
+    """By how much the candidates with each value of each gene are better, (values, stages)."""
+    labels = [f"{gene} {value}" for gene, values in CHOICES.items() for value in values]
+    worth = np.full((len(labels), len(ROWS)), np.nan)
+    for row, (gene, value) in enumerate((g, v) for g, values in CHOICES.items() for v in values):
+        for stage in range(len(ROWS)):
+            having = [c.val_loss for c in candidates if getattr(c.stages[stage], gene) == value]
+            if having:
+                worth[row, stage] = mean(c.val_loss for c in candidates) - mean(having)
+    return [label.replace("_size", "") for label in labels], worth
+
+
+def search_verdict(
+    found: dict[str, list[Candidate]], shared: int, scores: dict[str, list[float]]
+) -> list[str]:
+    """Evolution against chance: the best net, what was proposed, and what it was good for."""
+    losses = {name: [c.val_loss for c in candidates] for name, candidates in found.items()}
+    best = {name: min(values) for name, values in losses.items()}
+    ahead = "evolution" if best["evolution"] < best["random"] else "random search"
+    if best["evolution"] == best["random"]:
+        ahead = "neither search"
+    verdict = [
+        f"on the proxy task {ahead} found the better net: validation loss {best['evolution']:.4f} "
+        f"by evolution, {best['random']:.4f} by lot"
+    ]
+    bred, drawn = losses["evolution"][shared:], losses["random"][shared:]
+    if len(bred) > 1:
+        (low, low_spread), (high, high_spread) = mean_and_spread(bred), mean_and_spread(drawn)
+        error = ((low_spread**2 + high_spread**2) / len(bred)) ** 0.5
+        sure = "more" if abs(high - low) > 2 * error else "no more"
+        verdict.append(
+            f"the nets it bred have a mean loss of {low:.4f}, those drawn by lot {high:.4f}: "
+            f"{'better' if low < high else 'no better'}, by {sure} than two standard errors"
+        )
+    for rival in ("random", "B0's rows"):
+        gap = mean(scores["evolution"]) - mean(scores[rival])
+        noise = max(mean_and_spread(scores[name])[1] for name in ("evolution", rival))
+        word = "ahead of" if gap > 0 else "behind" if gap < 0 else "level with"
+        chance = "" if len(scores[rival]) == 1 else f" (spread over seeds {noise:.2%})"
+        verdict.append(
+            f"trained in full, evolution's net is {word} {rival} by {abs(gap):.2%}{chance}"
+        )
+    return verdict
+
+
+EXPERIMENTS: dict[str, Callable[[Config], object]] = {
+    "compound-scaling": compound_scaling,
+    "search": architecture_search,
+}
+
+# %% [markdown]
+# ## One run, from data to report
+#
+# Flat and explicit: this is the whole recipe. `fit` repeats `train_one_epoch`, whose source is in
+# the last cell.
+
+
+# %%
+def build(config: Config, num_classes: int) -> nn.Module:
+    """The model that the flags ask for."""
+    return MODELS[config.model](
+        num_classes=num_classes,
+        small_input=config.small_input,
+        width_mult=config.width_mult,
+        depth_mult=config.depth_mult,
+        stochastic_depth=config.stochastic_depth,
+    )
+
+
+def run(config: Config) -> dict[str, object]:
+    """Train, test once with the best epoch's weights, profile, draw, save; what result.json holds
+    comes back.
+    """
+    config, device = prepare(config)
+    data = load_data(config, device)
+    # channels_last at every image size: see forward_features.
+    model = build(config, data.num_classes).to(device, memory_format=torch.channels_last)
+    if config.pretrained:
+        load_pretrained(model, config.model)
+
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, data.train)
+
+    run = Run.open(config, LESSON)
+    banner(config, device, data, model, run)
+    history = fit(model, data, loss_fn, optimizer, schedule, config, run)
+
+    test = evaluate(model, data.test, data.class_names)  # the only look at the test images
+    cost = profile(model, data.input_size)
+    draw_figures(run, model, data, history, test)
+    return run.finish(model, data, history, test, cost)
+
+
+# %% [markdown]
+# ## The loop itself
+#
+# Nothing is hidden behind `fit`: this is what runs for every batch.
+
+# %%
+if in_notebook():
+    print(inspect.getsource(train_one_epoch))
+
+# %% [markdown]
+# ## What to notice
+#
+# - In B0 the 1x1 convolutions inside the blocks take 83% of the multiply-adds, the depthwise ones
+#   9% and the gates of squeeze-and-excitation 0.2%, for 12% of the parameters
+#   (`--model efficientnet_b0 --dataset imagenet --summary` has the parts).
+# - B0 has a tenth of ResNet-50's multiply-adds and a fifth of its parameters. torchvision's
+#   weights reach 77.7% on ImageNet, against 76.1% (its first recipe for ResNet-50).
+# - One step of $\phi$ from B0 is B2. It should cost twice as much and costs 2.6 times: layers are
+#   rounded up, so that 20% more layers turn 16 blocks into 23.
+# - A search finds what its proxy rewards. The genes that its figure calls worth most learn fast in
+#   a few epochs at half the resolution, which is not quite what they were wanted for.
+#
+# ## Exercises
+#
+# 1. Write `SqueezeExcitation` without looking. Why does B0 lose 0.6 million parameters without it?
+# 2. Write `StochasticDepth`. What does the net compute in evaluation if you forget to divide by
+#    `keep`? Test it: the mean of many draws must be the input.
+# 3. Count the multiply-adds of `MBConv(24, 40, 5, stride=2)` on a 56 x 56 map, then without
+#    expansion. Compare with a 5x5 convolution from 24 to 40 channels.
+# 4. Let the rate of stochastic depth be the same in all blocks, at the same mean. Is it worse?
+# 5. Repeat `--experiment compound-scaling` with `--factor 8`, then with proportions of your own in
+#    `DIRECTIONS`. Are the paper's the best for small nets on small images?
+# 6. Run the search with `--proxy-epochs 1` and `--proxy-epochs 4`. When does its ranking of the
+#    three finalists agree with theirs when trained in full?
+
+# %%
+if __name__ == "__main__":
+    main(config, MODELS, build, run, EXPERIMENTS)
