@@ -48,13 +48,13 @@ class Config(TrainConfig):
     five_by_five: bool = knob(False, "GoogLeNet: a real 5x5 branch, as in the paper")
     batch_norm: bool = knob(True, "GoogLeNet: off gives the net of 2014")
     width_mult: float = knob(1.0, "GoogLeNet: factor on all channels", low=0.05)
-    trial_width: float = knob(0.5, "width_mult of the nets that --experiment auxiliary trains")
+    trial_width: float = knob(0.25, "width_mult of the nets that --experiment auxiliary trains")
     seeds: int = knob(2, "runs of each kind that --experiment auxiliary averages", low=1)
     clock: float = knob(0.5, "seconds that --experiment bottleneck times each module", low=0)
 
     # What differs from the defaults of common/config.py; the record at the top was measured with
     # these.
-    RECIPES = {"digits": {"image_size": 8, "epochs": 12, "batch_size": 64, "base_lr": 0.2}}
+    RECIPES = {"digits": {"image_size": 8, "epochs": 10, "batch_size": 64, "base_lr": 0.2}}
 
 
 # Flags are read before torch is imported, so that --help answers at once; a notebook gets the
@@ -151,6 +151,7 @@ class Branches(nn.Module):
         return torch.cat([branch(x) for branch in self.branches], dim=1)
 
 
+# %%
 class Widths(NamedTuple):
     """The channels of one GoogLeNet module, in the order of the paper's table 1.
 
@@ -248,6 +249,7 @@ class InceptionA(Branches):
         )
 
 
+# %%
 class InceptionB(Branches):
     """Halve 35x35: strided convolutions beside a strided pool.  Szegedy et al. 2016, fig. 10.
 
@@ -269,6 +271,7 @@ class InceptionB(Branches):
         )
 
 
+# %%
 class InceptionC(Branches):
     """17x17: 7x7 as 1x7 and 7x1, once and twice.  Szegedy et al. 2016, fig. 6 with n = 7.
 
@@ -297,6 +300,7 @@ class InceptionC(Branches):
         )
 
 
+# %%
 class InceptionD(Branches):
     """Halve 17x17, with one 7x7 in factors on the way.  Szegedy et al. 2016, fig. 10.
 
@@ -322,6 +326,7 @@ class InceptionD(Branches):
         )
 
 
+# %%
 class InceptionE(Branches):
     """8x8: branches that split once more; a small map affords it.  Szegedy et al. 2016, fig. 7.
 
@@ -384,6 +389,7 @@ class AuxiliaryHead(nn.Sequential):
         )
 
 
+# %%
 class AuxiliaryHeadV3(nn.Sequential):
     """Inception-v3's side classifier.  Szegedy et al. 2016, fig. 8.
 
@@ -411,6 +417,7 @@ class AuxiliaryHeadV3(nn.Sequential):
         return super().forward(x)
 
 
+# %%
 class AuxiliaryLoss(nn.Module):
     """The loss of the last classifier, plus `weight` times that of each auxiliary one.
 
@@ -628,7 +635,9 @@ def googlenet(
         nn.Dropout(dropout),
         nn.Linear(in_channels, num_classes),
     )
-    return InceptionNet(stem, stages, head, aux_heads, 0.3, transform_input)
+    return InceptionNet(
+        stem, stages, head, aux_heads, aux_weight=0.3, transform_input=transform_input
+    )
 
 
 def inception_v3(
@@ -673,7 +682,9 @@ def inception_v3(
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(2048, num_classes)
     )
     aux_heads = {"6e": AuxiliaryHeadV3(768, num_classes)} if aux else {}
-    return InceptionNet(stem, stages, head, aux_heads, 0.4, transform_input)
+    return InceptionNet(
+        stem, stages, head, aux_heads, aux_weight=0.4, transform_input=transform_input
+    )
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"googlenet": googlenet, "inception_v3": inception_v3}
@@ -1119,6 +1130,8 @@ if in_notebook():
 #
 # - The training loss starts near $1.6 \ln 10 = 3.7$ and not near $\ln 10 = 2.3$: three classifiers
 #   pay, two of them 0.3. The validation loss is that of the last one alone.
+# - The first validation losses can be absurd while training goes well: in eval mode BatchNorm uses
+#   running averages, and these lag behind weights that move fast.
 # - Auxiliary heads hold almost half of GoogLeNet's 13 million parameters, and none of them is there
 #   when it predicts (`--no-aux --summary` beside `--summary`).
 # - torchvision's GoogLeNet has a 3x3 in place of the 5x5: a published result may rest on a slip.
