@@ -1,23 +1,141 @@
+"""Lesson 7, advanced: one table and one picture that choose a model.
+
+From LeCun et al. 1998 (LeNet-5) over Krizhevsky et al. 2012 (AlexNet) and lessons 1 to 6 to
+Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (the Vision Transformer).
+
+The idea in one sentence: no network is the best, but on the plane of accuracy and cost a few are
+not beaten by any other, and a constraint picks one of them.
+
+    python 07_model_comparison_advanced.py                    # counts, measures, trains, compares
+    python 07_model_comparison_advanced.py --profile-only     # without the training
+    python 07_model_comparison_advanced.py --choose "params<5M,latency<20ms"
+    python 07_model_comparison_advanced.py --experiment matched-size
+    python 07_model_comparison_advanced.py --eval-imagenet DIR --pretrained
+"""
+
+# %% [markdown]
+# ## The problem, and the one definition
+#
+# A network is better than another if it is as accurate and cheaper, or as cheap and more accurate.
+# Most pairs are neither: one is more accurate, the other cheaper. What no other beats is the
+# **Pareto front**:
+#
+# $$\text{front} = \{a : \text{there is no } b \text{ with } \text{cost}_b \le \text{cost}_a,\
+#   \text{acc}_b \ge \text{acc}_a, \text{ and one of them strictly}\}$$
+#
+#     accuracy                    o c      c is dearer than b and no better: beaten
+#        |            o b
+#        |     o a         o d             d is dearer than b and worse: beaten
+#        +-------------------------> cost  a and b are the front
+#
+# What is the cost? Parameters fill the memory, multiply-adds the energy bill, latency the user's
+# patience, and they do not agree. So there are three fronts.
+
 # %%
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from common.cli import in_notebook, main, parse_flags
+from common.config import TrainConfig, knob
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """What this lesson can be told; every field is a flag, and `--help` prints them all."""
+
+    model: str = knob("all", "models to compare, separated by commas; all: see FAMILIES")
+    profile_only: bool = knob(False, "count and measure, but train nothing")
+    budget: str = knob(
+        "", "training of each model: epochs (10) or time (90s, 2m); default: --epochs"
+    )
+    seeds: int = knob(3, "trainings of each model, with seeds SEED, SEED + 1, ...", low=1)
+    choose: str = knob("", 'rank what fits, such as "params<5M,latency<20ms"')
+    match: str = knob("params", "what --experiment matched-size makes equal", ("params", "macs"))
+    match_to: str = knob("", "the size to match, such as 0.3M (default: 0.3M parameters)")
+    eval_imagenet: str = knob("", "folder of ImageNet's validation images, DIR/CLASS/*")
+    pass_limit: float | None = knob(
+        None, "GMACs that a timed pass may cost, 0: any (default: 4 on a CPU)", low=0
+    )
+
+    # One recipe for all, gentle enough for nets without BatchNorm.
+    clip: float = knob(1.0, "largest gradient norm; 0: no limit", low=0)
+    RECIPES = {
+        "digits": {"image_size": 8, "epochs": 10, "batch_size": 64, "base_lr": 0.1},
+        "cifar10": {"epochs": 15, "base_lr": 0.1},
+    }
+
+    # A stopped comparison may go on with more seeds or other models, and be asked other questions.
+    FREE_ON_RESUME = TrainConfig.FREE_ON_RESUME | {"model", "seeds", "choose", "profile_only"}
+
+
+config = parse_flags(Config) if __name__ == "__main__" else Config()
+
+# %%
+import inspect
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
+
+from common import runtime
+from common.comparison import (
+    Budget,
+    Candidate,
+    Constraint,
+    Store,
+    Table,
+    Training,
+    choose,
+    describe_choice,
+    markdown_table,
+    pareto_front,
+    parse_budget,
+    parse_constraints,
+    parse_size,
+    percent,
+    si,
+    summarise,
+    tied_with_best,
+    write_tables,
+)
+from common.comparison_figures import cost_figure, curves_figure, timeline_figure
+from common.comparison_page import comparison_page
+from common.data import Data, load_data
+from common.errors import Interrupted, UserError
+from common.evaluation import evaluate
+from common.imagenet import PUBLISHED, evaluate_imagenet, load_official
+from common.lessons import all_models, get_model, lesson_names, load_lesson
+from common.profiling import count_macs, count_parameters, macs_by_module
+from common.progress import Bar
+from common.records import write_atomically
+from common.runs import Run, prepare
+from common.sources import Source, load_source
+from common.sweeps import Bench, Entry
+from common.training import fit, make_optimizer, make_schedule
+
+LESSON = "07_model_comparison_advanced"
 
 # %% [markdown]
 # ## The ends of the timeline
 #
-# Lessons 1 to 6 hold the fifteen years in the middle. Here are what came before, LeNet-5 (1998) and AlexNet
-# (2012), the small net that a first lab builds by hand, and what came after: the Vision Transformer (2020), which
-# does without convolutions. Like every model of the course they have a stem, stages and a head.
+# Lessons 1 to 6 hold the fifteen years in the middle. Here are what came before, LeNet-5 (1998) and
+# AlexNet (2012), the small net that a first lab builds by hand, and what came after: the Vision
+# Transformer (2020), which does without convolutions. Like every model of the course they have a
+# stem, stages and a head.
 
 
 # %%
 class ConvNet(nn.Module):
-    """(N, 3, H, W) -> (N, num_classes): what the three plain nets below share. They fill in the parts."""
+    """(N, 3, H, W) -> (N, num_classes): what the three plain nets below share."""
 
     stem: nn.Module
     stages: nn.Sequential
@@ -51,12 +169,14 @@ def scaled(channels: int, width_mult: float) -> int:
 class LeNet5(ConvNet):
     """(N, 3, 32, 32) -> (N, num_classes).  LeCun et al. 1998, fig. 2.
 
-    Its one form is the 32x32 form, whatever `small_input` says. Smaller images are framed with zeros to 32 pixels,
-    as the paper frames MNIST's 28; the map of larger ones is averaged down to the 5x5 that the head expects.
+    Its one form is the 32x32 form, whatever `small_input` says. Smaller images are framed with
+    zeros to 32 pixels, as the paper frames MNIST's 28; the map of larger ones is averaged down to
+    the 5x5 that the head expects.
 
-    NOTE: three input channels, a C3 that sees all maps of S2 (the paper's table 1 leaves 40 of 96 connections
-    out), plain average pooling (the paper's has a weight and a bias for each map) and a linear classifier with
-    cross-entropy (the paper's output layer measures distances to drawings of the digits).
+    NOTE: three input channels, a C3 that sees all maps of S2 (the paper's table 1 leaves 36 of 96
+    connections out), plain average pooling (the paper's has a weight and a bias for each map) and a
+    linear classifier with cross-entropy (the paper's output layer measures distances to drawings of
+    the digits).
 
     >>> LeNet5(num_classes=10).forward_features(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 16, 5, 5])
@@ -95,9 +215,10 @@ class LeNet5(ConvNet):
 class SimpleCNN(ConvNet):
     """(N, 3, H, W) -> (N, num_classes): what one writes on the first day. No paper.
 
-    At 32x32 and 10 classes it has 1,147,466 parameters, nine tenths of them in the first linear layer. The last map is
-    brought to 4x4, which is its own size at 32x32, so that the net takes images of any size from 8 pixels on.
-    Its one form is the 32x32 form, whatever `small_input` says.
+    At 32x32 and 10 classes it has 1,147,466 parameters, nine tenths of them in the first linear
+    layer. The last map is brought to 4x4, which is its own size at 32x32, so that the net takes
+    images of any size from 8 pixels on. Its one form is the 32x32 form, whatever `small_input`
+    says.
 
     >>> SimpleCNN(num_classes=10).forward_features(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 128, 4, 4])
@@ -133,14 +254,16 @@ class SimpleCNN(ConvNet):
 
 # %%
 class AlexNet(ConvNet):
-    """(N, 3, H, W) -> (N, num_classes).  Krizhevsky 2014, "One weird trick", fig. 1; first in Krizhevsky et al. 2012.
+    """(N, 3, H, W) -> (N, num_classes).  Krizhevsky 2014, "One weird trick", fig. 1; first in
+    Krizhevsky et al. 2012.
 
-    NOTE: like torchvision's, this is the one-tower net of 2014, without the local response normalisation and
-    without the two groups that let the net of 2012 fit on two cards.
+    NOTE: like torchvision's, this is the one-tower net of 2014, without the local response
+    normalisation and without the two groups that let the net of 2012 fit on two cards.
 
     Args:
-        small_input: for images of 32 pixels and less.  NOTE: the first layer is 5x5 with stride 1 instead of 11x11
-            with stride 4, pooling is 2x2, and the linear layers are 1024 wide on a 2x2 map instead of 4096 on 6x6.
+        small_input: for images of 32 pixels and less.
+            NOTE: the first layer is 5x5 with stride 1 instead of 11x11 with stride 4, pooling is
+            2x2, and the linear layers are 1024 wide on a 2x2 map instead of 4096 on 6x6.
         width_mult: scales every layer but the classifier.
 
     >>> AlexNet().forward_features(torch.zeros(1, 3, 224, 224)).shape
@@ -185,13 +308,14 @@ class AlexNet(ConvNet):
 #
 # $$\text{attention}(Q, K, V) = \text{softmax}\left(\frac{QK^\top}{\sqrt{d}}\right) V$$
 #
-# Nothing in it knows that two patches are neighbours, except what it learns from their positions. That is the
-# price: it needs more data than a convolution to learn what a convolution is born with.
+# Nothing in it knows that two patches are neighbours, except what it learns from their positions.
+# That is the price: it needs more data than a convolution to learn what a convolution is born with.
 
 
 # %%
 class Attention(nn.Module):
-    """Every token asks every token.  Vaswani et al. 2017, sec. 3.2; Dosovitskiy et al. 2021, appendix A.
+    """Every token asks every token.  Vaswani et al. 2017, sec. 3.2; Dosovitskiy et al. 2021,
+    appendix A.
 
     (N, T, D) -> (N, T, D)
 
@@ -215,7 +339,8 @@ class Attention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Tokens exchange what they know, then each thinks for itself.  Dosovitskiy et al. 2021, fig. 1 right, eq. 2-3.
+    """Tokens exchange what they know, then each thinks for itself.  Dosovitskiy et al. 2021, fig. 1
+    right, eq. 2-3.
 
     (N, T, D) -> (N, T, D)
 
@@ -238,12 +363,13 @@ class EncoderBlock(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Cut into patches, project each, put the class token in front, add positions.  Dosovitskiy et al. 2021, eq. 1.
+    """Cut into patches, project each, put the class token in front, add positions.  Dosovitskiy et
+    al. 2021, eq. 1.
 
     (N, 3, H, W) -> (N, 1 + H/patch * W/patch, D)
 
-    Positions are learned on the grid of `image_size`. On another grid they are interpolated, as the paper does
-    when it fine-tunes at a higher resolution (sec. 3.2).
+    Positions are learned on the grid of `image_size`. On another grid they are interpolated, as the
+    paper does when it fine-tunes at a higher resolution (sec. 3.2).
 
     >>> PatchEmbedding(64, patch_size=4, image_size=32)(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 65, 64])
@@ -265,7 +391,7 @@ class PatchEmbedding(nn.Module):
         return x + position
 
     def position_for(self, height: int, width: int) -> Tensor:
-        """(1, 1 + height * width, D): the learned positions, interpolated where the grid is another one."""
+        """(1, 1 + height * width, D): the learned positions, interpolated for another grid."""
         if (height, width) == (self.grid, self.grid):
             return self.position
         of_class, of_patches = self.position[:, :1], self.position[:, 1:]
@@ -279,9 +405,10 @@ class VisionTransformer(nn.Module):
 
     Args:
         patch_size, depth, heads, dim, mlp_dim: the row of the paper's table 1.
-        small_input: for images of 32 pixels and less.  NOTE: patches a quarter as wide, so that a 32x32 image
-            still gives 64 of them; the paper upsamples CIFAR to 224 and more instead.
-        image_size: the resolution that positions are learned for; by default 224, or 32 with `small_input`.
+        small_input: for images of 32 pixels and less.
+            NOTE: patches a quarter as wide, so that a 32x32 image still gives 64 of them; the
+            paper upsamples CIFAR to 224 and more instead.
+        image_size: what positions are learned for; by default 224, or 32 with `small_input`.
     """
 
     def __init__(
@@ -304,7 +431,7 @@ class VisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As in the authors' code: Xavier for the linear layers, biases near zero, the classifier at zero."""
+        """As in the authors' code: Xavier, biases near zero, the classifier at zero."""
         for module in self.stages.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -317,7 +444,7 @@ class VisionTransformer(nn.Module):
         return self.stages(self.stem(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, D, h, w): the last patch tokens, laid out as the map they came from."""
+        """(N, 3, H, W) -> (N, D, h, w): the last patch tokens, laid out as a map again."""
         patch_height, patch_width = self.stem.projection.stride
         grid = x.shape[-2] // patch_height, x.shape[-1] // patch_width
         return self.forward_tokens(x)[:, 1:].transpose(1, 2).unflatten(2, grid)
@@ -335,8 +462,9 @@ class VisionTransformer(nn.Module):
         self.head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
 
     def arrange_torchvision_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """torchvision's names made ours where they differ: `in_proj_weight` is a linear layer's weight, bare parameters
-        have other names, and the positions belong to the encoder and so come after the projection."""
+        """torchvision keeps queries, keys and values as bare parameters, and the positions in the
+        encoder, after the projection.
+        """
         renamed = {
             name.replace("in_proj_", "in_proj."): value for name, value in state_dict.items()
         }
@@ -364,13 +492,15 @@ TABLE: dict[str, Row] = {
     "vit_b_16": Row(16, 12, 12, 768, 3072),
     "vit_b_32": Row(32, 12, 12, 768, 3072),
     "vit_l_16": Row(16, 24, 16, 1024, 4096),
-    # NOTE: no paper's. Small enough to learn on a CPU: with small_input (4x4 patches) 0.8M parameters.
+    # NOTE: no paper's. Small enough to learn on a CPU: with small_input (4x4 patches) 0.8M
+    # parameters.
     "vit_xs_16": Row(16, 6, 4, 128, 256),
 }
 
 
 def vit(name: str, width_mult: float = 1.0, **options: int | bool) -> VisionTransformer:
-    """The model of one row of the table: `num_classes`, `small_input`, `image_size`, and `width_mult`.
+    """The model of one row of the table: `num_classes`, `small_input`, `image_size`, and
+    `width_mult`.
 
     `width_mult` scales `dim` in steps of the number of heads, and `mlp_dim` with it.
     """
@@ -387,3 +517,588 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": AlexNet,
     **{name: partial(vit, name) for name in TABLE},
 }
+
+
+# %% [markdown]
+# ## Fifteen years, one idea each
+
+
+# %%
+class Era(NamedTuple):
+    """When a family was published (the preprint, where there is one), and what it brought."""
+
+    year: int | None
+    idea: str
+
+
+# By the beginning of a model's name; the longest that fits counts.
+ERAS: dict[str, Era] = {
+    "lenet": Era(1998, "convolve, pool, repeat"),
+    "alexnet": Era(2012, "the same, large, on GPUs, with ReLU and dropout"),
+    "vgg": Era(2014, "nothing but 3x3"),
+    "googlenet": Era(2014, "several kernels side by side"),
+    "inception": Era(2015, "large kernels factorised"),
+    "resnet": Era(2015, "learn the difference"),
+    "plainnet": Era(2015, "the control: no shortcut"),
+    "preact": Era(2016, "an identity that nothing touches"),
+    "wide_resnet": Era(2016, "wider instead of deeper"),
+    "densenet": Era(2016, "keep every feature"),
+    "resnext": Era(2016, "parallel paths inside the block"),
+    "mobilenet_v1": Era(2017, "depthwise, then pointwise"),
+    "se_resnet": Era(2017, "channels weigh each other"),
+    "mobilenet_v2": Era(2018, "thin between, wide inside"),
+    "mobilenet_v3": Era(2019, "searched by machine"),
+    "efficientnet": Era(2019, "scale everything together"),
+    "vit": Era(2020, "no convolution at all"),
+    "simple": Era(None, "the first lab"),
+}
+
+
+def era(name: str) -> Era:
+    """Where a model of the course stands on the timeline.
+
+    >>> era("mobilenet_v3_small").year, era("resnext50_32x4d").idea
+    (2019, 'parallel paths inside the block')
+    """
+    return ERAS[max((prefix for prefix in ERAS if name.startswith(prefix)), key=len)]
+
+
+# %% [markdown]
+# ## Counting twice: ours and thop's
+#
+# thop is the counter that most papers' repositories use. It hangs a hook on each layer type it
+# knows. So it counts BatchNorm and pooling, which the papers' tables leave out, and does not see
+# what is no layer: the two products of attention. We count operators as they are called. Where both
+# look at a convolution, they agree to the last digit.
+
+
+# %%
+def count_by_thop(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, str]:
+    """thop's multiply-adds for one image through a model on the meta device, and where they differ
+    from ours.
+
+    >>> with torch.device("meta"):
+    ...     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    >>> count_by_thop(model, (3, 10, 10))
+    (14848, '+1.02K BatchNorm2d')
+    """
+    import thop
+
+    images = torch.zeros(1, *input_size, device="meta")
+    total, _, layers = thop.profile(deepcopy(model), (images,), verbose=False, ret_layer_info=True)
+    ours = macs_by_module(model, input_size)
+    convolutions = 0
+    extra: Counter[str] = Counter()
+    for path, macs in leaves(layers):
+        layer = model.get_submodule(path)
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            convolutions += macs
+        elif macs:
+            extra[type(layer).__name__] += macs
+    missed = sum(ours.get("Global", {}).values()) - convolutions
+    notes = [f"+{si(macs)} {kind}" for kind, macs in extra.most_common()]
+    if missed:
+        notes.append(f"-{si(missed)} attention products")
+    return int(total), ", ".join(notes)
+
+
+def leaves(layers: dict, path: str = "") -> Iterator[tuple[str, int]]:
+    """The layers of thop's nested report, as (path, multiply-adds)."""
+    for name, (macs, _, inside) in layers.items():
+        here = f"{path}.{name}".lstrip(".")
+        if inside:
+            yield from leaves(inside, here)
+        else:
+            yield here, int(macs)
+
+
+# %% [markdown]
+# ## What a network costs, before it has any weights
+#
+# Parameters and multiply-adds follow from the definition. They are counted on the meta device:
+# shapes without numbers, so EfficientNet-B7 costs nothing. Latency has to be measured (see
+# `common/sweeps.py`): each model with random weights, and all of them twice, one after the other.
+
+
+# %%
+def entry(task: str, name: str, build: Callable[[], nn.Module], image_size: int) -> Entry:
+    """What can be said of a model without any weights."""
+    size = (3, image_size, image_size)
+    with torch.device("meta"):
+        model = build()
+    by_thop, note = count_by_thop(model, size)
+    tensors = [*model.parameters(), *model.buffers()]
+    published = PUBLISHED.get(name) if task == "ImageNet" else None
+    candidate = Candidate(
+        task=task,
+        model=name,
+        lesson=next(lesson[:2] for lesson in lesson_names() if name in load_lesson(lesson).MODELS),
+        year=era(name).year,
+        input_px=image_size,
+        params=count_parameters(model),
+        macs=count_macs(model, size),
+        thop_macs=by_thop,
+        thop_note=note,
+        size_mb=sum(t.numel() * t.element_size() for t in tensors) / 1e6,
+        top1=published and published.top1 / 100,
+        top5=published and published.top5 / 100,
+        source="published: torchvision, IMAGENET1K_V1" if published else "",
+    )
+    return Entry(build, candidate)
+
+
+def is_small(build: Callable[..., nn.Module]) -> bool:
+    """Whether a net's two forms are one: it was made for small images, not for ImageNet."""
+    with torch.device("meta"):
+        large, small = (build(num_classes=10, small_input=s) for s in (False, True))
+    size = (3, 128, 128)
+    same_size = count_parameters(large) == count_parameters(small)
+    return same_size and count_macs(large, size) == count_macs(small, size)
+
+
+# %% [markdown]
+# ## The families, and how to make each as large as the others
+#
+# Every lesson's default model takes part under one recipe. But a small DenseNet against a large VGG
+# compares sizes, not designs. `--experiment matched-size` scales the widths until all have about
+# the same parameters (or multiply-adds), each by the knob that its family has.
+
+
+# %%
+class Family(NamedTuple):
+    """A line of the comparison: where the model is from, and how its builder is told a width."""
+
+    lesson: str
+    model: str  # "": the lesson's default
+    widened: Callable[[float], dict[str, object]]  # the keywords for a net so many times as wide
+
+
+def by_width_mult(width: float) -> dict[str, object]:
+    return {"width_mult": width}
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("07", "lenet5", by_width_mult),
+    Family("07", "simple_cnn", by_width_mult),
+    Family("07", "alexnet", by_width_mult),
+    Family("02", "", lambda w: {"channels": tuple(scaled(c, w) for c in (64, 128, 256, 512, 512))}),
+    Family("03", "", by_width_mult),
+    Family(
+        "01",
+        "",
+        lambda w: {
+            "channels": tuple(scaled(c, w) for c in (64, 128, 256, 512)),
+            "stem_channels": scaled(64, w),
+        },
+    ),
+    Family("06", "", lambda w: {"growth_rate": scaled(32, w)}),
+    Family("05", "", by_width_mult),
+    Family("04", "", by_width_mult),
+    Family("07", "vit_xs_16", by_width_mult),
+)
+
+
+def default_model(family: Family) -> str:
+    return family.model or load_lesson(family.lesson).Config().model
+
+
+def matched_width(
+    build: Callable[..., nn.Module],
+    family: Family,
+    size_of: Callable[[nn.Module], int],
+    target: float,
+) -> float:
+    """The width at which the model's size comes closest to `target`, by bisection.
+
+    Widths are whole channels, and MobileNet's and EfficientNet's are multiples of eight: about the
+    same size is the best that can be had.
+    """
+    low, high, tried = 1 / 64, 8.0, {}
+    for _ in range(14):
+        width = (low * high) ** 0.5
+        with torch.device("meta"):
+            size = size_of(build(**family.widened(width)))
+        tried[width] = abs(math.log(size / target))
+        low, high = (low, width) if size > target else (width, high)
+    return min(tried, key=tried.get)
+
+
+def small_entries(config: Config, num_classes: int) -> list[Entry]:
+    """What is trained: the families, all equally large if the experiment says so."""
+    families = {default_model(family): family for family in FAMILIES}
+    builds = {
+        name: small_build(name, config, num_classes)
+        for name in chosen_names(config, list(families))
+    }
+    if config.experiment == "matched-size":
+        size = (3, config.image_size, config.image_size)
+        target, size_of = match_target(config, num_classes), count_parameters
+        if config.match == "macs":
+            size_of = partial(count_macs, input_size=size)
+        for name, build in builds.items():
+            if name not in families:
+                raise UserError(
+                    f"--experiment matched-size can scale {', '.join(families)}, not {name}"
+                )
+            width = matched_width(build, families[name], size_of, target)
+            builds[name] = partial(build, **families[name].widened(width))
+    return [entry(config.dataset, name, build, config.image_size) for name, build in builds.items()]
+
+
+def small_build(name: str, config: Config, num_classes: int) -> Callable[..., nn.Module]:
+    """The builder told what the dataset asks for."""
+    build = partial(get_model(name), num_classes=num_classes, small_input=config.small_input)
+    # Auxiliary heads have a loss of their own; here all share one.
+    return partial(build, aux=False) if "aux" in inspect.signature(build).parameters else build
+
+
+def match_target(config: Config, num_classes: int) -> float:
+    """What all are scaled to: by default 0.3M parameters, or the MACs of a ResNet that has them."""
+    if config.match_to:
+        return parse_size(config.match_to, "--match-to")
+    if config.match == "params":
+        return 0.3e6
+    resnet = next(family for family in FAMILIES if family.lesson == "01")
+    build = small_build(default_model(resnet), config, num_classes)
+    width = matched_width(build, resnet, count_parameters, 0.3e6)
+    with torch.device("meta"):
+        return count_macs(build(**resnet.widened(width)), (3, config.image_size, config.image_size))
+
+
+# %% [markdown]
+# ## Trained side by side: one recipe, one budget, several seeds
+#
+# The same images in the same order, the same optimizer and schedule, the same number of epochs (or
+# seconds), and the weights of the last epoch: no epoch is picked, so there is nothing to pick on
+# the test set. One shared recipe is fair to no one in particular. It was chosen to let all of them
+# learn, and some would do better with their own.
+
+
+# %%
+def train_once(entry: Entry, data: Data, config: Config, device: torch.device) -> Training:
+    """One training with `config.seed` and `config.epochs`, tested once at its end."""
+    runtime.set_up_torch(device, config.seed, config.deterministic)
+    model = entry.build().to(device, memory_format=runtime.memory_format(config.image_size))
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, data.train)
+    began, history, test, failure = time.monotonic(), [], None, ""
+    try:
+        history = fit(model, data, loss_fn, optimizer, schedule, config)
+        seconds = time.monotonic() - began
+        test = evaluate(model, data.test, data.class_names)
+    except UserError as error:  # the loss is no longer finite: that is a result too
+        seconds, failure = time.monotonic() - began, str(error)
+    return Training(
+        model=entry.candidate.model,
+        seed=config.seed,
+        epochs=config.epochs,
+        params=entry.candidate.params,
+        macs=entry.candidate.macs,
+        test_top1=test and test.top1,
+        test_top5=test and test.top5,
+        seconds=seconds,
+        train_loss=[record.train_loss for record in history],
+        val_top1=[record.val_top1 for record in history],
+        failure=failure,
+    )
+
+
+def epochs_within(
+    budget: Budget, entry: Entry, data: Data, config: Config, device: torch.device
+) -> int:
+    """The whole epochs that fit the budget, from the time of one on a throw-away copy."""
+    if budget.epochs:
+        return budget.epochs
+    trial = train_once(entry, data, replace(config, epochs=1, warmup=0), device)
+    return max(1, int(budget.seconds / trial.seconds))
+
+
+def train_all(
+    entries: list[Entry], config: Config, device: torch.device, store: Store, bar: Bar
+) -> list[Training]:
+    """Every model with every seed, from the store where it is there.
+
+    Seed by seed: a comparison that is stopped early has compared like with like.
+    """
+    budget = parse_budget(config.budget) if config.budget else Budget(epochs=config.epochs)
+    epochs: dict[str, int] = {}
+    trainings = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        seeded, data = replace(config, seed=seed), None
+        for e in entries:
+            name = e.candidate.model
+            key = f"{name}, {e.candidate.params} parameters, seed {seed}"
+            if store.get(key) is None:
+                data = data or load_data(seeded, device)
+                if name not in epochs:
+                    epochs[name] = epochs_within(budget, e, data, seeded, device)
+                store.put(key, train_once(e, data, replace(seeded, epochs=epochs[name]), device))
+            training = Training(**store.get(key))
+            epochs[name] = training.epochs  # the same for all seeds, however busy the machine
+            trainings.append(training)
+            bar.advance(TRAINING, f"{name}, seed {seed}")
+    return trainings
+
+
+TRAINING = 8  # units of the progress bar; a measurement is 1
+SHOWN_WAYS = ("resnet18", "mobilenet_v2", "vit_b_32")  # run in every format and layout
+
+
+def front_verdict(rows: list[Candidate]) -> str:
+    """Which networks are beaten by no other, by each cost that is known."""
+    costs = {"macs": "multiply-adds", "params": "parameters", "latency_ms": "latency here"}
+    fronts = {words: {c.model for c in pareto_front(rows, cost)} for cost, words in costs.items()}
+    fronts = {words: names for words, names in fronts.items() if names}
+    always = set.intersection(*fronts.values()) if fronts else set()
+    told = [f"{len(names)} by {words}" for words, names in fronts.items()]
+    named = ", ".join(c.model for c in rows if c.model in always)
+    return f"on the Pareto front: {', '.join(told)}; on every front: {named or 'none'}"
+
+
+def trained_verdict(rows: list[Candidate]) -> str:
+    """Who won, by how much, and whether the seeds allow to say so."""
+    tied = tied_with_best(rows)
+    if not tied:
+        return "every training failed; try a smaller --lr"
+    best = tied[0]
+    told = [f"{best.model} has the highest mean, {percent(best.top1)}"]
+    if best.top1_std is None:
+        told[0] += ", by one seed, which says nothing of chance: use --seeds 3"
+    elif len(tied) == 1:
+        told[0] += ", more than two standard errors above every other"
+    else:
+        told[0] += (
+            f", but {best.seeds} seeds can't tell it from {', '.join(c.model for c in tied[1:])}"
+        )
+        thrifty = min(tied, key=lambda c: c.macs)
+        if thrifty is not best:
+            told.append(
+                f"the cheapest of these is {thrifty.model}: {si(thrifty.macs)} multiply-adds "
+                f"against {si(best.macs)}"
+            )
+    told.append(front_verdict(rows))
+    if failed := [c.model for c in rows if c.top1 is None]:
+        told.append(f"failed under this recipe, which is no verdict on them: {', '.join(failed)}")
+    return "; ".join(told)
+
+
+def matched_verdict(rows: list[Candidate], config: Config) -> str:
+    """How equal the sizes are, where they should be."""
+    if config.experiment != "matched-size":
+        return ""
+    sizes = {c.model: c.params if config.match == "params" else c.macs for c in rows}
+    least, most = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+    what = "parameters" if config.match == "params" else "multiply-adds"
+    return (
+        f"matched by {what}: from {si(sizes[least])} ({least}) to {si(sizes[most])} ({most}), "
+        "as near as whole channels allow"
+    )
+
+
+# %% [markdown]
+# ## One comparison, from the counts to the report
+
+
+# %%
+def chosen_names(config: Config, default: list[str]) -> list[str]:
+    """The models that `--model` names, each known, or the default for "all"."""
+    if config.model == "all":
+        return default
+    names = [name.strip() for name in config.model.split(",")]
+    for name in names:
+        get_model(name)
+    return names
+
+
+def imagenet_entries(names: list[str], bar: Bar) -> list[Entry]:
+    """The models that have an ImageNet form, at the size that the published accuracy is for."""
+    entries = []
+    for name in names:
+        build = get_model(name)
+        crop = PUBLISHED[name].crop if name in PUBLISHED else 224
+        if name in PUBLISHED or not is_small(build):
+            entries.append(entry("ImageNet", name, build, crop))
+            bar.advance(1, name)
+        else:
+            bar.advance(3)  # it won't be measured either
+    return entries
+
+
+def run(config: Config) -> list[Table]:
+    """One of the three things that this lesson does, in a folder of its own."""
+    constraints = parse_constraints(config.choose) if config.choose else []
+    if config.budget:
+        parse_budget(config.budget)
+    if config.pretrained != bool(config.eval_imagenet):
+        raise UserError(
+            "--eval-imagenet DIR and --pretrained go together: random weights are right once in "
+            "1000, and without the real images there is nothing to show official weights"
+        )
+    if config.eval_imagenet:
+        size = {"image_size": 224, "batch_size": config.batch_size or 32}
+        config = replace(config, dataset="imagenet", **size)
+    elif config.choose and not config.resume and not config.experiment:
+        config = replace(config, profile_only=True)  # the published accuracies answer at once
+    config, device = prepare(config)
+    if runtime.world_size() > 1:
+        raise UserError("the comparison runs in one process: start it with python, not torchrun")
+    chosen_names(config, [])
+    source = None if config.eval_imagenet else load_source(config)
+    run = Run.open(config, LESSON)
+    print(
+        f"device     {device.type}: {runtime.describe(device)}\nfolder     {run.folder}", flush=True
+    )
+    try:
+        if config.eval_imagenet:
+            return reproduce(config, device, run)
+        return compare(config, device, source, run, constraints)
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT, run.farewell()) from None
+    except Interrupted as stop:
+        raise Interrupted(stop.signum, run.farewell()) from None
+
+
+def compare(
+    config: Config, device: torch.device, source: Source, run: Run, constraints: list[Constraint]
+) -> list[Table]:
+    """Count, measure, train, draw, choose."""
+    cpu, smoke = device.type == "cpu", config.smoke
+    machine = runtime.describe(device)
+    setup = {"device": machine, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    speed = {"amp": config.amp, "compile": config.compile, "pass_limit": config.pass_limit}
+    fixed = {k: v for k, v in config.to_dict().items() if k not in Config.FREE_ON_RESUME}
+    profiles = Store(run.folder / "profiles.json", {**setup, **speed}, tell=run.resumed)
+    results = Store(
+        run.folder / "trainings.json", {**setup, **fixed, "data": source.fingerprint}, run.resumed
+    )
+    seeds = 0 if config.profile_only else config.seeds
+    limit = config.pass_limit if config.pass_limit is not None else 4.0 if cpu else 0.0
+    limit = 1e7 if smoke else 1e9 * limit or math.inf
+
+    everyone = [] if config.experiment else chosen_names(config, list(all_models()))
+    small = small_entries(config, len(source.class_names))
+    steps = 3 * len(everyone) + 2 * len(small) + TRAINING * len(small) * seeds
+    with Bar(steps, "comparison", "steps", seconds=15) as bar:
+        large = imagenet_entries(everyone, bar)
+        bench = Bench(config, device, profiles, bar, large_batch=8 if cpu else 64, limit=limit)
+        large_rows, large_order = bench.two_sweeps(large)
+        ways = bench.all_ways([e for e in large if e.candidate.model in SHOWN_WAYS])
+        rows, order = bench._replace(large_batch=256).two_sweeps(small)
+        trainings = train_all(small, config, device, results, bar) if seeds else []
+
+    where = f"Latency is of one image, on {machine}, torch {torch.__version__}"
+    tables, verdicts, figures = [], [], {}
+    if large:
+        note = f"Accuracy as published (torchvision, IMAGENET1K_V1). {where}; {large_order}."
+        if limit < math.inf:
+            note += f" Passes of more than {limit / 1e9:g} GMACs were not timed (--pass-limit)."
+        tables.append(Table("ImageNet", note, large_rows))
+    if any(c.top1 for c in large_rows):
+        verdicts.append(f"ImageNet as published: {front_verdict(large_rows)}")
+        figures["imagenet_cost"] = cost_figure(large_rows, "ImageNet: beaten by no other")
+        if config.model == "all":
+            figures["timeline"] = timeline_figure(large_rows, era)
+    note = f"Not trained. {where}; {order}."
+    if trainings:
+        rows = [summarise(r, [t for t in trainings if t.model == r.model]) for r in rows]
+        budget = f"{config.budget} of training" if config.budget else f"{config.epochs} epochs"
+        spread = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+        note = f"Test accuracy after {budget}, {spread}. {where}; {order}."
+        verdicts.append(f"{config.dataset}: {trained_verdict(rows)}")
+    if any(c.top1 for c in rows):
+        figures["trained_cost"] = cost_figure(rows, f"{config.dataset}: one recipe for all")
+        figures["training_curves"] = curves_figure(trainings)
+    if config.experiment:
+        verdicts.append(matched_verdict(rows, config))
+    tables.append(Table(f"{config.dataset}, {config.image_size} px", note, rows))
+    if ways:
+        tables.append(Table("The same network, several ways", f"{where}.", ways))
+
+    choices = []
+    for table in tables:
+        if constraints and any(c.top1 is not None for c in table.candidates):
+            told = describe_choice(choose(table.candidates, constraints))
+            choices.append(f"{config.choose}, {table.title}:\n{told}")
+    return present(config, run, tables, verdicts, choices, figures)
+
+
+def reproduce(config: Config, device: torch.device, run: Run) -> list[Table]:
+    """`--eval-imagenet DIR --pretrained`: official weights in our models, on the real images."""
+    store = Store(run.folder / "imagenet.json", {"folder": config.eval_imagenet}, tell=run.resumed)
+    rows = []
+    for name in chosen_names(config, list(PUBLISHED)):
+        if name not in PUBLISHED:
+            raise UserError(f"--model {name}: torchvision has no weights for it")
+        published = PUBLISHED[name]
+        if store.get(name) is None:
+            model = load_official(get_model(name)(), name).to(device)
+            top1, top5, images = evaluate_imagenet(model, name, config)
+            counts = entry("ImageNet", name, get_model(name), published.crop).candidate
+            source = f"measured on {images:,} images"
+            store.put(name, replace(counts, top1=top1, top5=top5, source=source))
+        rows.append(Candidate(**store.get(name)))
+        print(
+            f"{name:<20} top-1 {percent(rows[-1].top1, 3)} (published {published.top1:.3f} %)  "
+            f"top-5 {percent(rows[-1].top5, 3)} (published {published.top5:.3f} %)",
+            flush=True,
+        )
+    off = {c.model: abs(100 * c.top1 - PUBLISHED[c.model].top1) for c in rows}
+    worst = max(off, key=off.get)
+    verdict = f"the largest distance from the published top-1 is {off[worst]:.3f} points ({worst})"
+    note = f"Official weights in our models, {rows[0].source}, on {runtime.describe(device)}."
+    figures = {"imagenet_cost": cost_figure(rows, "ImageNet, measured")}
+    return present(config, run, [Table("ImageNet, measured", note, rows)], [verdict], [], figures)
+
+
+def present(
+    config: Config,
+    run: Run,
+    tables: list[Table],
+    verdicts: list[str],
+    choices: list[str],
+    figures: dict[str, Figure],
+) -> list[Table]:
+    """Write comparison.md, .csv and .json, the figures and report.html; print what they say."""
+    title = f"Model comparison: {config.experiment or config.dataset}"
+    write_tables(run.folder, title, tables)
+    pictures = {name: run.figure(name, figure).read_bytes() for name, figure in figures.items()}
+    page = comparison_page(title, tables, pictures, "\n\n".join([*verdicts, *choices]))
+    write_atomically(run.folder / "report.html", page)
+    for table in tables:
+        print(f"\n{table.title}. {table.note}\n\n{markdown_table(table.candidates)}")
+    print("", *(f"verdict    {sentence}" for sentence in verdicts), sep="\n")
+    print(*(f"\n{choice}" for choice in choices), sep="\n")
+    print(f"report     {run.folder / 'report.html'}", flush=True)
+    return tables
+
+
+def build(config: Config, num_classes: int) -> nn.Module:
+    """The model that `--summary` shows."""
+    if config.model == "all":
+        raise UserError("--summary shows one model: name it with --model")
+    return get_model(config.model)(num_classes=num_classes, small_input=config.small_input)
+
+
+EXPERIMENTS: dict[str, Callable[[Config], object]] = {"matched-size": run}
+
+# %% [markdown]
+# ## The front, in nine lines
+
+# %%
+if in_notebook():
+    print(inspect.getsource(pareto_front))
+
+# %% [markdown]
+# ## What to notice
+#
+# - TODO
+#
+# ## Exercises
+#
+# 1. TODO
+
+# %%
+if __name__ == "__main__":
+    # The names in --model are checked one by one, in `chosen_names`.
+    main(config, {config.model: None}, build, run, EXPERIMENTS)

@@ -1,12 +1,14 @@
-"""Models side by side as plain records: who is on the Pareto front, who fits a constraint, and the tables. No torch."""
+"""Models side by side, as plain records: the Pareto front, constraints, tables, kept results."""
 
 from __future__ import annotations
 
+import json
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import NamedTuple
 
 from common.errors import UserError, unknown
@@ -15,12 +17,12 @@ from common.records import write_atomically, write_csv, write_json
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model of a comparison: what it is, what it costs, how well it does. None: not known, or not measured."""
+    """One model of a comparison: what it is, costs and achieves. None: not known, not measured."""
 
     task: str  # what the accuracy is for: "ImageNet", "digits"
     model: str
     lesson: str  # its number, "01"
-    year: int  # of the paper
+    year: int | None  # of the paper; None: there is none
     input_px: int  # side of the square image that all figures are for
     params: int
     macs: int  # multiply-adds for one image
@@ -43,26 +45,30 @@ class Candidate:
     source: str = ""  # of the accuracy
 
 
-# ------------------------------------------------------------------------------------------ the Pareto front
+# --------------------------------------------------------------------------------- the Pareto front
 
 
 def pareto_front(candidates: Iterable[Candidate], cost: str) -> list[Candidate]:
-    """Those that no other beats: none is as cheap and more accurate, or as accurate and cheaper. By rising cost.
+    """Those that no other beats: none is as cheap and more accurate, or as accurate and cheaper. By
+    rising cost.
 
     Args:
-        cost: the field to keep low, such as "macs"; candidates that have none, or no `top1`, are left out.
+        cost: the field to keep low, such as "macs"; whoever has none, or no `top1`, is left out.
     """
     known = [c for c in candidates if getattr(c, cost) is not None and c.top1 is not None]
     front: list[Candidate] = []
     for candidate in sorted(known, key=lambda c: (getattr(c, cost), -c.top1)):
         if not front or candidate.top1 > front[-1].top1:
             front.append(candidate)
-        elif (getattr(candidate, cost), candidate.top1) == (getattr(front[-1], cost), front[-1].top1):
+        elif (getattr(candidate, cost), candidate.top1) == (
+            getattr(front[-1], cost),
+            front[-1].top1,
+        ):
             front.append(candidate)  # a tie: neither beats the other
     return front
 
 
-# --------------------------------------------------------------------------------------- "params<5M,latency<20ms"
+# ------------------------------------------------------------------------- "params<5M,latency<20ms"
 
 
 class Quantity(NamedTuple):
@@ -119,15 +125,15 @@ def parse_constraints(text: str) -> list[Constraint]:
     ('latency_ms', 500.0)
 
     Raises:
-        UserError: names the first part that is no constraint, an unknown word, or a wrong or missing unit.
+        UserError: names the first part that is no constraint, the unknown word, or the wrong unit.
     """
     constraints = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*(\d+\.?\d*|\.\d+)\s*(\S*)\s*", part)
         if not match:
             raise UserError(
-                f"--choose: {part.strip()!r} is no constraint; write a word, <, <=, > or >=, a number and its "
-                "unit, such as params<5M, and a comma between two"
+                f"--choose: {part.strip()!r} is no constraint; write a word, <, <=, > or >=, a "
+                "number and its unit, such as params<5M, and a comma between two"
             )
         word, sign, number, unit = match.groups()
         if word not in QUANTITIES:
@@ -144,10 +150,12 @@ def parse_constraints(text: str) -> list[Constraint]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one constraint takes away: the best model with all of them, and with all but this one."""
+    """What one constraint takes away: the best model with all, and with all but this one."""
 
     constraint: str
-    points: float | None  # of top-1, a fraction; None where nothing fits with it, or nothing even without it
+    points: (
+        float | None
+    )  # of top-1, a fraction; None where nothing fits with it, or nothing even without it
     without: Candidate | None  # the best model if this constraint were dropped
 
 
@@ -162,7 +170,7 @@ class Choice:
 
 
 def choose(candidates: Sequence[Candidate], constraints: Sequence[Constraint]) -> Choice:
-    """Rank the candidates that meet every constraint by top-1; of two equals the one with fewer multiply-adds."""
+    """Rank what meets every constraint by top-1; of two equals the cheaper first."""
 
     def ranked(under: Sequence[Constraint]) -> list[Candidate]:
         fits = [c for c in candidates if c.top1 is not None and all(k.met_by(c) for k in under)]
@@ -174,7 +182,9 @@ def choose(candidates: Sequence[Candidate], constraints: Sequence[Constraint]) -
         relaxed = ranked([*constraints[:i], *constraints[i + 1 :]])
         points = relaxed[0].top1 - chosen[0].top1 if chosen else None
         costs.append(Cost(constraint.text, points, relaxed[0] if relaxed else None))
-    unmeasured = [c.model for c in candidates if any(getattr(c, k.field) is None for k in constraints)]
+    unmeasured = [
+        c.model for c in candidates if any(getattr(c, k.field) is None for k in constraints)
+    ]
     return Choice(chosen, costs, next(iter(ranked([])), None), unmeasured)
 
 
@@ -184,7 +194,8 @@ def describe_choice(choice: Choice, limit: int = 10) -> str:
     for rank, c in enumerate(choice.ranked[:limit], start=1):
         latency = "" if c.latency_ms is None else f"{c.latency_ms:9.1f} ms"
         lines.append(
-            f"{rank:3}. {c.model:<22}{percent(c.top1):>8}{si(c.params):>9} params{si(c.macs):>9} MACs{latency}"
+            f"{rank:3}. {c.model:<22}{percent(c.top1):>8}{si(c.params):>9} params"
+            f"{si(c.macs):>9} MACs{latency}"
         )
     if len(choice.ranked) > limit:
         lines.append(f"     and {len(choice.ranked) - limit} more")
@@ -214,7 +225,7 @@ def describe_choice(choice: Choice, limit: int = 10) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------- the tables
 
 
 def si(value: float) -> str:
@@ -246,7 +257,7 @@ def decimal(value: float | None) -> str:
 
 
 class Column(NamedTuple):
-    """One column of the table that people read: its head, how a candidate's cell reads, and what it sorts by."""
+    """One column of the table: its head, how a candidate's cell reads, and what it sorts by."""
 
     head: str
     cell: Callable[[Candidate], str]
@@ -260,13 +271,17 @@ def _accuracy(c: Candidate) -> str:
 COLUMNS: list[Column] = [
     Column("model", lambda c: c.model, lambda c: c.model),
     Column("lesson", lambda c: c.lesson, lambda c: c.lesson),
-    Column("year", lambda c: str(c.year), lambda c: c.year),
+    Column("year", lambda c: str(c.year or ""), lambda c: c.year),
     Column("px", lambda c: str(c.input_px), lambda c: c.input_px),
     Column("top-1", _accuracy, lambda c: c.top1),
     Column("top-5", lambda c: percent(c.top5), lambda c: c.top5),
     Column("params", lambda c: si(c.params), lambda c: c.params),
     Column("MACs", lambda c: si(c.macs), lambda c: c.macs),
-    Column("MACs by thop", lambda c: "" if c.thop_macs is None else si(c.thop_macs), lambda c: c.thop_macs),
+    Column(
+        "MACs by thop",
+        lambda c: "" if c.thop_macs is None else si(c.thop_macs),
+        lambda c: c.thop_macs,
+    ),
     Column("file MB", lambda c: decimal(c.size_mb), lambda c: c.size_mb),
     Column("latency ms", lambda c: decimal(c.latency_ms), lambda c: c.latency_ms),
     Column("IQR ms", lambda c: decimal(c.latency_iqr_ms), lambda c: c.latency_iqr_ms),
@@ -297,10 +312,16 @@ def markdown_table(candidates: Sequence[Candidate]) -> str:
     rows = [[column.cell(c) for column in columns] for c in candidates]
     heads = [column.head for column in columns]
     widths = [max(map(len, cells)) for cells in zip(heads, *rows)]
-    lines = [heads, ["-" * (width - 1) + ":" if i else "-" * width for i, width in enumerate(widths)], *rows]
+    lines = [
+        heads,
+        ["-" * (width - 1) + ":" if i else "-" * width for i, width in enumerate(widths)],
+        *rows,
+    ]
     return "\n".join(
         "| "
-        + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+        + " | ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))
+        )
         + " |"
         for line in lines
     )
@@ -316,4 +337,142 @@ def write_tables(folder: Path, title: str, tables: Sequence[Table]) -> None:
             parts += ["Where thop counts otherwise:", "\n".join(notes)]
     write_atomically(folder / "comparison.md", "\n\n".join(parts) + "\n")
     write_csv(folder / "comparison.csv", [c for table in tables for c in table.candidates])
-    write_json(folder / "comparison.json", {"title": title, "tables": [asdict(table) for table in tables]})
+    write_json(
+        folder / "comparison.json", {"title": title, "tables": [asdict(table) for table in tables]}
+    )
+
+
+# ---------------------------------------------------------------------- trainings, kept as they end
+
+
+@dataclass(frozen=True)
+class Training:
+    """One model trained once. Accuracies are fractions; test is seen once, after the last epoch."""
+
+    model: str
+    seed: int
+    epochs: int
+    params: int
+    macs: int
+    test_top1: float | None  # None where training failed
+    test_top5: float | None
+    seconds: float  # of training and validation
+    train_loss: list[float]  # by epoch
+    val_top1: list[float]
+    failure: str = ""  # why there is no accuracy
+
+
+class Store:
+    """Finished results in one JSON file, each with the settings that it was made under.
+
+    A comparison that was stopped reads them back. What was made under other settings is left out,
+    and replaced when it is made again, so that a table never mixes the two.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, object], tell: bool = False) -> None:
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))  # as it will read back: tuples are lists
+        self.results: dict[str, dict[str, object]] = {}
+        if path.exists():
+            try:
+                saved = json.loads(path.read_text(encoding="utf-8"))
+                self.results = {k: v for k, v in saved.items() if v["settings"] == self.settings}
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(
+                    f"{path} can't be read ({error}): remove it, and all is measured again"
+                ) from None
+            others = len(saved) - len(self.results)
+            if tell:
+                print(f"resume     {len(self.results)} results read from {path.name}", flush=True)
+            if others:
+                print(f"resume     {others} in {path.name} are of other settings: made again")
+
+    def get(self, key: str) -> dict[str, object] | None:
+        """The fields of the record kept under `key`, or None."""
+        return self.results[key]["result"] if key in self.results else None
+
+    def put(self, key: str, record: object) -> None:
+        self.results[key] = {"settings": self.settings, "result": asdict(record)}
+        write_json(self.path, self.results)
+
+
+def summarise(candidate: Candidate, trainings: Sequence[Training]) -> Candidate:
+    """The candidate with the mean and the standard deviation (n - 1) of its trainings; failed ones
+    have no accuracy.
+
+    If one seed failed the model has no accuracy: the mean of the others would flatter it.
+    """
+    scores = [t.test_top1 for t in trainings]
+    whole = all(s is not None for s in scores)
+    return replace(
+        candidate,
+        top1=mean(scores) if whole else None,
+        top1_std=stdev(scores) if whole and len(scores) > 1 else None,
+        top5=mean(t.test_top5 for t in trainings) if whole else None,
+        seeds=len(trainings),
+        epochs=trainings[0].epochs,
+        train_seconds=mean(t.seconds for t in trainings),
+    )
+
+
+def tied_with_best(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The best and those that can't be told from it, best first.
+
+    Two means differ if they are more than two standard errors of their difference apart. With one
+    seed nothing is known about the spread, and only the best is returned.
+    """
+    ranked = sorted((c for c in candidates if c.top1 is not None), key=lambda c: -c.top1)
+    if not ranked:
+        return []
+    best = ranked[0]
+    if best.top1_std is None:
+        return [best]
+
+    def tied(c: Candidate) -> bool:
+        error = (best.top1_std**2 / best.seeds + (c.top1_std or 0) ** 2 / c.seeds) ** 0.5
+        return best.top1 - c.top1 <= 2 * error
+
+    return [c for c in ranked if c is best or tied(c)]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long each model is trained: a number of epochs, or of seconds."""
+
+    epochs: int | None = None
+    seconds: float | None = None
+
+
+def parse_budget(text: str) -> Budget:
+    """Read "10" or "10 epochs", "90s", "2m".
+
+    >>> parse_budget("10"), parse_budget("1.5m")
+    (Budget(epochs=10, seconds=None), Budget(epochs=None, seconds=90.0))
+
+    Raises:
+        UserError: anything else, or nothing left to train with.
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*(epochs?|s|m|min|h|)\s*", text)
+    wrong = UserError(
+        f"--budget {text}: epochs (10) or time per training (90s, 2m, 1h), more than none"
+    )
+    if not match or float(match[1]) == 0:
+        raise wrong
+    number, unit = float(match[1]), match[2]
+    if unit in ("", "epoch", "epochs"):
+        if number != int(number):
+            raise wrong
+        return Budget(epochs=int(number))
+    return Budget(seconds=number * {"s": 1, "m": 60, "min": 60, "h": 3600}[unit])
+
+
+def parse_size(text: str, flag: str) -> float:
+    """Read "0.3M".
+
+    >>> parse_size("0.3M", "--match-to")
+    300000.0
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMG]?)\s*", text)
+    if not match or float(match[1]) == 0:
+        raise UserError(f"{flag} {text}: a number with K, M or G, such as 0.3M")
+    return float(match[1]) * COUNT[match[2]]

@@ -1,6 +1,8 @@
-"""A comparison as one page: tables that sort, points that name themselves under the mouse, and nothing from outside.
+"""A comparison as one page: tables that sort, points that name themselves under the mouse, and
+nothing from outside.
 
-The tables are plain HTML, so the page says everything without JavaScript too; the script adds sorting and the chart.
+The tables are plain HTML, so the page says everything without JavaScript too; the script adds
+sorting and the chart.
 """
 
 from __future__ import annotations
@@ -29,19 +31,21 @@ def comparison_page(
     """The whole page.
 
     Args:
-        tables: each becomes a chart and a table of its own, since their accuracies can't be compared.
+        tables: each becomes a chart and a table, since accuracies of two tasks can't be compared.
         figures: caption -> PNG, shown below.
         text: plain text on top, such as the verdict.
     """
     sections = "\n".join(_section(i, table) for i, table in enumerate(tables))
     pictures = "\n".join(
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f'<figure><img alt="{html.escape(caption)}" '
+        f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         for caption, png in (figures or {}).items()
     )
     lessons = sorted({c.lesson for table in tables for c in table.candidates})
     legend = "".join(
-        f'<span><i style="background:{_color(lesson)}"></i>lesson {lesson}</span>' for lesson in lessons
+        f'<span><i style="background:{_color(lesson)}"></i>lesson {lesson}</span>'
+        for lesson in lessons
     )
     return PAGE.format(
         title=html.escape(title),
@@ -58,21 +62,23 @@ def comparison_page(
 def _section(number: int, table: Table) -> str:
     columns = filled_columns(table.candidates)
     heads = "".join(
-        f'<th scope="col"><button type="button">{html.escape(c.head)}</button></th>' for c in columns
+        f'<th scope="col"><button type="button">{html.escape(c.head)}</button></th>'
+        for c in columns
     )
     rows = []
     for candidate in table.candidates:
         cells = []
         for column in columns:
             key = column.key(candidate)
+            key = "" if key is None else str(key)
             shown = html.escape(column.cell(candidate))
             tip = ""
             if column.head == "MACs by thop" and candidate.thop_note:
                 tip = f' title="{html.escape(candidate.thop_note, quote=True)}"'
-            cells.append(
-                f'<td data-key="{html.escape("" if key is None else str(key), quote=True)}"{tip}>{shown}</td>'
-            )
-        rows.append(f'<tr data-model="{html.escape(candidate.model, quote=True)}">{"".join(cells)}</tr>')
+            cells.append(f'<td data-key="{html.escape(key, quote=True)}"{tip}>{shown}</td>')
+        rows.append(
+            f'<tr data-model="{html.escape(candidate.model, quote=True)}">{"".join(cells)}</tr>'
+        )
     return f"""<section id="table-{number}">
 <h2>{html.escape(table.title)}</h2>
 <p>{html.escape(table.note)}</p>
@@ -89,7 +95,8 @@ def _chart_data(candidates: Sequence[Candidate]) -> dict:
     axes = {k: words for k, words in AXES.items() if any(getattr(c, k) for c in shown)}
     points = []
     for c in shown:
-        about = f"{c.model} ({c.year}): {percent(c.top1)}, {si(c.params)} parameters, {si(c.macs)} MACs"
+        year = f" ({c.year})" if c.year else ""
+        about = f"{c.model}{year}: {percent(c.top1)}, {si(c.params)} parameters, {si(c.macs)} MACs"
         if c.latency_ms is not None:
             about += f", {c.latency_ms:.2f} ms"
         points.append(
@@ -139,28 +146,35 @@ PAGE = """<!doctype html>
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --faint: #ddd; --paper: #fff; --mark: #fff3c4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --faint: #444; --paper: #1b1b1b; --mark: #4a4220; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 75rem;
-  margin: 2rem auto; padding: 0 1rem; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --faint: #444; --paper: #1b1b1b; --mark: #4a4220; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 pre { white-space: pre-wrap; border-left: 3px solid var(--faint); padding-left: 1rem; }
 .legend span { margin-right: 1.2rem; white-space: nowrap; }
-.legend i { display: inline-block; width: .75em; height: .75em; border-radius: 50%; margin-right: .4em; }
+.legend i { display: inline-block; width: .75em; height: .75em; border-radius: 50%;
+  margin-right: .4em; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
+th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0;
+  padding: 0; cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 tr.marked { background: var(--mark); }
 svg { width: 100%; height: auto; max-width: 60rem; display: block; }
 svg text { fill: var(--ink); font-size: 13px; } svg .grid { stroke: var(--faint); }
 svg .front { fill: none; stroke: var(--ink); stroke-dasharray: 5 4; opacity: .6; }
-svg circle { stroke: var(--paper); stroke-width: 1.5; cursor: pointer; } svg circle.marked { stroke: var(--ink); }
+svg circle { stroke: var(--paper); stroke-width: 1.5; cursor: pointer; }
+svg circle.marked { stroke: var(--ink); }
 svg circle:focus { outline: none; stroke: var(--ink); }
-#tip { position: fixed; display: none; pointer-events: none; padding: .3rem .6rem; border-radius: .3rem;
-  background: var(--ink); color: var(--paper); font-size: .87rem; max-width: 24rem; z-index: 1; }
+#tip { position: fixed; display: none; pointer-events: none; padding: .3rem .6rem;
+  border-radius: .3rem; background: var(--ink); color: var(--paper); font-size: .87rem;
+  max-width: 24rem; z-index: 1; }
 figure { margin: 2rem 0; } figure img { max-width: 100%; background: #fff; }
 """
 
@@ -194,7 +208,8 @@ function svg(parent, name, attributes, text) {
   return node;
 }
 
-// Under the mouse, or under the keyboard's focus, a model names itself and lights up in chart and table alike.
+// Under the mouse, or under the keyboard's focus, a model names itself and lights up in chart and
+// table alike.
 function mark(section, model, on) {
   for (const node of section.querySelectorAll('[data-model]'))
     node.classList.toggle('marked', on && node.dataset.model === model);
@@ -219,40 +234,53 @@ function draw(section, chart, axis) {
   const points = chart.points.filter(p => p.x[axis] > 0);
   if (!points.length) return;
   const [width, height, left, right, top, bottom] = [960, 440, 64, 20, 16, 52];
-  const root = svg(box, 'svg', {viewBox: `0 0 ${width} ${height}`, role: 'group', 'aria-label': 'top-1 accuracy by ' + chart.axes[axis]});
+  const root = svg(box, 'svg', {viewBox: `0 0 ${width} ${height}`, role: 'group',
+    'aria-label': 'top-1 accuracy by ' + chart.axes[axis]});
   const logs = points.map(p => Math.log10(p.x[axis])), tops = points.map(p => 100 * p.top1);
-  const pad = (low, high, least) => { const more = Math.max(0.06 * (high - low), least); return [low - more, high + more]; };
-  const [x0, x1] = pad(Math.min(...logs), Math.max(...logs), 0.05);
-  const [y0, y1] = pad(Math.min(...tops), Math.max(...tops), 0.5);
-  const px = value => left + (Math.log10(value) - x0) / (x1 - x0) * (width - left - right);
-  const py = top1 => height - bottom - (100 * top1 - y0) / (y1 - y0) * (height - top - bottom);
+  const range = (values, least) => {
+    const [low, high] = [Math.min(...values), Math.max(...values)];
+    const more = Math.max(0.06 * (high - low), least);
+    return [low - more, high + more];
+  };
+  const [x0, x1] = range(logs, 0.05), [y0, y1] = range(tops, 0.5);
+  const px = value =>
+    left + (Math.log10(value) - x0) / (x1 - x0) * (width - left - right);
+  const py = percent =>
+    height - bottom - (percent - y0) / (y1 - y0) * (height - top - bottom);
 
   for (let decade = Math.floor(x0); decade <= x1; decade++)
     for (const step of [1, 2, 5]) {
-      const value = step * 10 ** decade;
+      const value = step * 10 ** decade, x = px(value);
       if (Math.log10(value) < x0 || Math.log10(value) > x1) continue;
-      svg(root, 'line', {class: 'grid', x1: px(value), x2: px(value), y1: top, y2: height - bottom});
-      svg(root, 'text', {x: px(value), y: height - bottom + 20, 'text-anchor': 'middle'}, si(value));
+      svg(root, 'line', {class: 'grid', x1: x, x2: x, y1: top, y2: height - bottom});
+      svg(root, 'text', {x, y: height - bottom + 20, 'text-anchor': 'middle'}, si(value));
     }
-  const span = y1 - y0, unit = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20].find(u => span / u <= 8) || 25;
+  const unit = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20].find(u => (y1 - y0) / u <= 8) || 25;
   for (let i = Math.ceil(y0 / unit); i * unit <= y1; i++) {
-    svg(root, 'line', {class: 'grid', x1: left, x2: width - right, y1: py(i * unit / 100), y2: py(i * unit / 100)});
-    svg(root, 'text', {x: left - 8, y: py(i * unit / 100) + 4, 'text-anchor': 'end'}, +(i * unit).toFixed(1) + ' %');
+    const y = py(i * unit);
+    svg(root, 'line', {class: 'grid', x1: left, x2: width - right, y1: y, y2: y});
+    const label = +(i * unit).toFixed(1) + ' %';
+    svg(root, 'text', {x: left - 8, y: y + 4, 'text-anchor': 'end'}, label);
   }
-  svg(root, 'text', {x: (left + width - right) / 2, y: height - 8, 'text-anchor': 'middle'}, chart.axes[axis] + ' (log scale); dashed: the Pareto front');
+  svg(root, 'text', {x: (left + width - right) / 2, y: height - 8, 'text-anchor': 'middle'},
+    chart.axes[axis] + ' (log scale); dashed: the Pareto front');
 
+  const at = p => [px(p.x[axis]), py(100 * p.top1)];
   const front = chart.fronts[axis].map(name => points.find(p => p.model === name)).filter(Boolean);
-  svg(root, 'polyline', {class: 'front', points: front.map(p => px(p.x[axis]) + ',' + py(p.top1)).join(' ')});
+  svg(root, 'polyline', {class: 'front', points: front.map(at).join(' ')});
   for (const p of points) {
-    const [cx, cy] = [px(p.x[axis]), py(p.top1)];
-    const dot = svg(root, 'circle', {cx, cy, r: front.includes(p) ? 8 : 6, fill: p.color, tabindex: 0, role: 'img', 'aria-label': p.about});
+    const [cx, cy] = at(p), r = front.includes(p) ? 8 : 6;
+    const dot = svg(root, 'circle',
+      {cx, cy, r, fill: p.color, tabindex: 0, role: 'img', 'aria-label': p.about});
     dot.dataset.model = p.model;
-    const show = () => { const at = dot.getBoundingClientRect(); mark(section, p.model, true); showTip(p.about, at.right, at.top); };
+    const show = () => {
+      const place = dot.getBoundingClientRect();
+      mark(section, p.model, true);
+      showTip(p.about, place.right, place.top);
+    };
     const hide = () => { mark(section, p.model, false); hideTip(); };
-    dot.addEventListener('mouseenter', show);
-    dot.addEventListener('focus', show);
-    dot.addEventListener('mouseleave', hide);
-    dot.addEventListener('blur', hide);
+    for (const event of ['mouseenter', 'focus']) dot.addEventListener(event, show);
+    for (const event of ['mouseleave', 'blur']) dot.addEventListener(event, hide);
   }
 }
 

@@ -1,4 +1,4 @@
-"""Finds the lessons and what they define: their names start with a digit, so `import` can't spell them."""
+"""Finds the lessons: their names start with a digit, so `import` can't spell them."""
 
 from __future__ import annotations
 

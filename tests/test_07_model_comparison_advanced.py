@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
+from common.comparison import Training, parse_budget, summarise
+from common.data import load_data
 from common.errors import UserError
+from common.imagenet import PUBLISHED as PUBLISHED_HERE
+from common.imagenet import evaluate_imagenet, load_official
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.pretrained import load_torchvision_state
 from common.profiling import count_macs, count_parameters
@@ -23,7 +37,7 @@ def build_meta(name: str, **options: object) -> nn.Module:
         return lesson.MODELS[name](**options)
 
 
-# ------------------------------------------------------------------------------------ the architectures
+# -------------------------------------------------------------------------------- the architectures
 
 
 def test_torchvision_has_these() -> None:
@@ -88,7 +102,7 @@ def test_hand_counts() -> None:
 
 
 def test_attention_products_are_counted() -> None:
-    """T tokens of width D: 4 T D^2 for the projections, and 2 T^2 D for Q K' and the weighted sum of V."""
+    """T tokens of width D: 4 T D^2 for the projections, 2 T^2 D for Q K' and the sum of V."""
     tokens, dim = 65, 64
     with torch.device("meta"):
         block = lesson.EncoderBlock(dim, 4, 2 * dim)
@@ -118,7 +132,7 @@ def test_width_mult_scales_the_parameters(name: str) -> None:
     assert 2 < params[1] / params[0] < 5 and 2 < params[2] / params[1] < 5
 
 
-# ------------------------------------------------------------------------------------ common.lessons
+# ----------------------------------------------------------------------------------- common.lessons
 
 
 def test_lessons_are_found_by_number_and_by_name() -> None:
@@ -140,3 +154,271 @@ def test_all_models_holds_every_lessons() -> None:
 def test_an_unknown_name_names_the_closest(call: object, argument: str, meant: str) -> None:
     with pytest.raises(UserError, match=f"unknown .* '{argument}' .did you mean {meant}"):
         call(argument)
+
+
+# -------------------------------------------------------------------- what the comparison counts
+
+
+def test_published_figures_are_those_of_torchvisions_weights() -> None:
+    """Against torchvision's own metadata: accuracies, crops and interpolation of each model."""
+    assert set(PUBLISHED_HERE) == set(PUBLISHED)
+    for name, ours in PUBLISHED_HERE.items():
+        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+        metrics = weights.meta["_metrics"]["ImageNet-1K"]
+        assert (ours.top1, ours.top5) == (metrics["acc@1"], metrics["acc@5"])
+        preset = weights.transforms()
+        assert ([ours.crop], [ours.resize]) == (preset.crop_size, preset.resize_size)
+        assert ours.bicubic == (preset.interpolation.value == "bicubic")
+
+
+def test_every_row_of_the_reference_is_counted_right() -> None:
+    """All published models of all lessons, found by name; the reference gives three decimals."""
+    for name, row in PUBLISHED.items():
+        px = int(row["input_px"])
+        with torch.device("meta"):
+            model = get_model(name)()
+        auxiliary = int(row["params_aux_heads"])  # the reference counts them apart
+        assert count_parameters(model) - auxiliary == int(row["params"]), name
+        assert count_macs(model, (3, px, px)) / 1e9 == pytest.approx(
+            float(row["gmacs"]), rel=0.005, abs=0.0005
+        ), name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "mobilenet_v2", "googlenet", "vit_b_32"])
+def test_a_row_of_the_table(name: str) -> None:
+    row = PUBLISHED[name]
+    built = lesson.entry("ImageNet", name, get_model(name), int(row["input_px"])).candidate
+    assert built.macs / 1e9 == pytest.approx(float(row["gmacs"]), rel=0.005)
+    assert 100 * built.top1 == pytest.approx(float(row["imagenet_top1"]))
+    # Convolutions and linear layers are counted alike; only attention is ours alone.
+    assert built.thop_macs > built.macs or name.startswith("vit")
+    assert ("-" in built.thop_note) == name.startswith("vit")
+
+
+def test_thop_differs_by_what_the_note_says() -> None:
+    with torch.device("meta"):
+        model = lesson.MODELS["vit_xs_16"](num_classes=10, small_input=True)
+    thop, note = lesson.count_by_thop(model, (3, 32, 32))
+    tokens, dim, depth = 65, 128, 6
+    attention = depth * 2 * tokens**2 * dim
+    norms = 4 * dim * (depth * 2 * tokens + 1)  # thop: four an element; the last has one token
+    assert note == f"+{norms / 1e3:.3g}K LayerNorm, -{attention / 1e6:.3g}M attention products"
+    assert thop == count_macs(model, (3, 32, 32)) - attention + norms
+
+
+def test_size_on_paper_is_the_size_of_the_file(tmp_path: Path) -> None:
+    candidate = lesson.entry("ImageNet", "alexnet", get_model("alexnet"), 224).candidate
+    small = lesson.MODELS["vit_xs_16"](num_classes=10, small_input=True)
+    torch.save(small.state_dict(), tmp_path / "weights.pt")
+    build = partial(lesson.MODELS["vit_xs_16"], num_classes=10, small_input=True)
+    on_paper = lesson.entry("digits", "vit_xs_16", build, 32).candidate
+    assert on_paper.size_mb * 1e6 == pytest.approx(
+        (tmp_path / "weights.pt").stat().st_size, rel=0.02
+    )
+    assert candidate.size_mb == pytest.approx(4 * 61.100840)
+
+
+def test_every_model_has_its_place_on_the_timeline() -> None:
+    years = {name: lesson.era(name).year for name in all_models()}
+    assert years["lenet5"] == 1998 and years["resnet110"] == 2015 and years["se_resnet50"] == 2017
+    assert [name for name, year in years.items() if year is None] == ["simple_cnn"]
+
+
+@pytest.mark.parametrize("match", ["params", "macs"])
+def test_matched_sizes_are_about_equal(match: str) -> None:
+    config = lesson.Config(dataset="digits", experiment="matched-size", match=match)
+    config = config.resolve("digits")
+    target = lesson.match_target(config, 10)
+    for e in lesson.small_entries(config, 10):
+        size = e.candidate.params if match == "params" else e.candidate.macs
+        assert 0.7 < size / target < 1.4, f"{e.candidate.model}: {size} for {target}"
+
+
+def test_cifar_nets_are_not_in_imagenets_table() -> None:
+    for name in ("lenet5", "simple_cnn", "resnet20", "densenet40_k12"):
+        assert lesson.is_small(get_model(name))
+    for name in ("resnet18", "mobilenet_v1", "vgg11", "densenet121", "vit_xs_16", "inception_v3"):
+        assert not lesson.is_small(get_model(name))
+
+
+# ------------------------------------------------------------------------- the command, in miniature
+
+
+def command(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    script = Path(lesson.__file__)
+    # The data set is explicit: `auto` looks for CIFAR-10 in ./data.
+    line = [sys.executable, str(script), "--dataset", "digits", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*line, *flags, "--run-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+        cwd=tmp_path,
+    )
+
+
+def folder_of(tmp_path: Path) -> Path:
+    [folder] = (tmp_path / "07_model_comparison_advanced").iterdir()
+    return folder
+
+
+def test_a_comparison_from_start_to_report_and_on_with_more_seeds(tmp_path: Path) -> None:
+    tiny = ["--model", "lenet5,vit_xs_16", "--epochs", "1", "--seeds", "1", "--pass-limit", "0.01"]
+    done = command(tmp_path, *tiny)
+    assert done.returncode == 0, done.stderr
+    assert "verdict    digits: " in done.stdout and "by one seed" in done.stdout
+    folder = folder_of(tmp_path)
+    for name in ("comparison.md", "comparison.csv", "comparison.json", "report.html"):
+        assert (folder / name).stat().st_size > 0
+    assert {p.name for p in folder.glob("*.png")} >= {"trained_cost.png", "training_curves.png"}
+    first = json.loads((folder / "trainings.json").read_text(encoding="utf-8"))
+    assert len(first) == 2
+
+    # One more seed: what is there stays to the last digit, what is missing is made.
+    more = command(tmp_path, "--resume", str(folder), "--seeds", "2", "--choose", "params<100K")
+    assert more.returncode == 0, more.stderr
+    assert "2 results read from trainings.json" in more.stdout
+    second = json.loads((folder / "trainings.json").read_text(encoding="utf-8"))
+    assert len(second) == 4 and {k: second[k] for k in first} == first
+    table = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["tables"][-1]
+    by_hand = {}
+    for kept in second.values():
+        by_hand.setdefault(kept["result"]["model"], []).append(kept["result"]["test_top1"])
+    for candidate in table["candidates"]:
+        assert candidate["top1"] == pytest.approx(mean(by_hand[candidate["model"]]))
+        assert candidate["top1_std"] == pytest.approx(stdev(by_hand[candidate["model"]]))
+    assert "params<100K: " in more.stdout and "  1. lenet5" in more.stdout
+
+    # Results of other settings are never mixed in: they are made again.
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings["weight_decay"] = 0.123
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    other = command(tmp_path, "--resume", str(folder), "--seeds", "1")
+    assert other.returncode == 0, other.stderr
+    assert "4 in trainings.json are of other settings: made again" in other.stdout
+    third = json.loads((folder / "trainings.json").read_text(encoding="utf-8"))
+    assert len(third) == 2
+    assert all(kept["settings"]["weight_decay"] == 0.123 for kept in third.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--choose", "parms<5M"], "unknown word in --choose 'parms' (did you mean params?)"),
+        (["--choose", "latency<5"], "latency needs a unit"),
+        (["--model", "resnet18,resnet81"], "unknown model 'resnet81' (did you mean resnet18?)"),
+        (["--budget", "soon"], "--budget soon"),
+        (["--eval-imagenet", "nowhere"], "--eval-imagenet DIR and --pretrained go together"),
+        (["--summary"], "name it with --model"),
+        (["--experiment", "matched"], "did you mean matched-size?"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path: Path, flags: list[str], message: str
+) -> None:
+    done = command(tmp_path, *flags)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_failed_training_is_a_result_and_no_mean_hides_it() -> None:
+    candidate = lesson.entry("digits", "lenet5", get_model("lenet5"), 32).candidate
+    good = Training("lenet5", 0, 3, 1, 1, 0.9, 1.0, 1.0, [1.0], [0.9])
+    bad = Training("lenet5", 1, 3, 1, 1, None, None, 1.0, [], [], "not finite")
+    assert summarise(candidate, [good, bad]).top1 is None
+    assert "failed under this recipe" in lesson.trained_verdict(
+        [replace(candidate, model="other", top1=0.5, seeds=1), summarise(candidate, [good, bad])]
+    )
+
+
+def test_a_time_budget_becomes_whole_epochs() -> None:
+    config = lesson.Config(dataset="digits", epochs=1, smoke=True).resolve("digits")
+    device = torch.device("cpu")
+    data = load_data(config, device)
+    [e] = lesson.small_entries(replace(config, model="lenet5"), 10)
+    assert lesson.epochs_within(parse_budget("7"), e, data, config, device) == 7
+    assert lesson.epochs_within(parse_budget("60s"), e, data, config, device) > 1
+
+
+def test_verdict_tells_chance_from_lead() -> None:
+    base = lesson.entry("digits", "lenet5", get_model("lenet5"), 32).candidate
+    far = [
+        replace(base, model="a", top1=0.98, top1_std=0.01, seeds=3),
+        replace(base, model="b", top1=0.80, top1_std=0.01, seeds=3),
+    ]
+    near = [far[0], replace(far[1], top1=0.97, macs=10)]
+    assert "more than two standard errors above every other" in lesson.trained_verdict(far)
+    assert "3 seeds can't tell it from b; the cheapest of these is b" in lesson.trained_verdict(
+        near
+    )
+
+
+# --------------------------------------------------------------------------------- --eval-imagenet
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Six classes of three made-up pictures of different sizes, one of them grey, one a PNG."""
+    generator = torch.Generator().manual_seed(0)
+    for label in range(6):
+        folder = tmp_path / "val" / f"n{label:08d}"
+        folder.mkdir(parents=True)
+        for i in range(3):
+            height, width = 230 + 37 * i, 300 - 20 * label
+            coarse = torch.rand(3, 6, 6, generator=generator)
+            fine = nn.functional.interpolate(coarse[None], (height, width), mode="bicubic")[0]
+            image = Image.fromarray((fine.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+            if i == 1:
+                image = image.convert("L")
+            image.save(folder / f"{i}.{'png' if i == 2 else 'jpg'}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "googlenet"])
+def test_accuracy_on_a_folder_equals_torchvisions(
+    photographs: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights in torchvision's model, the images through torchvision's own preset."""
+    options = {"num_classes": 6}
+    if name == "googlenet":  # as the official checkpoint comes
+        options |= {"transform_input": True, "aux_logits": True, "init_weights": False}
+    twin = torchvision_twin(name, 64, **options)
+    preset = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].transforms()
+    images = torchvision.datasets.ImageFolder(str(photographs / "val"))
+    x, labels = torch.stack([preset(image) for image, _ in images]), torch.tensor(images.targets)
+    with torch.no_grad():
+        for module in twin.modules():  # statistics of these pictures, so that logits stay in bounds
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.5
+        for _ in range(4):
+            twin.train()(x)
+        logits = twin.eval()(x)
+    monkeypatch.setattr("common.imagenet.official_state", lambda _: twin.state_dict())
+    ours = load_official(get_model(name)(num_classes=6), name)
+    config = lesson.Config(eval_imagenet=str(photographs), batch_size=4, workers=0)
+    with torch.no_grad():
+        assert (ours.eval()(x) - logits).abs().max() < 1e-4 * logits.abs().max()
+    top1, top5, count = evaluate_imagenet(ours, name, config)
+    assert count == 18
+    assert top1 == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    five = logits.topk(5).indices.eq(labels[:, None]).any(1).double().mean().item()
+    assert top5 == pytest.approx(five) and 0 < top5 < 1
+
+
+def test_a_wrong_imagenet_folder_is_one_clear_line(photographs: Path) -> None:
+    model = get_model("resnet18")(num_classes=7)
+    config = lesson.Config(eval_imagenet=str(photographs), batch_size=4, workers=0)
+    with pytest.raises(UserError, match="6 class folders, and the weights know 7"):
+        evaluate_imagenet(model, "resnet18", config)
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate_imagenet(model, "resnet18", replace(config, eval_imagenet="nowhere"))
+    broken = photographs / "val" / "n00000003" / "0.jpg"
+    broken.write_bytes(b"not a picture")
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=r"^\S*n00000003/0.jpg can't be read") as caught:
+            evaluate_imagenet(
+                get_model("resnet18")(num_classes=6), "resnet18", replace(config, workers=workers)
+            )
+        assert "\n" not in str(caught.value)

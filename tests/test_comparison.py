@@ -1,4 +1,4 @@
-"""common.comparison and its page: the front, the constraint language, the tables, and a real browser on the page."""
+"""The Pareto front, the constraint language, the tables, and a real browser on the page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,14 @@ from common.errors import UserError
 
 
 def candidate(model: str, **known: object) -> Candidate:
-    defaults = {"task": "test", "lesson": "01", "year": 2015, "input_px": 224, "params": 1, "macs": 1}
+    defaults = {
+        "task": "test",
+        "lesson": "01",
+        "year": 2015,
+        "input_px": 224,
+        "params": 1,
+        "macs": 1,
+    }
     return Candidate(**{**defaults, "model": model, **known})
 
 
@@ -46,7 +53,7 @@ def names(candidates: list[Candidate]) -> list[str]:
     return [c.model for c in candidates]
 
 
-# ------------------------------------------------------------------------------------ the Pareto front
+# --------------------------------------------------------------------------------- the Pareto front
 
 
 def test_front_of_the_zoo() -> None:
@@ -55,20 +62,26 @@ def test_front_of_the_zoo() -> None:
 
 
 def test_front_is_what_the_definition_says() -> None:
-    """Against the definition itself, on random points with ties: on the front is who is not dominated."""
+    """Against the definition itself, on random points with ties."""
     draw = random.Random(0)
     for _ in range(200):
-        points = [candidate(str(i), macs=draw.randint(1, 6), top1=draw.randint(1, 6) / 10) for i in range(8)]
+        points = [
+            candidate(str(i), macs=draw.randint(1, 6), top1=draw.randint(1, 6) / 10)
+            for i in range(8)
+        ]
 
         def dominated(a: Candidate, others: list[Candidate] = points) -> bool:
             return any(
-                b.macs <= a.macs and b.top1 >= a.top1 and (b.macs, b.top1) != (a.macs, a.top1) for b in others
+                b.macs <= a.macs and b.top1 >= a.top1 and (b.macs, b.top1) != (a.macs, a.top1)
+                for b in others
             )
 
-        assert set(names(pareto_front(points, "macs"))) == {p.model for p in points if not dominated(p)}
+        assert set(names(pareto_front(points, "macs"))) == {
+            p.model for p in points if not dominated(p)
+        }
 
 
-# ------------------------------------------------------------------------------------ --choose
+# ----------------------------------------------------------------------------------------- --choose
 
 
 @pytest.mark.parametrize(
@@ -132,7 +145,7 @@ def test_nothing_fits() -> None:
     assert "latency<20ms: nothing would fit without it either" in told
 
 
-# ------------------------------------------------------------------------------------ the tables
+# --------------------------------------------------------------------------------------- the tables
 
 
 def test_tables_are_written(tmp_path: Path) -> None:
@@ -152,19 +165,24 @@ def test_markdown_shows_only_columns_that_say_something() -> None:
     assert len(rows) == len(ZOO) and len({len(line) for line in (head, rule, *rows)}) == 1
 
 
-# ------------------------------------------------------------------------------------ the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def test_page_needs_nothing_from_outside() -> None:
-    page = comparison_page("A <b>", [Table("T", "</script>", ZOO)], {"a picture": b"\x89PNG"}, "x < y")
+    page = comparison_page(
+        "A <b>", [Table("T", "</script>", ZOO)], {"a picture": b"\x89PNG"}, "x < y"
+    )
     assert "A &lt;b&gt;" in page and "x &lt; y" in page
-    assert page.count("</script>") == 2  # the data and the code, and nothing that a title smuggled in
+    assert (
+        page.count("</script>") == 2
+    )  # the data and the code, and nothing that a title smuggled in
     links = set(re.findall(r"https?://[^\s'\"<>)]+", page))
     assert links <= {"http://www.w3.org/2000/svg"}  # a name, which no browser fetches
     assert "default-src 'none'" in page
 
 
-# Run in the page by the browser: a user's clicks and mouse, and what came of them, left in the document.
+# Run in the page by the browser: a user's clicks and mouse, and what came of them, left in the
+# document.
 USER = """
 <script>
 addEventListener('load', () => {
@@ -194,7 +212,8 @@ addEventListener('load', () => {
   select.value = 'latency_ms';
   select.dispatchEvent(new Event('change'));
   seen.pointsByLatency = [...section.querySelectorAll('circle')].map(c => c.dataset.model);
-  const left = name => section.querySelector(`circle[data-model=${name}]`).getBoundingClientRect().left;
+  const circle = name => section.querySelector(`circle[data-model=${name}]`);
+  const left = name => circle(name).getBoundingClientRect().left;
   seen.leftToRight = left('small') < left('medium') && left('medium') < left('wasteful');
   seen.frontCorners = section.querySelector('polyline.front').points.numberOfItems;
   const result = document.createElement('pre');
@@ -207,13 +226,25 @@ addEventListener('load', () => {
 
 
 def test_page_in_a_real_browser(tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    browser = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not browser:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium), so nobody can click on the page")
+        pytest.skip(
+            "no Chromium here (Debian: apt-get install chromium), so nobody can click on the page"
+        )
     page = comparison_page("Zoo", [Table("All", "made up", ZOO)])
     file = tmp_path / "report.html"
     file.write_text(page.replace("</body>", USER), encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+    ]
     command += [
         f"--user-data-dir={tmp_path / 'profile'}",
         "--window-size=1200,900",
@@ -231,7 +262,9 @@ def test_page_in_a_real_browser(tmp_path: Path) -> None:
     assert seen["emptyLast"][0] == "untrained" and seen["emptyLast"][-1] == "unmeasured"
     assert seen["byName"] == sorted(names(ZOO))
     assert seen["points"] == names([c for c in ZOO if c.top1 is not None])
-    assert seen["tip"][0] == "block" and seen["tip"][1].startswith("medium (2015): 77.00 %, 5M parameters")
+    assert seen["tip"][0] == "block" and seen["tip"][1].startswith(
+        "medium (2015): 77.00 %, 5M parameters"
+    )
     assert seen["lit"] == ["medium"] and seen["after"] == "none"
     assert "unmeasured" not in seen["pointsByLatency"] and len(seen["pointsByLatency"]) == 4
     assert seen["leftToRight"]

@@ -1,0 +1,182 @@
+"""Timing many models so that their order can be trusted."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from common import runtime
+from common.comparison import Candidate, Store
+from common.config import TrainConfig
+from common.profiling import profile
+from common.progress import Bar
+
+# The fields of a candidate that depend on the machine.
+MEASURED = (
+    "latency_ms",
+    "latency_iqr_ms",
+    "batch_size",
+    "images_per_second",
+    "memory_mb",
+    "device",
+    "dtype",
+)
+
+
+class Entry(NamedTuple):
+    """A model to compare: how to build it, and what is known of it so far."""
+
+    build: Callable[[], nn.Module]
+    candidate: Candidate
+
+
+class Way(NamedTuple):
+    """How a network is run: its number format, its layout in memory, compiled or not."""
+
+    amp: torch.dtype | None = None  # reduced precision, or None for float32
+    channels_last: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        words = [str(self.amp or torch.float32).removeprefix("torch.")]
+        words += ["channels_last"] * self.channels_last + ["compiled"] * self.compiled
+        return ", ".join(words)
+
+
+def usual_way(config: TrainConfig, device: torch.device, image_size: int) -> Way:
+    """As the lessons train: mixed precision and channels_last where they pay, compiled if asked."""
+    amp = runtime.amp_dtype(device, config.amp, image_size)
+    return Way(amp, runtime.memory_format(image_size) is torch.channels_last, config.compile)
+
+
+def with_weights(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model from the meta device with random weights that keep the activations' scale.
+
+    The models' own initialisation would take longer than all measurements. Zeros would not do: a
+    chip that multiplies zeros draws less power, and may run faster for it.
+    """
+    model = model.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dim() > 1:
+                bound = (6 / tensor[0].numel()) ** 0.5
+                tensor.uniform_(-bound, bound)
+            else:
+                tensor.fill_(1)
+    return model.eval()
+
+
+def measure(
+    entry: Entry, device: torch.device, way: Way, large_batch: int, limit: float, seconds: float
+) -> Candidate:
+    """The candidate with latency for one image, throughput of a large batch, and peak memory.
+
+    Args:
+        large_batch: 0 measures one image only.
+        limit: multiply-adds that one pass may cost; what costs more is left out.
+        seconds: of each measurement.
+    """
+    candidate = entry.candidate
+    if candidate.macs > limit:
+        return candidate
+    with torch.device("meta"):
+        model = entry.build()
+    model = with_weights(model, device)
+    if way.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if way.compiled:
+        model.compile()
+    size = (3, candidate.input_px, candidate.input_px)
+    one = profile(model, size, 1, way.amp, way.channels_last, seconds)
+    candidate = replace(
+        candidate,
+        latency_ms=one.latency_ms,
+        latency_iqr_ms=one.latency_iqr_ms,
+        memory_mb=one.peak_memory_mb,
+        device=one.device,
+        dtype=one.dtype,
+    )
+    if large_batch and candidate.macs * large_batch <= limit:
+        many = profile(model, size, large_batch, way.amp, way.channels_last, seconds)
+        candidate = replace(
+            candidate, batch_size=large_batch, images_per_second=many.images_per_second
+        )
+    return candidate
+
+
+class Bench(NamedTuple):
+    """Where and how much is measured, and where it is kept."""
+
+    config: TrainConfig
+    device: torch.device
+    store: Store
+    bar: Bar
+    large_batch: int
+    limit: float = math.inf  # multiply-adds of one timed pass
+    seconds: float = 0.3  # of one measurement
+
+    def measure(self, entry: Entry, sweep: str, way: Way, large_batch: int) -> Candidate:
+        """The candidate with its times, from the store if they are there."""
+        c = entry.candidate
+        key = f"{c.task}, {c.model}, {c.params} parameters, {c.input_px} px, {sweep}"
+        if self.store.get(key) is None:
+            measured = measure(entry, self.device, way, large_batch, self.limit, self.seconds)
+            self.store.put(key, measured)
+        self.bar.advance(1, c.model)
+        # Counts come from the definition as it is now, times from the store.
+        return replace(c, **{name: self.store.get(key)[name] for name in MEASURED})
+
+    def two_sweeps(self, entries: Sequence[Entry]) -> tuple[list[Candidate], str]:
+        """All models, twice over; of the two latencies the lower, and how far the sweeps agree.
+
+        Whatever else the machine did in the slower sweep, it did not make the model faster.
+        """
+        ways = [usual_way(self.config, self.device, e.candidate.input_px) for e in entries]
+        first = [self.measure(e, "sweep 1", w, self.large_batch) for e, w in zip(entries, ways)]
+        second = [self.measure(e, "sweep 2", w, 0) for e, w in zip(entries, ways)]
+        return [faster(a, b) for a, b in zip(first, second)], agreement(first, second)
+
+    def all_ways(self, entries: Sequence[Entry]) -> list[Candidate]:
+        """Each network in every way that this device has; compiled only if the config says so."""
+        rows = []
+        for entry in entries:
+            amp = runtime.amp_dtype(self.device, True, entry.candidate.input_px)
+            ways = [Way(), Way(channels_last=True)]
+            ways += [Way(amp, True)] * (amp is not None)
+            ways += [Way(amp, True, compiled=True)] * self.config.compile
+            for way in ways:
+                row = self.measure(entry, str(way), way, self.large_batch)
+                name = f"{row.model}: {way}"
+                rows.append(replace(row, model=name, thop_macs=None, thop_note="", top1=None))
+        return rows
+
+
+def faster(first: Candidate, second: Candidate) -> Candidate:
+    """The first, with the second's latency if that is lower."""
+    if first.latency_ms is None or second.latency_ms >= first.latency_ms:
+        return first
+    return replace(first, latency_ms=second.latency_ms, latency_iqr_ms=second.latency_iqr_ms)
+
+
+def agreement(first: Sequence[Candidate], second: Sequence[Candidate], tie: float = 0.05) -> str:
+    """How alike two sweeps rank the models by latency: in how many pairs the same one is faster.
+
+    Args:
+        tie: two models closer than this share of their latency in both sweeps are not a pair whose
+            order means anything; they count as agreeing.
+    """
+    times = [
+        (a.latency_ms, b.latency_ms) for a, b in zip(first, second) if a.latency_ms is not None
+    ]
+    pairs = list(itertools.combinations(times, 2))
+    gaps = [[math.log(p[sweep] / q[sweep]) for sweep in (0, 1)] for p, q in pairs]
+    turned = sum(one * two < 0 and max(abs(one), abs(two)) > tie for one, two in gaps)
+    return (
+        f"two sweeps rank {len(pairs) - turned} of {len(pairs)} pairs of {len(times)} models alike"
+    )
