@@ -785,14 +785,17 @@ def auxiliary_verdict(trials: dict[str, list[Trial]], early: dict[str, float]) -
     for base in ("2014", "BN"):
         without, with_aux = ([t.test_top1 for t in trials[k]] for k in (base, f"{base} + aux"))
         # Both nets of a pair start from the same weights: what counts is their difference.
-        gain, spread = mean_and_spread([b - a for a, b in zip(without, with_aux)])
-        if len(without) == 1:
-            word = "one pair of runs cannot tell chance from effect (--seeds 3)"
-        elif abs(gain) > 2 * spread / len(without) ** 0.5:
-            word = "they help" if gain > 0 else "they hurt"
+        gains = [b - a for a, b in zip(without, with_aux)]
+        ahead, behind = sum(g > 0 for g in gains), sum(g < 0 for g in gains)
+        if len(gains) == 1:
+            word = "one pair cannot tell chance from effect: try --seeds 3"
+        elif ahead == len(gains):
+            word = f"they help in all of {ahead} pairs"
+        elif behind == len(gains):
+            word = f"they hurt in all of {behind} pairs"
         else:
-            word = "within the scatter of the seeds: no effect shown"
-        verdict.append(f"{base}: test accuracy changes by {100 * gain:+.2f} points; {word}")
+            word = f"ahead in {ahead} and behind in {behind} of {len(gains)} pairs: no effect shown"
+        verdict.append(f"{base}: test accuracy changes by {100 * mean(gains):+.2f} points; {word}")
     return verdict
 
 
