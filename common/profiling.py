@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from common.records import LayerRecord, Profile
 from common.runtime import autocast, describe
@@ -46,6 +45,8 @@ def macs_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[s
     """Multiply-adds of one image by module path, then by operator; 'Global' holds the whole
     model.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here: it brings triton along, 80 MB of it
+
     with _evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(_dummy_image(model, input_size))
     # FlopCounterMode counts an addition and a multiplication as two operations; the papers as one
