@@ -721,13 +721,14 @@ def separable_verdict(trials: dict[str, list[Trial]], blocks: list[dict[str, flo
 
 def word_for(gains: list[float]) -> str:
     """What differences of pairs of runs, one pair a seed, allow to say."""
-    gain, spread = mean_and_spread(gains)
+    ahead, behind = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     if len(gains) == 1:
-        return "and one pair of runs cannot tell chance from effect (--seeds 3)"
-    if abs(gain) > 2 * spread / len(gains) ** 0.5:
-        word = "ahead" if gain > 0 else "behind"
-        return f"{word} by more than the scatter of {len(gains)} seeds"
-    return f"within the scatter of {len(gains)} seeds"
+        return "and one pair cannot tell chance from effect: try --seeds 3"
+    if ahead == len(gains):
+        return f"ahead in all of {ahead} pairs"
+    if behind == len(gains):
+        return f"behind in all of {behind} pairs"
+    return f"ahead in {ahead} and behind in {behind} of {len(gains)} pairs: no difference shown"
 
 
 # %% [markdown]

@@ -400,9 +400,9 @@ def test_bad_factors_are_told(cli: Callable, flags: tuple[str, ...]) -> None:
     ("gains", "word"),
     [
         ([0.02], "one pair"),
-        ([0.02, 0.022, 0.021], "ahead"),
-        ([-0.02, -0.022, -0.021], "behind"),
-        ([0.02, -0.03, 0.01], "within the scatter"),
+        ([0.02, 0.01, 0.001], "ahead in all of 3"),
+        ([-0.02, -0.01, -0.001], "behind in all of 3"),
+        ([0.02, -0.03, 0.0], "ahead in 1 and behind in 1 of 3"),
     ],
 )
 def test_word_follows_the_seeds(gains: list[float], word: str) -> None:
