@@ -50,13 +50,13 @@ class Config(TrainConfig):
     seeds: int = knob(2, "runs of each net that an experiment compares", low=1)
     # For compound-scaling.
     start_width: float = knob(0.25, "width of the net to scale up, over B0's", low=0.05)
-    start_depth: float = knob(0.3, "depth of the net to scale up, over B0's", low=0.05)
+    start_depth: float = knob(0.25, "depth of the net to scale up, over B0's", low=0.05)
     start_size: int | None = knob(None, "pixels that it sees; default: half of image_size", low=4)
-    factor: float = knob(4.0, "scale up to so many times its multiply-adds", low=1)
+    factor: float = knob(5.0, "scale up to so many times its multiply-adds", low=1)
     # For search. The proxy task has half of image_size and few epochs.
-    nets: int = knob(36, "nets that each search trains", low=2)
+    nets: int = knob(28, "nets that each search trains", low=2)
     proxy_epochs: int = knob(2, "epochs of the proxy task", low=1)
-    budget: float = knob(1.0, "multiply-adds allowed, over those of B0's own rows", low=0)
+    budget: float = knob(0.75, "multiply-adds allowed, over those of B0's own rows", low=0)
 
     # What differs from the defaults of common/config.py; the record at the top was measured with
     # these. At 8 px, the digits' own size, most stages would see two pixels by two, or one.
