@@ -1,1 +1,1 @@
-"""What the eight lessons share. Each module is imported where it is needed; none does work at import."""
+"""What the lessons share. Each module is imported where it is needed; none works at import."""

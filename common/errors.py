@@ -23,6 +23,6 @@ class Interrupted(Exception):
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """'unknown model resnet19 (did you mean resnet18?); known: ...', to raise."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return UserError(f"unknown {what} {name!r}{hint}; known: {', '.join(known)}")

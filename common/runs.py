@@ -408,12 +408,8 @@ def draw_figures(
 
     def said(row: int) -> str:
         guess, truth = test.predictions[row], test.targets[row]
-        share = f"{test.probabilities[row, guess]:.0%}"
-        return (
-            f"{names[guess]} {share}"
-            if guess == truth
-            else f"{names[guess]} {share}, is {names[truth]}"
-        )
+        share = f"{names[guess]} ({test.probabilities[row, guess]:.0%})"
+        return share if guess == truth else f"{share}, is {names[truth]}"
 
     run.figure("learning_curves", plotting.learning_curves(history))
     run.figure("confusion_matrix", plotting.confusion_matrix(test, names))

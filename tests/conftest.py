@@ -1,4 +1,6 @@
-"""What the tests share: lessons by number, small image folders, the command line in this process."""
+"""What the tests share: lessons by number, small image folders, the command line in this
+process.
+"""
 
 from __future__ import annotations
 

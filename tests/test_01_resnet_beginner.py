@@ -1,4 +1,6 @@
-"""Lesson 1: what the paper's tables and a hand count say of its networks, and its experiment in miniature."""
+"""Lesson 1: what the paper's tables and a hand count say of its networks, and its experiment in
+miniature.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def test_cifar_forms_have_the_published_parameters(model: str, options: dict, pa
 
 
 def test_squeeze_excitation_adds_its_hand_count() -> None:
-    # Per block 2 C^2/16 weights and C/16 + C biases; Hu et al. 2018, eq. 5. resnet50: 3, 4, 6, 3 blocks.
+    # Per block 2 C^2/16 weights and C/16 + C biases; Hu et al. 2018, eq. 5. resnet50: 3, 4, 6, 3
+    # blocks.
     blocks = [(3, 256), (4, 512), (6, 1024), (3, 2048)]
     extra = sum(n * (2 * c * c // 16 + c // 16 + c) for n, c in blocks)
     with torch.device("meta"):
@@ -102,7 +105,9 @@ def test_option_a_subsamples_and_pads() -> None:
 
 
 def test_identity_of_preactivation_is_untouched() -> None:
-    """From the stem to the sum nothing rectifies: with a dead branch negative values come through."""
+    """From the stem to the sum nothing rectifies: with a dead branch negative values come
+    through.
+    """
     unit = resnet.PreActBlock(16, 16)
     nn.init.zeros_(unit.conv2.weight)
     x = torch.randn(2, 16, 4, 4)

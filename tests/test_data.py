@@ -127,7 +127,7 @@ def test_too_few_images_for_a_batch_make_a_smaller_one() -> None:
     assert make_data(source, config, CPU).train.batch_size == 8
 
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def folder_config(folder: Path, **options: object) -> TrainConfig:

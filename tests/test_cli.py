@@ -1,0 +1,174 @@
+"""What a user meets on the command line: bad input in one line, exit codes, help at once, no side
+effects.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LESSONS, ROOT, lesson
+
+STANDARD_FLAGS = (
+    "--model --dataset --data-dir --epochs --batch-size --lr --device --no-amp --compile --seed "
+    "--workers "
+    "--run-dir --resume --pretrained --accumulate --patience --augment --summary --experiment"
+).split()
+RESULT_KEYS = (
+    "lesson model dataset device amp seed epochs params macs val_top1 test_top1 test_top5 "
+    "per_class "
+    "train_seconds images_per_second torch_version"
+).split()
+
+
+def python(*argv: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *argv],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_help_has_every_standard_flag_and_needs_no_torch(name: str) -> None:
+    """A torch that can't be imported proves that nothing heavy is loaded before the answer."""
+    code = (
+        f"import sys, runpy; sys.modules['torch'] = None; sys.argv = ['{name}.py', "
+        f"'--help']; runpy.run_path('{name}.py', run_name='__main__')"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    missing = [flag for flag in STANDARD_FLAGS if flag not in done.stdout]
+    assert missing == []
+
+
+def test_importing_lessons_does_nothing(tmp_path: Path) -> None:
+    code = (
+        f"import os, sys, importlib; sys.path.insert(0, {str(ROOT)!r}); "
+        f"os.chdir({str(tmp_path)!r});"
+        f"[importlib.import_module(name) for name in {LESSONS!r}];"
+        "assert 'matplotlib.pyplot' not in sys.modules; assert 'sklearn' not in sys.modules"
+    )
+    done = python("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "resnet19"], "unknown model 'resnet19' (did you mean resnet"),
+        (["--dataset", "cifra10"], "unknown dataset 'cifra10' (did you mean cifar10?)"),
+        (["--experiment", "skip"], "unknown experiment 'skip' (did you mean skip-connections?)"),
+        (["--epochs", "0"], "--epochs 0"),
+        (["--epochs", "many"], "invalid int value: 'many'"),
+        (["--lr", "-1"], "--lr -1"),
+        (["--frobnicate"], "--frobnicate"),
+        (["--device", "cuda"], "no CUDA GPU"),
+        (["--device", "toaster"], "not a device"),
+        (["--dataset", "folder", "--data-dir", "/nowhere"], "no such folder"),
+        (["--resume", "/nowhere"], "no such run folder"),
+        (["--shortcut", "Z"], "unknown shortcut 'Z'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(cli: Callable, flags: list, message: str) -> None:
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    code, _, err = cli("01", *flags)
+    assert code == 2 and message in err
+    assert err.startswith("error: ") and len(err.strip().splitlines()) == 1
+
+
+def test_unwritable_run_folder_stops_before_training(cli: Callable, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, out, err = cli("01", "--dataset", "digits", "--run-dir", str(tmp_path / "file"))
+    assert code == 2 and "--run-dir" in err and "epoch" not in out
+
+
+def test_pretrained_without_network_names_the_file(cli: Callable, tmp_path: Path) -> None:
+    os.environ["TORCH_HOME"] = str(tmp_path)
+    os.environ["https_proxy"] = os.environ["HTTPS_PROXY"] = "http://127.0.0.1:9"
+    try:
+        flags = ["--dataset", "digits", "--pretrained", "--device", "cpu", "--smoke"]
+        code, _, err = cli("01", *flags)
+        assert code == 2 and "can't be downloaded" in err and "by hand" in err
+        code, _, err = cli("01", *flags, "--model", "plainnet18")
+        assert code == 2 and "torchvision has no weights" in err
+    finally:
+        for name in ("TORCH_HOME", "https_proxy", "HTTPS_PROXY"):
+            os.environ.pop(name, None)
+
+
+def test_a_run_in_miniature(tmp_path: Path) -> None:
+    """The command as a user types it, in a process of its own, with no terminal."""
+    done = python(
+        "01_resnet_beginner.py", "--dataset", "digits", "--model", "resnet20", "--epochs", "2",
+        "--device", "cpu", "--run-dir", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "01_resnet_beginner").iterdir()
+    files = {p.name for p in run.iterdir()}
+    assert files >= {
+        "config.json",
+        "history.csv",
+        "result.json",
+        "last.pt",
+        "best.pt",
+        "report.html",
+    }
+    assert len([f for f in files if f.endswith(".png")]) >= 6
+    result = json.loads((run / "result.json").read_text())
+    assert set(RESULT_KEYS) <= set(result)
+    assert result["params"] == 269_722 and result["epochs"] == 2
+    assert result["test_top1"] > 0.2, "twice what guessing gives"
+    assert len(result["per_class"]) == 10
+    assert len((run / "history.csv").read_text().splitlines()) == 3
+    for word in ("device ", "data ", "model ", "recipe ", "expected ", "epoch 1/2", "test "):
+        assert word in done.stdout
+    assert "\r" not in done.stdout and done.stderr == ""
+
+    again = python("01_resnet_beginner.py", "--resume", str(run))
+    assert again.returncode == 0, again.stderr
+    repeated = json.loads((run / "result.json").read_text())
+    assert repeated["test_top1"] == result["test_top1"], "a finished run is only tested again"
+
+
+def test_same_seed_same_result(cli: Callable, tmp_path: Path) -> None:
+    tops = []
+    for _ in range(2):
+        code, _, err = cli(
+            "01", "--dataset", "digits", "--model", "resnet20", "--epochs", "1", "--device", "cpu"
+        )
+        assert code == 0, err
+    for result in sorted((tmp_path / "runs").rglob("result.json")):
+        tops.append(json.loads(result.read_text())["test_loss"])
+    assert tops[0] == tops[1]
+
+
+@pytest.mark.parametrize("name", [n for n in LESSONS if n[:2] < "07"])
+def test_summary_adds_up(cli: Callable, name: str) -> None:
+    code, out, err = cli(name[:2], "--summary", "--dataset", "cifar10")
+    assert code == 0, err
+    total = next(line for line in out.splitlines() if line.startswith("total")).split()
+    with torch.device("meta"):
+        module = lesson(name[:2])
+        config = module.Config().resolve("cifar10")
+        model = module.build(config, 10)
+    assert int(total[-2].replace(",", "")) == sum(p.numel() for p in model.parameters())
+    assert "thop counts" in out
+
+
+def test_folder_with_broken_image_is_named(cli: Callable, image_folder: Callable) -> None:
+    folder = image_folder()
+    (folder / "cat" / "torn.png").write_bytes(b"\x89PNG nonsense")
+    code, _, err = cli("01", "--dataset", "folder", "--data-dir", str(folder), "--workers", "0")
+    assert code == 2 and "torn.png" in err and len(err.strip().splitlines()) == 1

@@ -1,0 +1,391 @@
+"""Nothing is lost: a run that is stopped anywhere and resumed is, bit by bit, one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import checkpoint
+from common.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A lesson's loop on a tiny net, in a process that has imported everything and forks one child per
+# run: a real process to kill, without the seconds that importing torch takes.
+SCRIPT = """
+import json, os, sys, time
+from dataclasses import dataclass
+import torch
+from torch import nn
+import sklearn.datasets, torchvision.transforms.v2
+from common.cli import main, parse_flags
+from common.config import TrainConfig, knob
+from common.data import load_data
+from common.runs import Run, prepare
+from common.training import fit, make_optimizer, make_schedule
+
+torch.set_num_threads(1)
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    model: str = knob("tiny", "the one there is")
+
+class Tiny(nn.Module):
+    def __init__(self, side, nap):
+        super().__init__()
+        self.nap = nap
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2))
+        self.head = nn.Linear(4 * (side - 2) ** 2, 10)
+    def forward(self, x):
+        time.sleep(self.nap)
+        return self.head(self.body(x).flatten(1))
+
+def run(config, nap):
+    config, device = prepare(config)
+    data = load_data(config, device)
+    model = Tiny(config.image_size, nap)
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, data.train)
+    run = Run.open(config, "tiny")
+    print("folder", run.folder, flush=True)
+    fit(model, data, nn.CrossEntropyLoss(), optimizer, schedule, config, run)
+
+def child(argv, nap, out, err):
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["tiny.py", *argv]
+    code = 0
+    try:
+        config = parse_flags(Config)
+        main(config, {"tiny": Tiny}, None, lambda config: run(config, nap), {})
+    except SystemExit as leaving:
+        code = leaving.code
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        child(*json.loads(line))
+    print(pid, flush=True)
+    sys.stdin.readline()
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Child:
+    """One run in a forked process."""
+
+    def __init__(self, nursery: Nursery, argv: list[str], nap: float) -> None:
+        self.nursery = nursery
+        self.out, self.err = nursery.folder / "out", nursery.folder / "err"
+        for path in (self.out, self.err):
+            path.write_text("")
+        nursery.say(json.dumps([argv, nap, str(self.out), str(self.err)]))
+        self.pid = int(nursery.hear())
+
+    def wait_for(self, word: str, seconds: float = 60) -> None:
+        """Until the run has printed `word`, or is gone."""
+        deadline = time.monotonic() + seconds
+        while word not in self.out.read_text() and time.monotonic() < deadline:
+            time.sleep(0.002)
+            if not self.err.exists() or self.err.read_text():
+                break
+
+    def kill(self, number: int) -> None:
+        os.kill(self.pid, number)  # a zombie at the worst: only `join` buries it
+
+    def join(self) -> tuple[int, str, str]:
+        self.nursery.say("")
+        return int(self.nursery.hear()), self.out.read_text(), self.err.read_text()
+
+
+class Nursery:
+    """The process that forks the runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def say(self, line: str) -> None:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> str:
+        return self.process.stdout.readline()
+
+    def start(self, *argv: str, nap: float = 0.0) -> Child:
+        return Child(self, list(argv), nap)
+
+    def finish(self, *argv: str) -> tuple[int, str, str]:
+        return self.start(*argv).join()
+
+
+FLAGS = [
+    "--image-size", "8", "--epochs", "3", "--batch-size", "64", "--ema", "0.9",
+    "--augment", "strong", "--save-every", "0", "--schedule", "plateau",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.process.kill()
+
+
+def the_run(folder: Path) -> Path:
+    (only,) = (folder / "tiny").iterdir()
+    return only
+
+
+def outcome(folder: Path) -> dict:
+    """Everything that a finished run holds, apart from the time that it took."""
+    run = the_run(folder)
+    state = checkpoint.load(run / "last.pt")
+    for record in state["history"]:
+        record.pop("seconds"), record.pop("images_per_second")
+    for key in ("config", "watch"):
+        state.pop(key)
+    return {"last": state, "best": checkpoint.load(run / "best.pt")["model"]}
+
+
+def assert_same(a: object, b: object, where: str = "") -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            assert_same(a[k], b[k], f"{where}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def whole(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, _, err = nursery.finish("--dataset", "digits", *FLAGS, "--run-dir", str(folder))
+    assert code == 0, err
+    return outcome(folder)
+
+
+def test_killed_at_twenty_random_moments(nursery: Nursery, tmp_path: Path, whole: dict) -> None:
+    """SIGKILL, over and over, at moments nobody chose; a save after every step, so that many hit
+    one.
+    """
+    dice = random.Random(0)
+    flags = ["--dataset", "digits", *FLAGS, "--run-dir", str(tmp_path)]
+    kills, code = 0, -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        resumed = list((tmp_path / "tiny").iterdir()) if (tmp_path / "tiny").exists() else []
+        if resumed:
+            flags = ["--resume", str(resumed[0])]
+        child = nursery.start(*flags, nap=0.002)
+        child.wait_for("folder")
+        if kills < 25:
+            time.sleep(dice.uniform(0.0, 0.08))
+            child.kill(signal.SIGKILL)
+            kills += 1
+        code, _, err = child.join()
+        assert code in (0, -signal.SIGKILL) and err == "", err
+    assert kills >= 20, f"the run was over after {kills} kills: make it longer"
+    assert_same(outcome(tmp_path), whole, "resumed")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_say_how_to_go_on(
+    nursery: Nursery, tmp_path: Path, whole: dict, number: int, code: int
+) -> None:
+    flags = ["--dataset", "digits", *FLAGS, "--run-dir", str(tmp_path)]
+    flags[flags.index("--save-every") + 1] = "1000"
+    child = nursery.start(*flags, nap=0.05)
+    child.wait_for("folder")
+    time.sleep(0.4)
+    child.kill(number)
+    returned, _, err = child.join()
+    assert returned == code, err
+    assert f"--resume {the_run(tmp_path)}" in err and "Traceback" not in err
+    state = checkpoint.load(the_run(tmp_path) / "last.pt")
+    assert state["watch"]["batch"] > 0, "stopped within an epoch"
+    returned, out, err = nursery.finish("--resume", str(the_run(tmp_path)))
+    assert returned == 0, err
+    assert "resume     after" in out
+    assert_same(outcome(tmp_path), whole, "resumed")
+
+
+def test_a_second_signal_exits_at_once(nursery: Nursery, tmp_path: Path) -> None:
+    child = nursery.start("--dataset", "digits", *FLAGS, "--run-dir", str(tmp_path), nap=5)
+    child.wait_for("folder")
+    time.sleep(0.5)
+    began = time.monotonic()
+    child.kill(signal.SIGINT)
+    time.sleep(0.2)
+    child.kill(signal.SIGINT)
+    code, _, _ = child.join()
+    assert code == 130 and time.monotonic() - began < 4
+
+
+def test_files_and_workers_resume_within_an_epoch(
+    nursery: Nursery, tmp_path: Path, image_folder: Callable
+) -> None:
+    """The same through a DataLoader, stopped with two workers and resumed with none."""
+    folder = image_folder(per_class=20, size=80, classes=tuple("abcdefghij"))
+    flags = [
+        "--dataset", "folder", "--data-dir", str(folder), "--image-size", "72", "--epochs", "2",
+        "--batch-size", "10", "--augment", "strong", "--lr", "0.01",
+    ]  # fmt: skip
+    whole = tmp_path / "whole"
+    code, _, err = nursery.finish(*flags, "--workers", "0", "--run-dir", str(whole))
+    assert code == 0, err
+    stopped = tmp_path / "stopped"
+    child = nursery.start(*flags, "--workers", "2", "--run-dir", str(stopped), nap=0.1)
+    child.wait_for("folder")
+    time.sleep(1.2)
+    child.kill(signal.SIGTERM)
+    code, _, err = child.join()
+    assert code == 143, err
+    resume = str(the_run(stopped))
+    assert checkpoint.load(Path(resume) / "last.pt")["watch"]["batch"] > 0
+    code, _, err = nursery.finish("--resume", resume, "--workers", "0")
+    assert code == 0, err
+    assert_same(outcome(stopped), outcome(whole), "resumed")
+
+
+# --------------------------------------------------------------------------------- checkpoint files
+
+
+def test_checkpoint_round_trip_and_previous(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    for i in range(3):
+        checkpoint.save(path, {"i": i, "x": torch.full((4,), float(i))}, keep_previous=True)
+    assert checkpoint.load(path)["i"] == 2
+    assert checkpoint.load(checkpoint.previous(path))["i"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_damage_is_seen_and_the_one_before_is_used(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "last.pt"
+    for i in range(2):
+        checkpoint.save(path, {"i": i, "x": torch.ones(1000)}, keep_previous=True)
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        data = data[: len(data) // 2]
+    elif damage == "empty":
+        data = bytearray()
+    else:  # one bit of the tensor, which torch itself would load without a word
+        with zipfile.ZipFile(path) as archive:
+            info = next(i for i in archive.infolist() if i.filename.endswith("data/0"))
+        data[info.header_offset + 200] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"last\.pt is"):
+        checkpoint.load(path)
+    assert checkpoint.load_latest(path)["i"] == 0
+    assert "going on from previous.pt" in capsys.readouterr().out
+
+
+def test_a_file_cannot_run_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+
+    torch.save({"format": 1, "evil": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="not loaded"):
+        checkpoint.load(tmp_path / "evil.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="truncated or no checkpoint"):
+        checkpoint.load(tmp_path / "raw.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    torch.save({"format": 99}, tmp_path / "new.pt")
+    with pytest.raises(UserError, match="format 99"):
+        checkpoint.load(tmp_path / "new.pt")
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"i": 0})
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(UserError, match=r"No space left.*previous checkpoint is untouched"):
+        checkpoint.save(path, {"i": 1})
+    monkeypatch.undo()
+    assert checkpoint.load(path)["i"] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a Linux device")
+def test_a_disk_that_fills_while_torch_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"i": 0})
+    real = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", **k: real(Path("/dev/full"), mode, **k)
+    )
+    with pytest.raises(UserError, match="can't be written"):
+        checkpoint.save(path, {"x": torch.ones(100_000)})
+    monkeypatch.undo()
+    assert checkpoint.load(path)["i"] == 0
+
+
+def test_resume_refuses_what_does_not_belong(nursery: Nursery, tmp_path: Path) -> None:
+    code, _, err = nursery.finish(
+        "--dataset", "digits", *FLAGS, "--run-dir", str(tmp_path), "--smoke"
+    )
+    assert code == 0, err
+    run = the_run(tmp_path)
+    cases = {
+        ("--resume", str(tmp_path / "nowhere")): "no such run folder",
+        ("--resume", str(run), "--lr", "0.5"): "--lr 0.5: the run in",
+        ("--resume", str(run / "best.pt")): "weights only",
+        ("--resume", str(tmp_path)): "no config.json",
+    }
+    for flags, message in cases.items():
+        code, _, err = nursery.finish(*flags)
+        assert code == 2 and message in err, (flags, err)
+        assert len(err.strip().splitlines()) == 1, err
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "seed": 9}))
+    code, _, err = nursery.finish("--resume", str(run))
+    assert code == 2 and "was made with seed 0, not 9" in err

@@ -1,0 +1,291 @@
+"""The loop and what it stands on: schedules, parameter groups, sums, stops, memory that runs
+out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
+
+from common import training
+from common.config import TrainConfig
+from common.data import Data, make_data
+from common.errors import UserError
+from common.sources import Pictures, Source
+from common.training import Schedule, fit, make_optimizer, make_schedule, parameter_groups
+
+CPU = torch.device("cpu")
+
+
+def make_net(batch_norm: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4) if batch_norm else nn.Identity()
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 3))
+
+
+def colours(**settings: object) -> tuple[Data, TrainConfig]:
+    """Noise whose brightest channel tells its class of three."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    pixels = torch.randint(0, 120, (90, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    pixels[torch.arange(90), labels] += 60
+    every = Pictures(labels, pixels)
+    source = Source("colours", ["r", "g", "b"], every, every.take(torch.arange(20)))
+    defaults = {"batch_size": 9, "image_size": 8, "epochs": 2, "lr": 0.05, "device": "cpu"}
+    config = TrainConfig(**{**defaults, **settings}).resolve("digits")
+    return make_data(source, config, CPU), config
+
+
+def train(net: nn.Module | None = None, **settings: object) -> tuple[nn.Module, list, dict]:
+    data, config = colours(**settings)
+    net = net or make_net()
+    optimizer = make_optimizer(net, config)
+    schedule = make_schedule(optimizer, config, data.train)
+    trace: dict[str, list] = {"loss": [], "first_layer_gradient": []}
+    history = fit(net, data, nn.CrossEntropyLoss(), optimizer, schedule, config, trace=trace)
+    return net, history, trace
+
+
+def test_the_loop_fits_on_one_screen() -> None:
+    body = inspect.getsource(training.train_one_epoch).split('"""')[-1].strip().splitlines()
+    assert len(body) <= 30
+
+
+def test_first_steps_are_those_of_a_loop_written_by_hand() -> None:
+    """Plain SGD, spelled out, on the same batches: the same weights."""
+    net, _, trace = train(schedule="constant", warmup=0.0, epochs=1)
+    data, config = colours(schedule="constant", warmup=0.0, epochs=1)
+    twin, momentum, losses = make_net(), {}, []
+    for x, y in data.train.batches(0):
+        loss = nn.functional.cross_entropy(twin(x), y)
+        losses.append(loss.item())
+        twin.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for name, p in twin.named_parameters():
+                g = p.grad + (config.weight_decay * p if p.dim() > 1 else 0)
+                momentum[name] = momentum.get(name, 0) * config.momentum + g
+                p -= config.lr * (g + config.momentum * momentum[name])
+    assert torch.stack(trace["loss"]).tolist() == pytest.approx(losses, rel=1e-5)
+    for a, b in zip(net.parameters(), twin.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_two_half_batches_accumulated_are_one_whole() -> None:
+    whole, _, _ = train(batch_size=18, epochs=1)
+    halves, _, _ = train(batch_size=9, accumulate=2, epochs=1)
+    for a, b in zip(whole.parameters(), halves.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_training_record_counts_every_image_once() -> None:
+    _, history, _ = train(epochs=3)
+    assert [r.epoch for r in history] == [1, 2, 3]
+    assert history[-1].train_top1 > 0.8
+    assert all(0 <= r.val_top1 <= 1 for r in history)
+
+
+def test_norms_and_biases_have_no_weight_decay() -> None:
+    decayed, free = parameter_groups(make_net(batch_norm=True), 0.1)
+    assert [p.dim() for p in decayed["params"]] == [4, 2] and decayed["weight_decay"] == 0.1
+    assert [p.dim() for p in free["params"]] == [1, 1, 1, 1] and free["weight_decay"] == 0
+    frozen = make_net()
+    frozen[0].requires_grad_(False)
+    assert sum(len(g["params"]) for g in parameter_groups(frozen, 0.1)) == 2
+
+
+def optimizer_of(lr: float = 0.4) -> torch.optim.SGD:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def rates(kind: str, steps: int, warmup: int = 0) -> list[float]:
+    optimizer = optimizer_of()
+    schedule = Schedule(optimizer, kind, steps, warmup)
+    out = []
+    for _ in range(steps):
+        out.append(optimizer.param_groups[0]["lr"])
+        schedule.step()
+    return out
+
+
+def test_cosine_is_torchs() -> None:
+    optimizer = optimizer_of()
+    reference = CosineAnnealingLR(optimizer, 20)
+    expected = []
+    for _ in range(20):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    assert rates("cosine", 20) == pytest.approx(expected)
+
+
+def test_warmup_is_linear_and_ends_at_the_peak() -> None:
+    assert rates("cosine", 20, 4)[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+
+
+def test_step_onecycle_and_constant() -> None:
+    assert rates("step", 8) == pytest.approx([0.4] * 4 + [0.04] * 2 + [0.004] * 2)
+    assert rates("constant", 3) == [0.4] * 3
+    cycle = rates("onecycle", 100)
+    assert cycle[0] == pytest.approx(0.4 / 25) and cycle[30] == pytest.approx(0.4)
+    assert cycle[-1] < 0.001 and cycle == sorted(cycle[:30]) + sorted(cycle[30:], reverse=True)
+
+
+def test_plateau_is_torchs() -> None:
+    losses = [3, 2, 2.1, 2.2, 2.3, 2.4, 2.5, 1, 1.1, 1.2, 1.3, 1.4, 1.5]
+    ours, theirs = optimizer_of(), optimizer_of()
+    schedule = Schedule(ours, "plateau", 100)
+    reference = ReduceLROnPlateau(theirs, factor=0.1, patience=3, threshold=0)
+    for loss in losses:
+        schedule.epoch_end(loss)
+        reference.step(loss)
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"])
+    assert ours.param_groups[0]["lr"] < 0.4
+
+
+def test_each_group_keeps_its_own_peak() -> None:
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.01)]
+    optimizer = torch.optim.SGD(groups)
+    schedule = Schedule(optimizer, "cosine", 10)
+    for _ in range(5):
+        schedule.step()
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.05, 0.005])
+
+
+def test_learning_rate_follows_the_images_per_step() -> None:
+    small = TrainConfig(batch_size=64).resolve("cifar10")
+    large = TrainConfig(batch_size=64, accumulate=4).resolve("cifar10", world_size=2)
+    assert large.lr == pytest.approx(8 * small.lr)
+    assert TrainConfig(lr=0.3, batch_size=64).resolve("cifar10").lr == 0.3
+
+
+def test_average_of_the_weights_is_what_is_tested() -> None:
+    torch.manual_seed(0)
+    decay = 0.5
+    data, config = colours(ema=decay, epochs=1)
+    net = make_net(batch_norm=True)
+    seen: list[list[torch.Tensor]] = []
+    optimizer = make_optimizer(net, config)
+    schedule = make_schedule(optimizer, config, data.train)
+    step = schedule.step
+
+    def spy() -> None:
+        seen.append([p.detach().clone() for p in net.parameters()])
+        step()
+
+    schedule.step = spy
+    scored = []
+    score = training.score
+    training.score = lambda model, *a: (
+        scored.append([p.detach().clone() for p in model.parameters()]) or score(model, *a)
+    )
+    try:
+        fit(net, data, nn.CrossEntropyLoss(), optimizer, schedule, config)
+    finally:
+        training.score = score
+    expected = seen[0]  # torch's AveragedModel begins with the first weights that it sees
+    for weights in seen[1:]:
+        expected = [decay * e + (1 - decay) * w for e, w in zip(expected, weights)]
+    for a, b in zip(scored[0], expected):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_early_stopping_waits_for_patience() -> None:
+    _, history, _ = train(epochs=30, lr=1e-9, patience=2, schedule="constant")
+    losses = [r.val_loss for r in history]
+    assert len(history) < 30 and len(history) - 1 - losses.index(min(losses)) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
+    class Poison(nn.CrossEntropyLoss):
+        calls = 0
+
+        def forward(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            Poison.calls += 1
+            return super().forward(logits, y) * (math.nan if Poison.calls == 4 else 1)
+
+    data, config = colours()
+    net = make_net()
+    optimizer = make_optimizer(net, config)
+    schedule = make_schedule(optimizer, config, data.train)
+    with pytest.raises(UserError, match=r"epoch 1, step 4, learning rate .* try --lr"):
+        fit(net, data, Poison(), optimizer, schedule, config)
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert schedule.taken == 3
+
+
+def test_clip_limits_the_gradient() -> None:
+    free, _, _ = train(epochs=1)
+    held, _, _ = train(epochs=1, clip=1e-6, weight_decay=0.0)
+    start = make_net()
+    moved = sum((a - b).norm() for a, b in zip(start.parameters(), free.parameters()))
+    barely = sum((a - b).norm() for a, b in zip(start.parameters(), held.parameters()))
+    assert barely < 1e-3 * moved
+
+
+class Hungry(nn.Module):
+    """Runs out of memory, as CUDA would, for batches of more than `limit` images, after `after`
+    passes.
+    """
+
+    def __init__(self, limit: int, after: int) -> None:
+        super().__init__()
+        self.net, self.limit, self.left = make_net(), limit, after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if self.training and len(x) > self.limit and self.left < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.net(x)
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_the_step(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    plain, _, _ = train(batch_size=16, epochs=1)
+    hungry, history, _ = train(Hungry(limit=8, after=2), batch_size=16, epochs=1)
+    assert "--batch-size 8 --accumulate 2, the same images per step" in capsys.readouterr().out
+    for a, b in zip(plain.parameters(), hungry.net.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert history[0].train_loss > 0
+
+
+def test_out_of_memory_is_one_line_when_asked_to_stop() -> None:
+    with pytest.raises(UserError, match="out of memory with 16 images a batch"):
+        train(Hungry(limit=8, after=2), batch_size=16, auto_batch=False)
+
+
+def test_top1_reads_tuples_and_mixed_labels() -> None:
+    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    assert training.top1_hits((logits, None), torch.tensor([0, 0, 0])) == 2
+    soft = torch.tensor([[0.7, 0.3], [0.4, 0.6], [0.1, 0.9]])
+    assert training.top1_hits(logits, soft) == 2
+
+
+def test_smoke_is_two_batches_of_everything() -> None:
+    data, config = colours(smoke=True, epochs=50)
+    assert config.epochs == 1 and len(data.train) == 2 and len(list(data.test.batches())) == 2
+
+
+@pytest.mark.parametrize(
+    "setting", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": -1.0}, {"augment": "wild"}]
+)
+def test_config_refuses_nonsense(setting: dict) -> None:
+    with pytest.raises(UserError):
+        TrainConfig(**setting)
+
+
+def test_recipes_fill_only_what_was_left_open() -> None:
+    config = TrainConfig(epochs=3).resolve("imagenet")
+    assert (config.epochs, config.image_size, config.label_smoothing) == (3, 224, 0.1)
+    assert not [
+        f.name
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) is None and f.name != "workers"
+    ]
