@@ -978,12 +978,13 @@ def compare(
 
     everyone = [] if config.experiment else chosen_names(config, list(all_models()))
     small = small_entries(config, len(source.class_names))
-    steps = 3 * len(everyone) + 2 * len(small) + TRAINING * len(small) * seeds
+    shown = [name for name in SHOWN_WAYS if name in everyone]
+    steps = 3 * len(everyone) + 2 * len(shown) + 2 * len(small) + TRAINING * len(small) * seeds
     with Bar(steps, "comparison", "steps", seconds=15) as bar:
         large = imagenet_entries(everyone, bar)
         bench = Bench(config, device, profiles, bar, large_batch=8 if cpu else 64, limit=limit)
         large_rows, large_order = bench.two_sweeps(large)
-        ways = bench.all_ways([e for e in large if e.candidate.model in SHOWN_WAYS])
+        ways = bench.all_ways([e for e in large if e.candidate.model in shown])
         rows, order = bench._replace(large_batch=256).two_sweeps(small)
         trainings = train_all(small, config, device, results, bar) if seeds else []
 
@@ -1092,11 +1093,24 @@ if in_notebook():
 # %% [markdown]
 # ## What to notice
 #
-# - TODO
+# - The three fronts of `imagenet_cost.png` do not hold the same networks: look for one that is on
+#   the front of multiply-adds and not on that of latency. What does it do that is not a
+#   multiply-add?
+# - `MACs by thop` differs from `MACs` by BatchNorm in every convolutional net, and by attention, in
+#   the other direction, in every ViT. Which of the two would you put into a paper's table?
+# - With three seeds most of the better networks can't be told apart on digits. A ranking from one
+#   seed is a ranking of seeds.
+# - `--experiment matched-size` takes away what a net gained by its size alone: compare the order.
 #
 # ## Exercises
 #
-# 1. TODO
+# 1. Write `pareto_front` in one line of `sorted` and a loop. What happens to two equal candidates?
+# 2. How many multiply-adds of ViT-B/16 are attention products at 224 pixels? At which image size do
+#    they overtake the linear layers?
+# 3. Run `--choose "latency<20ms"` and then `--choose "macs<1G"`. Why are the winners not the same?
+# 4. The shared recipe is SGD. Give the ViT AdamW in `train_once`, and nobody else. Is that fair?
+# 5. Add your own network to `FAMILIES`, with a knob for its width, and find its place on the front.
+# 6. Train with `--budget 5s` instead of epochs. Who gains, and what is being compared now?
 
 # %%
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def build_meta(name: str, **options: object) -> nn.Module:
         return lesson.MODELS[name](**options)
 
 
-# -------------------------------------------------------------------------------- the architectures
+# ------------------------------------------------------------------------------- the architectures
 
 
 def test_torchvision_has_these() -> None:
@@ -132,7 +132,7 @@ def test_width_mult_scales_the_parameters(name: str) -> None:
     assert 2 < params[1] / params[0] < 5 and 2 < params[2] / params[1] < 5
 
 
-# ----------------------------------------------------------------------------------- common.lessons
+# ---------------------------------------------------------------------------------- common.lessons
 
 
 def test_lessons_are_found_by_number_and_by_name() -> None:
@@ -241,7 +241,7 @@ def test_cifar_nets_are_not_in_imagenets_table() -> None:
         assert not lesson.is_small(get_model(name))
 
 
-# ------------------------------------------------------------------------- the command, in miniature
+# ----------------------------------------------------------------------- the command, in miniature
 
 
 def command(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,95 @@
+"""Timing many models: what the sweeps keep, how they are compared, weights that compute
+something.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from common import sweeps
+from common.comparison import Candidate, Store
+from common.config import TrainConfig
+from common.lessons import get_model
+from common.progress import Bar
+from common.sweeps import Bench, Entry, Way, agreement, faster, with_weights
+
+
+def candidate(model: str, latency_ms: float | None = None, macs: int = 1000) -> Candidate:
+    return Candidate("test", model, "01", 2015, 8, 1, macs, latency_ms=latency_ms)
+
+
+def sweep(*latencies: float | None) -> list[Candidate]:
+    return [candidate(str(i), latency) for i, latency in enumerate(latencies)]
+
+
+def test_agreement_counts_pairs_that_changed_places() -> None:
+    same = agreement(sweep(1.0, 2.0, 3.0, None), sweep(1.5, 2.5, 3.5, None))
+    assert same == "two sweeps rank 3 of 3 pairs of 3 models alike"
+    assert "2 of 3" in agreement(sweep(1.0, 2.0, 3.0), sweep(2.0, 1.0, 3.0))
+    assert "0 of 3" in agreement(sweep(1.0, 2.0, 3.0), sweep(3.0, 2.0, 1.0))
+    # Two that are 1 % apart have no order that could change.
+    assert "3 of 3" in agreement(sweep(1.00, 1.01, 3.0), sweep(1.01, 1.00, 3.0))
+
+
+def test_the_less_disturbed_latency_counts() -> None:
+    assert faster(candidate("a", 3.0), candidate("a", 2.0)).latency_ms == 2.0
+    assert faster(candidate("a", 2.0), candidate("a", 3.0)).latency_ms == 2.0
+    assert faster(candidate("a"), candidate("a")).latency_ms is None
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "simple_cnn", "vit_xs_16"])
+def test_random_weights_compute_something(name: str) -> None:
+    """Neither zeros nor infinities, which would be timed without the work."""
+    with torch.device("meta"):
+        model = get_model(name)(num_classes=10, small_input=True)
+    model = with_weights(model, torch.device("cpu"))
+    with torch.no_grad():
+        logits = model(torch.randn(2, 3, 32, 32))
+    assert logits.isfinite().all() and logits.std() > 0
+    assert not any(p.is_meta for p in (*model.parameters(), *model.buffers()))
+
+
+def test_what_is_measured_is_kept_and_counts_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = partial(get_model("lenet5"), num_classes=10)
+    path, config = tmp_path / "profiles.json", TrainConfig(amp=False)
+    bar = Bar(10, "test", show=False)
+
+    def bench(**settings: object) -> Bench:
+        store = Store(path, {"torch": "2", **settings})
+        return Bench(config, torch.device("cpu"), store, bar, large_batch=4, seconds=0.0)
+
+    [first], _ = bench().two_sweeps([Entry(build, candidate("lenet5"))])
+    assert first.latency_ms > 0 and first.images_per_second > 0 and first.memory_mb > 0
+    assert first.batch_size == 4 and first.dtype == "float32"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps, "measure", None)  # would fail if it were called
+        [again], _ = bench().two_sweeps([Entry(build, candidate("lenet5", macs=999))])
+    assert again.latency_ms == first.latency_ms and again.macs == 999
+
+    [other], _ = bench(compile=True).two_sweeps([Entry(build, candidate("lenet5"))])
+    assert other.latency_ms != first.latency_ms
+
+
+def test_a_pass_above_the_limit_is_not_timed() -> None:
+    def unbuildable() -> nn.Module:
+        raise AssertionError("should not be built")
+
+    entry = Entry(unbuildable, candidate("large", macs=10**9))
+    measured = sweeps.measure(entry, torch.device("cpu"), Way(), 0, limit=1e8, seconds=0.1)
+    assert measured.latency_ms is None
+
+
+def test_a_damaged_store_is_one_clear_line(tmp_path: Path) -> None:
+    from common.errors import UserError
+
+    (tmp_path / "trainings.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"trainings.json can't be read .* remove it"):
+        Store(tmp_path / "trainings.json", {})
