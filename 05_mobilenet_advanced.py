@@ -771,7 +771,7 @@ def multipliers(config: Config) -> dict[str, object]:
     for resolution in resolutions:
         sized = replace(config, image_size=round(config.image_size * resolution))
         data = load_data(sized, device)
-        large_px = 32 * max(1, round(config.latency_px * resolution / 32))
+        large_px = round(config.latency_px * resolution)
         for width in widths:
             name = f"width {width:g} at {sized.image_size} px"
             net = partial(
@@ -790,11 +790,13 @@ def multipliers(config: Config) -> dict[str, object]:
         values = [value(cell) for cell in cells]
         return np.array(values).reshape(len(resolutions), len(widths))
 
-    figure, (accuracy, front, clock) = plotting.panels(3, "Two ways to a cheaper MobileNet")
+    figure, (accuracy, front, clock) = plotting.panels(
+        3, 'Two ways to a cheaper MobileNet: "0.5 at 8" is half the width on 8 pixels'
+    )
     columns = [f"{w:g}" for w in widths]
     plotting.heatmap(
         grid(lambda cell: 100 * cell.trial.test_top1),
-        [f"{cells[i * len(widths)].px} px" for i in range(len(resolutions))],
+        [f"{round(config.image_size * resolution)} px" for resolution in resolutions],
         columns,
         "Test accuracy",
         xlabel="width multiplier",
@@ -820,7 +822,7 @@ def multipliers(config: Config) -> dict[str, object]:
     )
     plotting.heatmap(
         grid(lambda cell: cell.latency_ms),
-        [f"{32 * max(1, round(config.latency_px * r / 32))} px" for r in resolutions],
+        [f"{round(config.latency_px * resolution)} px" for resolution in resolutions],
         columns,
         "Time of one image in ImageNet's form",
         xlabel="width multiplier",
@@ -1083,7 +1085,7 @@ def quantize(config: Config) -> dict[str, object]:
     plotting.bars(
         one_large,
         "ms",
-        f"One image of {config.latency_px} px, {torch.get_num_threads()} threads",
+        f"Time of one image of {config.latency_px} px, threads: {torch.get_num_threads()}",
         colors=plotting.PALETTE,
         ax=axes[2],
     )
