@@ -137,6 +137,10 @@ def main(
             experiments[config.experiment](config)
         else:
             run(config)
+        if "torch.distributed" in sys.modules:
+            from common.runtime import leave_processes
+
+            leave_processes()
 
 
 @contextmanager

@@ -175,6 +175,8 @@ class TrainConfig:
             recipe["image_size"] = image_size
         filled = {k: v for k, v in recipe.items() if getattr(self, k) is None}
         config = dataclasses.replace(self, dataset=dataset, **filled)
+        if self.warmup is None:  # a short run must not be all warm-up
+            config = dataclasses.replace(config, warmup=min(config.warmup, config.epochs / 5))
         if config.cutout is None:
             config = dataclasses.replace(
                 config, cutout=config.image_size // 4 if config.augment == "strong" else 0
