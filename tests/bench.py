@@ -1,0 +1,385 @@
+"""How fast, beside the loop that everyone writes: `python -m tests.bench
+[input|parts|epoch|accuracy]`.
+
+The same model, batch, images and augmentation, in one process, in turns. The plain side is PIL
+transforms in a DataLoader, float32, NCHW, SGD as it comes, and `loss.item()` at every step; the
+other side is the course's own loader and loop. Printed are medians over the rounds and their ratio;
+nothing is asserted. CUDA runs ours with mixed precision; a CPU without, unless `--amp` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from common import runtime
+from common.config import TrainConfig
+from common.data import Data, make_data
+from common.lessons import load_lesson
+from common.progress import Bar
+from common.sources import Pictures, Source, load_source
+from common.training import Watch, make_optimizer, make_schedule, score, train_one_epoch
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+class PlainImages(Dataset):
+    """What torchvision's CIFAR10 does: an array of pixels, one PIL image at a time."""
+
+    def __init__(self, pictures: Pictures, data: Data, train: bool, flips: bool) -> None:
+        self.pixels = pictures.pixels.permute(0, 2, 3, 1).numpy()
+        self.labels = pictures.labels.tolist()
+        side = self.pixels.shape[1]
+        steps: list[Callable] = []
+        if train:
+            steps.append(transforms.RandomCrop(side, max(1, side // 8)))
+            steps += [transforms.RandomHorizontalFlip()] if flips else []
+        steps += [
+            transforms.ToTensor(),
+            transforms.Normalize(data.mean.tolist(), data.std.tolist()),
+        ]
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[row])), self.labels[row]
+
+
+def plain_loader(
+    pictures: Pictures, data: Data, config: TrainConfig, workers: int, train: bool = True
+) -> DataLoader:
+    return DataLoader(
+        PlainImages(pictures, data, train, flips=config.dataset != "digits"),
+        config.batch_size,
+        shuffle=train,
+        drop_last=train,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+def plain_epoch(
+    model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, device: torch.device
+) -> float:
+    """The loop of a hundred tutorials."""
+    model.train()
+    total = 0.0
+    for x, y in batches:
+        x, y = x.to(device), y.to(device)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return total
+
+
+class Ours:
+    """The course's side: its loader, optimizer and loop, for some number of batches."""
+
+    def __init__(self, config: TrainConfig, data: Data, device: torch.device) -> None:
+        self.config, self.data = config, data
+        torch.manual_seed(0)
+        self.model = load_lesson("01").MODELS[config.model](
+            num_classes=data.num_classes, small_input=True
+        )
+        self.model = self.model.to(device, memory_format=runtime.memory_format(config.image_size))
+        self.optimizer = make_optimizer(self.model, config)
+        self.schedule = make_schedule(self.optimizer, config, data.train)
+        self.amp = runtime.amp_dtype(device, config.amp, config.image_size)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
+        faster = torch.compile(self.model) if config.compile else self.model
+        self.faster = faster
+        self.watch = Watch(
+            self.model, config, self.schedule, self.amp, len(data.train), config.batch_size
+        )
+        self.watch.show = False
+        self.watch.bar = Bar(0, "", show=False)
+
+    def epoch(self, loader: object) -> None:
+        self.watch.batch = 0
+        train_one_epoch(
+            self.faster,
+            loader,
+            nn.CrossEntropyLoss(),
+            self.optimizer,
+            self.schedule,
+            self.scaler,
+            self.watch,
+        )
+        self.watch.epoch += 1
+
+
+class First:
+    """The first batches of a loader, as a loader."""
+
+    def __init__(self, loader: object, count: int) -> None:
+        self.loader, self.count, self.accumulate = loader, count, 1
+
+    def batches(self, epoch: int, start: int = 0) -> Batches:
+        for i, batch in enumerate(self.loader.batches(epoch, start)):
+            if i == self.count:
+                return
+            yield batch
+
+
+def first(loader: DataLoader, count: int) -> Batches:
+    for i, batch in enumerate(loader):
+        if i == count:
+            return
+        yield batch
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def in_turns(sides: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict:
+    """Median seconds of each side; they alternate, so that a slow minute hits both."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, action in sides.items():
+            seconds[name].append(timed(action, device))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def report(what: str, unit: str, plain: float, ours: float, digits: int = 0) -> None:
+    print(
+        f"{what:<34} plain {plain:>10,.{digits}f}   ours {ours:>10,.{digits}f} {unit:<9} "
+        f"ratio {max(ours, 1e-9) / max(plain, 1e-9):6.2f}",
+        flush=True,
+    )
+
+
+def bench_input(
+    pictures: Pictures,
+    data: Data,
+    config: TrainConfig,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Crop, flip, normalise, collate: images per second of one core, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    loader = plain_loader(pictures, data, config, workers=0)
+    count = min(40, len(data.train))
+
+    def ours() -> None:
+        for _ in First(data.train, count).batches(0):
+            pass
+
+    def plain() -> None:
+        for _ in first(loader, count):
+            pass
+
+    ours(), plain()
+    seconds = in_turns({"plain": plain, "ours": ours}, args.rounds, device)
+    torch.set_num_threads(threads)
+    images = count * config.batch_size
+    report("input path, one core", "images/s", images / seconds["plain"], images / seconds["ours"])
+
+
+def bench_epoch(
+    pictures: Pictures,
+    data: Data,
+    config: TrainConfig,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Whole steps, data and logging included."""
+    ours = Ours(config, data, device)
+    plain_model = Ours(config, data, torch.device("cpu")).model
+    plain_model = plain_model.to(device, memory_format=torch.contiguous_format)
+    optimizer = torch.optim.SGD(plain_model.parameters(), config.lr, 0.9, weight_decay=5e-4)
+    loader = plain_loader(pictures, data, config, workers=args.workers)
+    few = min(args.steps, len(data.train))
+
+    def plain_side() -> None:
+        plain_epoch(plain_model, first(loader, few), optimizer, device)
+
+    def our_side() -> None:
+        ours.epoch(First(data.train, few))
+
+    our_side(), plain_side()  # warm up: algorithms are searched, workers start
+    seconds = in_turns({"plain": plain_side, "ours": our_side}, args.rounds, device)
+    images = few * config.batch_size
+    report(
+        f"training, {config.model}", "images/s", images / seconds["plain"], images / seconds["ours"]
+    )
+
+
+def bench_parts(
+    pictures: Pictures,
+    data: Data,
+    config: TrainConfig,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Milliseconds a step: input, forward, backward, optimizer, logging, each waited for."""
+    sides = {"plain": _parts(False, pictures, data, config, args, device)}
+    sides["ours"] = _parts(True, pictures, data, config, args, device)
+    for part in sides["plain"]:
+        plain, ours = sides["plain"][part], sides["ours"][part]
+        print(f"  {part:<32} plain {plain:>10.2f}   ours {ours:>10.2f} ms a step", flush=True)
+
+
+def _parts(
+    ours: bool,
+    pictures: Pictures,
+    data: Data,
+    config: TrainConfig,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> dict[str, float]:
+    side = Ours(config, data, device)
+    model, optimizer, amp = side.model.train(), side.optimizer, side.amp
+    if not ours:
+        model, amp = model.to(memory_format=torch.contiguous_format), None
+        optimizer = torch.optim.SGD(model.parameters(), config.lr, 0.9, weight_decay=5e-4)
+    batches = iter(
+        First(data.train, 10**9).batches(0) if ours else plain_loader(pictures, data, config, 0)
+    )
+    times: dict[str, list[float]] = {}
+    box: dict[str, Tensor] = {}
+
+    def measure(name: str, action: Callable[[], object]) -> None:
+        times.setdefault(name, []).append(1000 * timed(action, device))
+
+    def load() -> None:
+        x, y = next(batches)
+        box["x"], box["y"] = x.to(device), y.to(device)
+
+    def forward() -> None:
+        with runtime.autocast(device, amp):
+            box["output"] = model(box["x"])
+            box["loss"] = nn.functional.cross_entropy(box["output"].float(), box["y"])
+
+    def log() -> None:
+        if ours:
+            side.watch.count(box["loss"], box["output"], box["y"])
+        else:
+            box["loss"].item()
+
+    for _ in range(min(args.steps, len(data.train)) + 1):
+        measure("input (one thread for plain)", load)
+        measure("forward", forward)
+        measure("backward", lambda: side.scaler.scale(box["loss"]).backward())
+        measure("optimizer", lambda: (side.scaler.step(optimizer), side.scaler.update()))
+        optimizer.zero_grad()
+        measure("logging", log)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def bench_accuracy(
+    pictures: Pictures,
+    data: Data,
+    config: TrainConfig,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Seconds of training until the validation accuracy reaches `--target`, by the same
+    schedule.
+    """
+    ours, seconds, epochs = Ours(config, data, device), 0.0, 0
+    while epochs < config.epochs:
+        seconds += timed(lambda: ours.epoch(data.train), device)
+        epochs += 1
+        if score(ours.model, data.val, ours.amp)[1] >= args.target:
+            break
+    torch.manual_seed(0)
+    other = Ours(dataclasses.replace(config, amp=False), data, device)
+    model = other.model.to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.SGD(
+        model.parameters(), config.lr, 0.9, weight_decay=5e-4, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: other.schedule.factor((epoch + 1) * len(data.train) - 1)
+    )
+    loader, plain, plain_epochs = plain_loader(pictures, data, config, args.workers), 0.0, 0
+    while plain_epochs < config.epochs:
+        plain += timed(lambda: plain_epoch(model, iter(loader), optimizer, device), device)
+        schedule.step()
+        plain_epochs += 1
+        if score(model, data.val)[1] >= args.target:
+            break
+    print(
+        f"to {args.target:.0%} on {data.name} validation      plain {plain:8.1f} s "
+        f"({plain_epochs} epochs)   "
+        f"ours {seconds:8.1f} s ({epochs} epochs)   ratio {plain / seconds:.2f}"
+    )
+
+
+def synthetic(count: int, side: int) -> Source:
+    """Noise of CIFAR's shape: speed does not depend on what is in the pictures."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
+    every = Pictures(torch.arange(count) % 10, torch.from_numpy(pixels))
+    return Source("synthetic", [str(c) for c in range(10)], every, every.take(torch.arange(100)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("input", "parts", "epoch", "accuracy")
+    parser.add_argument(
+        "what", nargs="*", default=["input", "parts", "epoch"], choices=[*parts, []]
+    )
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=6, help="of each side in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2, help="of the plain DataLoader")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--target", type=float, default=0.95)
+    parser.add_argument("--dataset", default="digits", help="for `accuracy`: digits or cifar10")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+
+    device = runtime.pick_device(args.device)
+    runtime.set_up_torch(device, 0)
+    amp = device.type == "cuda" if args.amp is None else args.amp
+    settings = {"model": args.model, "amp": amp, "compile": args.compile, "augment": "basic"}
+    config = TrainConfig(
+        **settings, image_size=args.image_size, batch_size=args.batch_size, epochs=10
+    ).resolve("cifar10")
+    source = synthetic(60 * args.batch_size, args.image_size)
+    data = make_data(source, config, device)
+    dtype = runtime.amp_dtype(device, config.amp, config.image_size)
+    precision = f"ours in {dtype}" if dtype else "both in float32"
+    print(
+        f"{device.type}: {runtime.describe(device)}, torch {torch.__version__}, {precision}; "
+        f"batch {args.batch_size}, {args.image_size} px, medians of {args.rounds} rounds"
+    )
+    benches = {"input": bench_input, "parts": bench_parts, "epoch": bench_epoch}
+    for what in args.what:
+        if what in benches:
+            benches[what](source.train, data, config, args, device)
+        else:
+            config = TrainConfig(**settings, data_dir=args.data_dir).resolve(args.dataset)
+            source = load_source(dataclasses.replace(config, dataset=args.dataset))
+            bench_accuracy(source.train, make_data(source, config, device), config, args, device)
+
+
+if __name__ == "__main__":
+    main()
