@@ -53,6 +53,17 @@ def test_head_is_silenced_as_told_and_in_training_only() -> None:
     assert rates == [0.3, 0.3]  # the first two linear layers, sec. 3.1
 
 
+def test_initialisation_keeps_the_scale_of_activations_without_batch_norm() -> None:
+    """At 64 px, where padding takes little. Scaled by fan_out, it would end 13 times lower."""
+    torch.manual_seed(0)
+    model = MODELS["vgg16"](num_classes=10, small_input=True).eval()
+    x = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        for stage in model.stages:
+            x = stage(x)
+            assert 0.5 < x.square().mean().sqrt() < 5
+
+
 # -------------------------------------------------------------------------------------- small form
 
 
@@ -164,11 +175,11 @@ def test_run_in_miniature(cli: Callable, tmp_path: Path) -> None:
     assert {"filters", "activations", "block_maps", "grad_cam"} <= figures
 
 
-@pytest.mark.parametrize(("flags", "lr"), [((), 0.005), (("--lr", "0.3"), 0.3)])
+@pytest.mark.parametrize(("flags", "lr"), [((), 0.01), (("--lr", "0.3"), 0.3)])
 def test_plain_nets_get_a_tenth_of_the_rate_unless_told(flags: tuple, lr: float) -> None:
     rate = vgg.parse_flags(vgg.Config, ["--model", "vgg11", *flags]).resolve("digits").lr
     assert rate == pytest.approx(lr)
-    assert vgg.Config().resolve("digits").lr == pytest.approx(0.05)
+    assert vgg.Config().resolve("digits").lr == pytest.approx(0.1)
 
 
 def test_receptive_field_in_miniature(cli: Callable, tmp_path: Path) -> None:
@@ -194,7 +205,7 @@ def test_batch_norm_in_miniature(cli: Callable, tmp_path: Path) -> None:
     assert code == 0, err
     (outcome,) = (tmp_path / "runs").rglob("experiment.json")
     rows = json.loads(outcome.read_text())["rows"]
-    assert [row["lr"] for row in rows] == [0.005, 0.005, 0.05, 0.05]
+    assert [row["lr"] for row in rows] == [0.01, 0.01, 0.1, 0.1]
     assert [row["name"].split(",")[0] for row in rows] == ["vgg11", "vgg11_bn"] * 2
     assert "verdict" in out
     assert (outcome.parent / "batch_norm.png").stat().st_size > 10_000
