@@ -245,7 +245,7 @@ class VGG(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """He initialisation: weights from N(0, 2 / fan_in), those of the classifier N(0, 1 / fan_in).
+        """He initialisation: N(0, 2 / fan_in), for the classifier N(0, 1 / fan_in); biases zero.
 
         NOTE: the paper drew from N(0, 0.1^2), whatever the fan, and therefore started its deeper
         nets from a trained vgg11 (sec. 3.1). He et al. 2015 ("Delving deep", eq. 10) scale by the
