@@ -403,28 +403,28 @@ class Seen(NamedTuple):
 
 def look(name: str, field: Field, gradient: Tensor, parameters: int, macs: int) -> Seen:
     size, effective = extent(gradient), effective_extent(gradient)
-    return Seen(name, field.size, size, effective, parameters, macs, gradient.cpu().numpy())
+    return Seen(name, field.size, size, effective, parameters, macs, gradient.numpy())
 
 
-def look_at_choices(device: torch.device, images: int, channels: int = 64) -> list[Seen]:
+def look_at_choices(images: int, channels: int = 64) -> list[Seen]:
     """Each of CHOICES on 15x15 noise of 64 channels; MACs are those of a 56x56 map."""
     seen = []
     for name, kernels in CHOICES.items():
-        stack = conv_stack(kernels, channels).to(device)
-        image = torch.randn(images, channels, 15, 15, device=device, requires_grad=True)
+        stack = conv_stack(kernels, channels)
+        image = torch.randn(images, channels, 15, 15, requires_grad=True)
         gradient = centre_gradient(stack(image), image)
         field, macs = receptive_fields(stack)[-1], count_macs(stack, (channels, 56, 56))
         seen.append(look(name, field, gradient, count_parameters(stack), macs))
     return seen
 
 
-def look_at_layers(model: VGG, device: torch.device, images: int) -> list[Seen]:
+def look_at_layers(model: VGG, images: int) -> list[Seen]:
     """Every convolution and pool of `model`, on noise just large enough for the last field."""
     model = model.eval().requires_grad_(False)  # only the gradient of the image is wanted
     fields = receptive_fields(model.stages)
     jump = fields[-1].jump
     side = jump * (-(-fields[-1].size // jump) // 2 * 2 + 1)  # an odd last map has a centre
-    image = torch.randn(images, 3, side, side, device=device, requires_grad=True)
+    image = torch.randn(images, 3, side, side, requires_grad=True)
     seen, x = [], image
     for i, block in enumerate(model.stages, 1):
         convs = 0
@@ -442,12 +442,15 @@ def look_at_layers(model: VGG, device: torch.device, images: int) -> list[Seen]:
 
 
 def receptive_field(config: Config) -> dict[str, object]:
-    """The fields of `--model` computed and measured, and section 2.3 of the paper in numbers."""
-    config, device = prepare(config)
+    """The fields of `--model` computed and measured, and section 2.3 of the paper in numbers.
+
+    All on the CPU: a GPU's fast convolutions round, and leave traces where a gradient is zero.
+    """
+    config, _ = prepare(replace(config, device="cpu"))
     run = Run.open(config, "02_vgg_intermediate")
-    choices = look_at_choices(device, config.field_images)
-    model = MODELS[config.model](num_classes=10, small_input=True).to(device)
-    layers = look_at_layers(model, device, config.field_images)
+    choices = look_at_choices(config.field_images)
+    model = MODELS[config.model](num_classes=10, small_input=True)
+    layers = look_at_layers(model, config.field_images)
     run.figure("receptive_fields", draw_fields(choices, layers, config.model))
     run.figure("field_growth", draw_growth(choices, layers, config.model))
     rows = [
@@ -468,11 +471,10 @@ def field_verdict(choices: list[Seen], layers: list[Seen], model: str) -> list[s
     """What the numbers say, whichever way they fall."""
     verdict = []
     for wide, stacked in (choices[:2], choices[2:]):
-        alike = "as far as" if stacked.measured == wide.measured else "not as far as"
         verdict.append(
-            f"{stacked.name} see {stacked.measured}x{stacked.measured}, {alike} {wide.name} "
-            f"({wide.measured}x{wide.measured}), for {stacked.parameters / wide.parameters:.0%} of "
-            f"its weights and {stacked.macs / wide.macs:.0%} of its multiply-adds"
+            f"{stacked.name} see {stacked.measured}x{stacked.measured} pixels where {wide.name} "
+            f"sees {wide.measured}x{wide.measured}, with {stacked.parameters / wide.parameters:.0%} "
+            f"of its weights and {stacked.macs / wide.macs:.0%} of its multiply-adds"
         )
     agree = sum(s.measured == s.computed for s in layers)
     verdict.append(f"{model}: measured and computed field agree in {agree} of {len(layers)} layers")
@@ -617,7 +619,7 @@ def batch_norm_verdict(outcomes: list[Outcome], test_images: int) -> list[str]:
     elif False in faster:
         verdict.append("the first claim fails here: at one of the rates the plain net is faster")
     else:
-        verdict.append("the first claim is undecided here: at one of the rates both take as long")
+        verdict.append("the first claim is undecided here: at one of the rates they are level")
 
     change = {bn: at[bn, high].top1 - at[bn, low].top1 for bn in (False, True)}
     # Two standard errors of the difference of two accuracies near 95% on so many images.

@@ -145,7 +145,7 @@ def test_three_3x3_cost_27_parts_of_a_7x7_s_49() -> None:
 def test_every_layer_is_looked_at_by_its_name_in_the_paper() -> None:
     torch.manual_seed(0)
     model = vgg.VGG((1, 2), channels=(8, 8), num_classes=2, small_input=True)
-    seen = vgg.look_at_layers(model, torch.device("cpu"), images=4)
+    seen = vgg.look_at_layers(model, images=4)
     assert [s.name for s in seen] == ["conv1_1", "pool1", "conv2_1", "conv2_2", "pool2"]
     assert [s.measured for s in seen] == [3, 4, 8, 12, 14] == [s.computed for s in seen]
     # 14 pixels at jumps of 4: the smallest odd map that holds them has 5 positions, 20 pixels.
@@ -192,7 +192,7 @@ def test_receptive_field_in_miniature(cli: Callable, tmp_path: Path) -> None:
     rows = {row["name"]: row for row in json.loads(outcome.read_text())["rows"]}
     assert rows["three 3x3"]["sees (measured)"] == rows["one 7x7"]["sees (measured)"] == 7
     assert rows["pool5"]["sees (measured)"] == rows["pool5"]["sees (computed)"] == 150
-    assert "as far as one 7x7" in out
+    assert "three 3x3 see 7x7 pixels where one 7x7 sees 7x7, with 55% of its weights" in out
     for name in ("receptive_fields", "field_growth"):
         assert (outcome.parent / f"{name}.png").stat().st_size > 10_000
 
