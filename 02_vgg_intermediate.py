@@ -471,10 +471,11 @@ def field_verdict(choices: list[Seen], layers: list[Seen], model: str) -> list[s
     """What the numbers say, whichever way they fall."""
     verdict = []
     for wide, stacked in (choices[:2], choices[2:]):
+        weights, macs = stacked.parameters / wide.parameters, stacked.macs / wide.macs
         verdict.append(
             f"{stacked.name} see {stacked.measured}x{stacked.measured} pixels where {wide.name} "
-            f"sees {wide.measured}x{wide.measured}, with {stacked.parameters / wide.parameters:.0%} "
-            f"of its weights and {stacked.macs / wide.macs:.0%} of its multiply-adds"
+            f"sees {wide.measured}x{wide.measured}, with {weights:.0%} of its weights and "
+            f"{macs:.0%} of its multiply-adds"
         )
     agree = sum(s.measured == s.computed for s in layers)
     verdict.append(f"{model}: measured and computed field agree in {agree} of {len(layers)} layers")
