@@ -11,6 +11,17 @@ needs to add only a few of its own.
     python 06_densenet_advanced.py --experiment growth-rate    # few maps per layer, or many?
     python 06_densenet_advanced.py --experiment gradient-flow  # what the short paths are good for
     python 06_densenet_advanced.py --model densenet121 --checkpointing   # less memory
+
+Measured on digits (8 px, 10 epochs, seed 0, torch 2.15, float32 on a CPU):
+
+    default, densenet40_k12     test 99.72%
+    reuse                       99.72%; the least read source of a layer has 0.90 of the average
+                                weight; blocks 2 and 3 read their input 0.09 below the average
+    gradient-flow, 40 layers    most moved over least moved layer, untrained: dense 2.1, chain 221;
+                                test after training: dense 99.72%, chain 79.67%
+    --checkpointing             peak of one training step without the weights: densenet40_k12, 64
+                                images of 32 px, 274 MB instead of 1,175; densenet121, 4 images of
+                                224 px, 254 MB instead of 501
 """
 
 # %% [markdown]
@@ -495,6 +506,7 @@ def connection_weights(model: DenseNet) -> list[Tensor]:
     [(3, 3), (3, 3), (3, 3)]
     """
     tables = []
+    # Behind a block: the convolution of the next stage's transition, or the classifier.
     behind = [stage[0][2] for stage in model.stages[1:]] + [model.get_classifier()]
     for stage, last_reader in zip(model.stages, behind):
         block = stage[-1]
@@ -543,9 +555,9 @@ def reuse(config: Config) -> dict[str, object]:
     start = dense_weights(make())  # what the trial, which takes the same seed, begins with
     trial = train_trial(config.model, make, data, config, device)
     kept = F.cosine_similarity(start, dense_weights(trial.model).cpu(), dim=0).item()
-    trained = [table.cpu() for table in connection_weights(trial.model)]
+    trained = connection_weights(trial.model)
 
-    largest = max(float(table.nan_to_num(0).max()) for table in trained)
+    weights = torch.cat([table[table.isfinite()] for table in trained])
     heading = f"Who reads whom in {config.model}: mean absolute weight, 1 = the reader's average"
     figure, axes = plotting.panels(len(trained), heading)
     for i, (table, ax) in enumerate(zip(trained, axes)):
@@ -558,8 +570,8 @@ def reuse(config: Config) -> dict[str, object]:
             f"Block {i + 1}",
             xlabel=f"reading layer ({last}: the {name})",
             ylabel="layer whose maps are read",
-            fmt="{:.1f}",
-            limits=(0, largest),
+            fmt="{:.2f}",
+            limits=(weights.min().item(), weights.max().item()),
             ax=ax,
         )
     run.figure("reuse", figure)
@@ -571,7 +583,8 @@ def reuse(config: Config) -> dict[str, object]:
     ]
     rows.append({"block": "untrained", **{habit: f"1 ± {x:.2f}" for habit, x in chance.items()}})
     verdict = reuse_verdict(habits, chance, kept)
-    return run.conclude(rows, verdict, tables=[table.tolist() for table in trained])
+    tables = [[t[: i + 1, i].tolist() for i in range(len(t))] for t in trained]  # without the NaN
+    return run.conclude(rows, verdict, weights_by_reader=tables)
 
 
 def reading_habits(table: Tensor) -> dict[str, float]:
@@ -655,7 +668,10 @@ def growth_rates(config: Config) -> dict[str, object]:
     """Narrow and deep against wide and shallow; prints a verdict, draws a figure."""
     rates = whole_numbers(config.rates, "--rates")
     check_depths([config.depth], "--depth")
+    chosen_epochs = config.epochs
     config, device = prepare(config)
+    if chosen_epochs is None:  # many nets, each several times: six tenths of the recipe's length
+        config = replace(config, epochs=max(1, round(0.6 * config.epochs)))
     data = load_data(config, device)
     run = Run.open(config, LESSON)
 
@@ -696,7 +712,7 @@ def growth_rates(config: Config) -> dict[str, object]:
         points,
         "million multiply-adds an image",
         "test top-1",
-        f"Accuracy against cost, mean of {config.seeds} runs",
+        f"Accuracy against cost, {config.seeds} seeds",
         log_x=True,
         percent=True,
         ax=axes[2],
@@ -996,12 +1012,17 @@ if in_notebook():
 # %% [markdown]
 # ## What to notice
 #
+# - `reuse`: every layer reads everything, the first maps of a block still by its last layers. The
+#   transitions' outputs are read least: these maps are redundant, which is why DenseNet-C may drop
+#   half of them.
+# - `gradient-flow`: BatchNorm has turned the old trouble round. In the chain the gradient does not
+#   vanish on its way back, it grows with every layer, until no learning rate suits the first layers
+#   and the last. Dense connections need no such luck.
+# - The chain has more multiply-adds than the dense net. Compare their seconds all the same:
+#   concatenation multiplies nothing, and yet moves every map again for every layer that reads it.
 # - DenseNet-121 has 8.0 million parameters and ResNet-50 25.6 million, at 74.4% and 76.1% on
-#   ImageNet. It takes 2.8 billion multiply-adds against 4.1: it saves parameters more than time.
-# - Concatenation is cheap to write and dear to run: it multiplies nothing and still moves every map
-#   again for every layer that reads it. Compare the seconds of the dense net and of the chain in
-#   `--experiment gradient-flow`: the chain has more multiply-adds.
-# - `activations.png`: the maps of a block begin with those of its input, unchanged.
+#   ImageNet, but 2.8 billion multiply-adds against 4.1: it saves parameters more than time.
+# - `activations.png`: channels are numbered. In stage 1 those below 16 are the stem's, unchanged.
 #
 # ## Exercises
 #
@@ -1012,7 +1033,9 @@ if in_notebook():
 #    numbers change: the training loss, the validation loss, or both? Why?
 # 4. A BatchNorm scales each map before a convolution reads it. Multiply the weights in
 #    `connection_weights` by the absolute scale of `norm1`. Does figure 5 change?
-# 5. `--experiment growth-rate --rates 2,4,8`: when is a growth rate too small?
+# 5. After training, the chain's gradient is even (`gradient-flow`, last column). Nothing was added
+#    to it, so what has become of its first layers' weights? What does BatchNorm make of that?
+# 6. `--experiment growth-rate --rates 2,4,8`: when is a growth rate too small?
 
 # %%
 if __name__ == "__main__":
