@@ -182,11 +182,11 @@ class Loader:
         """Batches per epoch of this process. A training epoch is whole optimizer steps; the rest
         comes next time.
         """
-        if self.config.smoke:
-            return SMOKE_BATCHES * self.accumulate
         if self.train:
-            return len(self.labels) // self.images_per_step * self.accumulate
-        return -(-len(self.positions()) // self.batch_size)
+            batches = len(self.labels) // self.images_per_step * self.accumulate
+        else:
+            batches = -(-len(self.positions()) // self.batch_size)
+        return min(batches, SMOKE_BATCHES * self.accumulate) if self.config.smoke else batches
 
     def halve_batches(self) -> None:
         """Half the batch, twice as many per step: the same images per step in half the memory."""
