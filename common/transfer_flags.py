@@ -1,0 +1,66 @@
+"""Lesson 8's command line: `--from` is no name for a field, and `--predict` takes several files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+from common import cli
+from common.config import DATASETS, TrainConfig
+from common.errors import UserError, unknown
+
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+EXTERNAL = "torchvision:"
+
+
+def parse_flags(config_class: type[ConfigT], argv: list[str] | None = None) -> ConfigT:
+    """As `common.cli.parse_flags`, with `--from RUN` and `--predict IMAGE IMAGE ...`."""
+    if argv is None:
+        argv = [] if cli.in_notebook() else sys.argv[1:]
+    config = cli.parse_flags(config_class, spell_out(argv))
+    with cli.exit_codes():
+        return locate(config)
+
+
+def spell_out(argv: list[str]) -> list[str]:
+    """The flags as fields of a config spell them.
+
+    >>> spell_out(["--from", "runs/a", "--predict", "x.png", "--seed", "1"])
+    ['--from-run', 'runs/a', '--predict', 'x.png', '--seed', '1']
+    """
+    out: list[str] = []
+    words = iter(range(len(argv)))
+    for i in words:
+        word = argv[i]
+        if word == "--from" or word.startswith("--from="):
+            word = "--from-run" + word.removeprefix("--from")
+        out.append(word)
+        if word == "--predict":
+            images = []
+            while i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+                i = next(words)
+                images.append(argv[i])
+            out += [os.pathsep.join(images)] if images else []
+    return out
+
+
+def locate(config: ConfigT) -> ConfigT:
+    """A `--dataset` that is a path as a folder of images; a `torchvision:` model as pretrained.
+
+    Raises:
+        UserError: neither a dataset's name nor a folder.
+    """
+    if config.model.startswith(EXTERNAL):
+        config = dataclasses.replace(config, pretrained=True)
+    if config.pretrained and config.image_size is None and config.model.startswith("vit"):
+        config = dataclasses.replace(config, image_size=224)  # their positions fit no other size
+    if config.dataset in DATASETS:
+        return config
+    if Path(config.dataset).is_dir():
+        return dataclasses.replace(config, dataset="folder", data_dir=config.dataset)
+    if "/" in config.dataset or "\\" in config.dataset or Path(config.dataset).exists():
+        raise UserError(f"--dataset {config.dataset}: no such folder")
+    raise unknown("dataset, and no folder,", config.dataset, DATASETS)

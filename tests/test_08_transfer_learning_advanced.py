@@ -1,0 +1,492 @@
+"""Lesson 8: what is frozen stays, what learns does so at its own rate, each way in or out works."""
+
+from __future__ import annotations
+
+import doctest
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import lesson
+from torch import nn
+
+from common import embedding, transfer_flags
+from common.config import TrainConfig
+from common.data import make_data
+from common.errors import UserError
+from common.export import export_model
+from common.pretrained import load_torchvision_state
+from common.sources import Pictures, load_digits
+from common.training import fit, make_schedule
+from common.transfer import Catalogue, Origin, TorchvisionModel, choose_classes, few_labels
+
+transfer = lesson("08")
+CPU = torch.device("cpu")
+
+
+def small_net(num_classes: int = 5) -> nn.Module:
+    torch.manual_seed(0)
+    return lesson("01").cifar_resnet(8, num_classes=num_classes)
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def changed(before: dict[str, torch.Tensor], model: nn.Module) -> set[str]:
+    """The tensors that are no longer what they were."""
+    return {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+
+
+def few_digits(**options: object) -> tuple[object, TrainConfig]:
+    config = transfer.Config(dataset="digits", epochs=2, batch_size=16, **options).resolve("digits")
+    config = replace(config, strategy=config.strategy or "full")
+    source = choose_classes(load_digits(), range(5, 10))
+    return make_data(few_labels(source, 0.05, 0), config, CPU), config
+
+
+@pytest.mark.parametrize("module", [transfer, transfer_flags])
+def test_doctests(module: object) -> None:
+    failed, attempted = doctest.testmod(module)
+    assert attempted >= 1 and failed == 0
+
+
+# ------------------------------------------------------------------------------ freezing and rates
+
+
+def step(model: nn.Module) -> None:
+    """One step of training on noise, weight decay and momentum included."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    model.train()
+    for _ in range(2):
+        F.cross_entropy(model(torch.randn(8, 3, 8, 8)), torch.arange(8) % 5).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_frozen_body_keeps_every_tensor_and_a_thawed_one_learns() -> None:
+    model = small_net()
+    transfer.freeze(model)
+    transfer.thaw(model.get_classifier())
+    before = snapshot(model)
+    step(model)
+    assert changed(before, model) == {"head.2.weight", "head.2.bias"}
+    transfer.thaw(model)
+    before = snapshot(model)
+    step(model)
+    assert changed(before, model) == set(before)  # statistics and num_batches_tracked too
+
+
+def test_parts_hold_every_parameter_once() -> None:
+    for name in ("resnet20", "vgg11_bn", "mobilenet_v2", "densenet121", "vit_b_16"):
+        with torch.device("meta"):
+            model = transfer.MODELS[name](num_classes=5)
+        parts = transfer.parts_of(model)
+        mine = [id(p) for part in parts for p in part.parameters()]
+        assert sorted(mine) == sorted(id(p) for p in model.parameters())
+        assert len(parts) <= 6
+        assert any(p is model.get_classifier().weight for p in parts[-1].parameters())
+
+
+def test_discriminative_rates_fall_from_the_head_to_the_stem() -> None:
+    model = small_net()
+    parts = transfer.parts_of(model)
+    groups = transfer.discriminative_groups(parts, lr=1.0, decay=2.0, weight_decay=0.5)
+    rate = {id(p): g["lr"] for g in groups for p in g["params"]}
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    assert len(rate) == len(list(model.parameters()))
+    expected = {"stem": 1 / 16, "stages.0": 1 / 8, "stages.1": 1 / 4, "stages.2": 1 / 2, "head": 1}
+    for name, p in model.named_parameters():
+        (part,) = (part for part in expected if name.startswith(part))
+        assert rate[id(p)] == expected[part]
+        assert decay[id(p)] == (0.5 if p.dim() > 1 else 0)
+
+
+def test_unfreezing_wakes_one_part_after_the_other() -> None:
+    model = small_net()
+    parts = transfer.parts_of(model)
+    groups = transfer.discriminative_groups(parts, 0.1, 2.0, 0.0)
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    schedule = transfer.UnfreezingSchedule(optimizer, "constant", 100, 0, parts, every=10)
+
+    def awake() -> list[bool]:
+        return [all(p.requires_grad for p in part.parameters()) for part in parts]
+
+    seen = []
+    for i in range(50):
+        if i % 10 == 0:
+            seen.append(sum(awake()))
+            assert awake() == sorted(awake())  # the last parts first
+        schedule.step()
+    assert seen == [1, 2, 3, 4, 5]
+    # A run that goes on elsewhere finds the same parts awake.
+    again = transfer.UnfreezingSchedule(optimizer, "constant", 100, 0, parts, every=10)
+    assert sum(awake()) == 1
+    again.load_state_dict({**schedule.state_dict(), "taken": 25})
+    assert sum(awake()) == 3
+
+
+@pytest.mark.parametrize("strategy", transfer.STRATEGIES)
+def test_what_each_strategy_changes(strategy: str) -> None:
+    data, config = few_digits(strategy=strategy)
+    model = small_net()
+    before = snapshot(model)
+    history = transfer.transfer(strategy, model, data, config)
+    assert len(history) == 2
+    moved = {name.rpartition(".")[0] for name in changed(before, model)}
+    parts = {name.split(".")[0] + "." + name.split(".")[1] for name in moved}
+    assert "head.2" in parts
+    if strategy == "features":
+        assert parts == {"head.2"}
+    elif strategy == "last-stage":
+        assert parts == {"head.2", "stages.2"}
+    elif strategy != "progressive":  # two epochs don't take it to the stem
+        assert {"stem.0", "stages.0", "stages.1", "stages.2"} < parts
+
+
+# ------------------------------------------------------------------------------- cached features
+
+
+def test_features_are_what_the_classifier_sees() -> None:
+    model = small_net().eval()
+    x = torch.randn(4, 3, 8, 8)
+    logits, features = transfer.classify_with_features(model, x)
+    by_hand = model.forward_features(x).mean((2, 3))
+    torch.testing.assert_close(features, by_hand)
+    torch.testing.assert_close(logits, model(x))
+    assert not model.get_classifier()._forward_pre_hooks
+
+
+def test_cached_features_train_the_same_classifier_as_the_whole_frozen_net() -> None:
+    data, config = few_digits(strategy="features", augment="none")
+    cached, whole = small_net(), small_net()
+    transfer.transfer("features", cached, data, config)
+    optimizer, schedule = transfer.set_up("features", whole, config, data.train)
+    fit(whole, data, nn.CrossEntropyLoss(), optimizer, schedule, config)
+    for a, b in zip(cached.state_dict().values(), whole.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- rare classes
+
+
+def test_focal_loss_by_hand() -> None:
+    logits, y = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0])
+    p = logits.softmax(1)[0, 0]
+    assert transfer.FocalLoss(2.0)(logits, y) == pytest.approx(float(-((1 - p) ** 2) * p.log()))
+
+
+def test_class_weights_are_those_of_scikit_learn() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = torch.tensor([0] * 7 + [1] * 2 + [2] * 4)
+    theirs = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
+    assert transfer.class_weights(labels, 3).tolist() == pytest.approx(theirs.tolist())
+
+
+def test_long_tail_falls_by_one_factor_and_balanced_order_evens_it_out() -> None:
+    labels = torch.arange(5).repeat(100)
+    tail = transfer.long_tail(Pictures(labels, torch.zeros(500, 1, 1, 1)), 5, ratio=16, seed=0)
+    assert torch.bincount(tail.labels).tolist() == [100, 50, 25, 12, 6]
+    drawn = torch.cat([transfer.balanced_order(tail.labels, 0, e) for e in range(50)])
+    shares = torch.bincount(tail.labels[drawn]) / len(drawn)
+    assert shares.tolist() == pytest.approx([0.2] * 5, abs=0.02)
+
+
+# ------------------------------------------------------------------------------- domains
+
+
+def test_coral_loss_is_numpys_and_its_gradient_pulls_covariances_together() -> None:
+    a, b = torch.randn(20, 4), (3 * torch.randn(30, 4)).requires_grad_()
+    distance = np.cov(a.numpy().T) - np.cov(b.detach().numpy().T)
+    assert float(transfer.coral_loss(a, b).detach()) == pytest.approx(
+        (distance**2).sum() / 64, rel=1e-4
+    )
+    (gradient,) = torch.autograd.grad(transfer.coral_loss(a, b), b)
+    assert transfer.coral_loss(a, b - gradient) < transfer.coral_loss(a, b)
+
+
+def test_reversal_sends_the_critics_gradient_back_with_the_other_sign() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    layer = nn.Linear(4, 1)
+    (plain,) = torch.autograd.grad(layer(x).sum(), x)
+    reversed_ = transfer.reverse_gradient(x, 0.7)
+    assert torch.equal(reversed_, x)
+    (gradient,) = torch.autograd.grad(layer(reversed_).sum(), x)
+    torch.testing.assert_close(gradient, -0.7 * plain)
+
+
+def test_dann_grows_its_reversal_from_nothing() -> None:
+    model = transfer.DANN(small_net(), steps=10).train()
+    gradients = []
+    for _ in range(11):
+        model.zero_grad()
+        _, domain = model(torch.randn(4, 3, 8, 8))
+        domain.sum().backward()
+        gradients.append(model.model.stem[0].weight.grad.norm().item())
+    assert gradients[0] == 0 and gradients[-1] > 0
+    assert model.eval()(torch.zeros(2, 3, 8, 8)).shape == (2, 5)
+
+
+def test_adabn_measures_the_statistics_of_the_new_images_and_nothing_else() -> None:
+    data, _ = few_digits()
+    model = small_net()
+    before = snapshot(model)
+    transfer.adapt_batch_norm(model, data.train)
+    assert all("running" in n or "num_batches" in n for n in changed(before, model))
+    images = data.train.take(range(len(data.train.labels)))
+    responses = model.stem[0](images)  # what the first BatchNorm sees
+    torch.testing.assert_close(model.stem[1].running_mean, responses.mean((0, 2, 3)))
+    assert model.stem[1].momentum == 0.1 and not model.training
+
+
+def test_shifted_digits_keep_their_labels_and_shape() -> None:
+    pictures = load_digits().test
+    for kind in ("inverted", "noisy", "textured"):
+        other = transfer.shifted(pictures, kind, seed=0)
+        assert other.pixels.dtype == torch.uint8 and other.pixels.shape == pictures.pixels.shape
+        assert torch.equal(other.labels, pictures.labels)
+        assert (other.pixels != pictures.pixels).float().mean() > 0.3
+
+
+# ------------------------------------------------------------------------------- data and models
+
+
+def test_classes_are_chosen_and_labels_stratified() -> None:
+    source = load_digits()
+    target = choose_classes(source, range(5, 10))
+    assert target.class_names == ["5", "6", "7", "8", "9"]
+    digit = int((source.train.labels == 7).sum())
+    assert int((target.train.labels == 2).sum()) == digit
+    few, all_ = (few_labels(target, f, seed=1) for f in (0.05, 1.0))
+    assert torch.equal(few.val.pixels, all_.val.pixels)  # as large, whatever the fraction
+    assert len(few.train) == pytest.approx(0.05 * len(all_.train), abs=3)
+    with pytest.raises(UserError, match=r"--fraction 1\.5"):
+        few_labels(target, 1.5, 0)
+
+
+def test_torchvision_model_is_torchvisions_own_with_our_interface() -> None:
+    from torchvision import models
+
+    torch.manual_seed(0)
+    theirs = models.shufflenet_v2_x0_5(num_classes=7).eval()
+    ours = TorchvisionModel("shufflenet_v2_x0_5", num_classes=7).eval()
+    ours.net.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours(x), theirs(x))
+    assert ours.forward_features(x).shape == (2, 1024, 2, 2)
+    ours.reset_classifier(3)
+    assert ours(x).shape == (2, 3) and ours.get_classifier().out_features == 3
+    parts = transfer.parts_of(ours)
+    assert sum(p.numel() for part in parts for p in part.parameters()) == sum(
+        p.numel() for p in ours.parameters()
+    )
+    with pytest.raises(UserError, match="unknown torchvision model 'resnet19'"):
+        TorchvisionModel("resnet19")
+
+
+def test_catalogue_knows_every_lesson_and_torchvision() -> None:
+    catalogue = Catalogue()
+    assert "resnet20" in catalogue and "densenet121" in catalogue and "resnet19" not in catalogue
+    assert "torchvision:convnext_tiny" in catalogue
+
+
+def test_settings_follow_from_the_size_of_the_data() -> None:
+    asked = transfer.Config()
+    config = asked.resolve("digits")
+    small, large = (transfer.settings_for(asked, config, n) for n in (30, 600))
+    assert small.batch_size < large.batch_size and small.epochs > large.epochs
+    assert small.lr / small.batch_size == pytest.approx(large.lr / large.batch_size)
+    told = transfer.Config(epochs=3, batch_size=8, lr=0.5, strategy="features")
+    same = transfer.settings_for(told, told.resolve("digits"), 30)
+    assert (same.epochs, same.batch_size, same.lr, same.strategy) == (3, 8, 0.5, "features")
+
+
+# ------------------------------------------------------------------------------- export
+
+
+def test_exported_files_give_the_models_logits(tmp_path: Path) -> None:
+    model = small_net().eval()
+    mean_std = torch.tensor([0.4] * 3), torch.tensor([0.2] * 3)
+    found = export_model(model, (3, 8, 8), tmp_path, list("abcde"), mean_std)
+    assert {"model.pt2", "model.torchscript"} <= set(found) and max(found.values()) < 1e-4
+    x = torch.randn(5, 3, 8, 8)
+    loaded = torch.jit.load(tmp_path / "model.torchscript")
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "model.json").read_text())["classes"] == list("abcde")
+
+
+def test_export_refuses_a_file_that_says_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from common import export
+
+    wrong = {"model.pt2": lambda model, x, path: path.touch() or (lambda x: model(x) + 0.01)}
+    monkeypatch.setattr(export, "WRITERS", wrong)
+    with pytest.raises(UserError, match="other logits"):
+        export_model(small_net(), (3, 8, 8), tmp_path, list("abcde"), (torch.ones(3),) * 2)
+
+
+# ------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("full", "spread", "expected"),
+    [
+        (0.8, 0.02, "full is ahead of scratch by 10.0 points, more than the seeds' spread (2.0"),
+        (0.8, 0.2, "full is ahead of scratch by 10.0 points, no more than the seeds' spread (20.0"),
+        (0.6, 0.02, "full is behind scratch by 10.0 points, more than"),
+    ],
+)
+def test_verdict_follows_the_numbers(full: float, spread: float, expected: str) -> None:
+    stats = {"scratch": (0.7, 0.01), "full": (full, spread)}
+    verdict = transfer.compare_verdict(stats, seeds=3)
+    assert verdict[0].startswith(expected)
+    best = "full" if full > 0.7 else "scratch"
+    assert verdict[-1].startswith(f"the best mean is that of {best}")
+
+
+def test_adaptation_that_harms_is_called_so() -> None:
+    stats = {"source only": (0.5, 0.01), "oracle": (0.9, 0.01), "AdaBN": (0.7, 0.01)}
+    stats |= {"Deep CORAL": (0.4, 0.02), "DANN": (0.505, 0.03)}
+    adabn, coral, dann = transfer.adaptation_verdict("noisy", stats, seeds=3)
+    assert "AdaBN beats" in adabn and "50% of the way" in adabn
+    assert "Deep CORAL does not beat" in coral and "-10.0 points, more than" in coral
+    assert "DANN beats" in dann and "no more than the seeds' spread" in dann
+
+
+# ------------------------------------------------------------------------------- whole runs
+
+
+def test_default_run_compares_trains_and_is_found_again(cli: Callable, tmp_path: Path) -> None:
+    code, out, err = cli("08", "--smoke", "--seeds", "2", "--device", "cpu")
+    assert code == 0, err
+    assert "verdict" in out
+    (result,) = (tmp_path / "runs").rglob("result.json")
+    folder, result = result.parent, json.loads(result.read_text())
+    assert result["labels"] == 32 and result["strategy"] == "full" and result["source_top1"] > 0
+    assert [row["strategy"] for row in result["strategies"]] == list(transfer.STRATEGIES)
+    assert (folder / "features.png").is_file()
+
+    from PIL import Image
+
+    for i in range(2):
+        Image.new("L", (20, 30), 60 * i).save(tmp_path / f"{i}.png")
+    images = [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
+    code, out, err = cli("08", "--from", str(folder), "--predict", *images)
+    assert code == 0, err
+    assert out.count("predict ") == 2 and (folder / "predictions.png").is_file()
+    shares = [float(s.rstrip("%,")) for s in out.splitlines()[0].split()[3::2]]
+    assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=0.5)
+
+
+def test_own_folder_from_a_run_of_lesson_1(
+    cli: Callable, image_folder: Callable, tmp_path: Path
+) -> None:
+    code, _, err = cli("01", "--smoke", "--model", "resnet20", "--dataset", "digits")
+    assert code == 0, err
+    (best,) = (tmp_path / "runs").rglob("best.pt")
+    images = str(image_folder(name="meine Bilder"))
+    code, out, err = cli(
+        "08", "--dataset", images, "--from", str(best.parent), "--smoke", "--strategy", "features"
+    )
+    assert code == 0, err
+    assert "features, from resnet20 of" in out and "3 classes, 8 px" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--dataset", "no/such/folder"], "no such folder"),
+        (["--dataset", "digitz"], "did you mean digits?"),
+        (["--model", "resnet19"], "did you mean resnet18?"),
+        (["--model", "torchvision:resnet19"], "unknown torchvision model"),
+        (["--from", "runs/none"], "no run folder"),
+        (["--fractions", "0.1,2"], "--fractions 0.1,2"),
+        (["--predict", "none.jpg", "--from", "runs/none"], "no run folder"),
+        (["--source-classes", "9"], "two must stay"),
+    ],
+)
+def test_bad_input_is_one_line(argv: list[str], said: str, cli: Callable) -> None:
+    code, _, err = cli("08", "--smoke", *argv)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_a_folder_needs_weights_to_start_from(cli: Callable, image_folder: Callable) -> None:
+    images = str(image_folder())
+    code, _, err = cli("08", "--dataset", images, "--smoke")
+    assert code == 2 and "--pretrained, or --from RUN" in err and err.count("\n") == 1
+    code, out, err = cli("08", "--dataset", images, "--smoke", "--source-classes", "2")
+    assert code == 2 and "two must stay" in err
+    code, out, err = cli("08", "--dataset", images, "--smoke", "--strategy", "scratch")
+    assert code == 0 and "scratch, from random weights" in out, err
+
+
+def test_official_weights_into_a_model_for_ones_own_classes(
+    cli: Callable, image_folder: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The download replaced by a checkpoint of torchvision's own making."""
+    from torchvision import models
+
+    from common import pretrained
+
+    torch.manual_seed(0)
+    official = models.resnet18().state_dict()
+    monkeypatch.setattr(pretrained, "official_state", lambda name: official)
+    images = str(image_folder(size=100, per_class=6))
+    for model in ("resnet18", "torchvision:resnet18"):
+        code, out, err = cli(
+            "08", "--dataset", images, "--pretrained", "--model", model, "--smoke",
+            "--strategy", "features", "--batch-size", "4", "--workers", "0", "--device", "cpu",
+        )  # fmt: skip
+        assert code == 0, err
+        assert f"features, from official weights of {model}" in out and "96 px" in out
+    ours = lesson("01").MODELS["resnet18"]()
+    load_torchvision_state(ours, official)
+    assert Origin("", ours).top1 is None
+
+
+@pytest.mark.parametrize(
+    ("experiment", "argv", "rows"),
+    [
+        ("fractions", ["--fractions", "0.05,0.2"], 4),
+        ("schedules", [], 3),
+        ("imbalance", [], 4),
+        ("domain-adaptation", ["--source-epochs", "1"], 3),
+    ],
+)
+def test_experiments_in_miniature(
+    experiment: str, argv: list[str], rows: int, cli: Callable, tmp_path: Path
+) -> None:
+    code, _, err = cli("08", "--experiment", experiment, "--smoke", "--seeds", "1", *argv)
+    assert code == 0, err
+    (outcome,) = (tmp_path / "runs").rglob("experiment.json")
+    outcome_ = json.loads(outcome.read_text())
+    assert len(outcome_["rows"]) == rows and outcome_["verdict"]
+    assert any(p.stat().st_size > 10_000 for p in outcome.parent.glob("*.png"))
+
+
+def test_embedding_keeps_clusters_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat(20)
+    features = 20 * torch.eye(3, 16)[labels] + torch.randn(60, 16, generator=generator)
+    points, method = embedding.embed(features.numpy())
+    assert method == "t-SNE" and points.shape == (60, 2)
+    from sklearn.neighbors import KNeighborsClassifier
+
+    assert KNeighborsClassifier(3).fit(points, labels).score(points, labels) == 1
+    assert embedding.embed(features[:10].numpy())[1] == "PCA"
+
+
+def test_schedules_of_the_flag_reach_the_optimizer() -> None:
+    data, config = few_digits()
+    optimizer, schedule = transfer.set_up(
+        "full", small_net(), replace(config, schedule="onecycle"), data.train
+    )
+    plain = make_schedule(optimizer, replace(config, schedule="onecycle"), data.train)
+    assert schedule.kind == plain.kind == "onecycle" and schedule.factor(0) == pytest.approx(1 / 25)
