@@ -60,8 +60,8 @@ class TrainConfig:
     )
     warmup: float | None = knob(None, "epochs in which the learning rate rises linearly", low=0)
     clip: float = knob(0.0, "largest gradient norm; 0: no limit", low=0)
-    ema: float = knob(
-        0.0, "decay per step of a running average of the weights, e.g. 0.999; 0: none", low=0
+    ema: float | None = knob(
+        None, "decay per step of a running average of the weights, e.g. 0.999; 0: none", low=0
     )
     patience: int = knob(
         0, "stop after so many epochs without a better validation loss; 0: never", low=0
@@ -119,6 +119,8 @@ class TrainConfig:
             "warmup": 5,
             "weight_decay": 1e-4,
             "label_smoothing": 0.1,
+            "augment": "strong",
+            "ema": 0.9999,  # an average over about 10,000 steps, two epochs of 256 images a step
         },
     }
     COMMON_RECIPE: ClassVar[Recipe] = {
@@ -126,6 +128,7 @@ class TrainConfig:
         "weight_decay": 5e-4,
         "label_smoothing": 0.0,
         "warmup": 0,
+        "ema": 0.0,
     }
 
     # What may change when a run goes on elsewhere: where it runs, not what it computes.

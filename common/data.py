@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -142,6 +143,7 @@ class Loader:
     Attributes:
         labels: (N,) on the CPU, of all images of the split.
         batch_size: images per batch and process.
+        waited: seconds of the last epoch in which training waited for images.
     """
 
     def __init__(
@@ -159,6 +161,7 @@ class Loader:
         self.batch_size, self.accumulate = config.batch_size, config.accumulate if train else 1
         self.mean, self.std = (255 * v.view(1, 3, 1, 1).to(device) for v in mean_std)
         self.format = runtime.memory_format(config.image_size)
+        self.waited = 0.0
         self.mix = None
         if train and config.augment == "strong":
             from torchvision.transforms import v2
@@ -328,8 +331,10 @@ class FileLoader(Loader):
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self.plan.epoch, self.plan.start = epoch, start
+        self.waited, began = 0.0, time.monotonic()
         try:
             for batch, (x, y) in enumerate(self.workers, start):
+                self.waited += time.monotonic() - began
                 if isinstance(x, str):
                     raise UserError(x)
                 x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
@@ -340,6 +345,7 @@ class FileLoader(Loader):
                     draws = torch.rand(len(x), augmentation.DRAWS, generator=generator)
                     x = augmentation.cutout(x, self.config.cutout, draws.to(self.device))
                 yield self._finish(x, y, epoch, batch)
+                began = time.monotonic()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

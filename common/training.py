@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common import runtime
 from common.config import TrainConfig
-from common.data import Data, Loader
+from common.data import Data, Loader, num_workers
 from common.errors import Interrupted, UserError
 from common.progress import Bar
 from common.records import EpochRecord
@@ -480,6 +480,8 @@ def fit(
             )
             train_loss, train_top1 = watch.means()
             train_seconds = time.monotonic() - watch.began
+            if not data.in_memory and watch.show and not watch.epoch:
+                print(which_is_slower(data.train.waited / train_seconds, num_workers(config)))
             runtime.share_buffers(model)
             val_loss, val_top1 = score(evaluated, data.val, amp)
             record = EpochRecord(
@@ -562,6 +564,17 @@ def announce_time(seconds: float, epochs: int) -> None:
     if seconds >= 7200:
         spoken = f"{seconds / 3600:.1f} h"
     print(f"expected   about {spoken} for {epochs} epochs", flush=True)
+
+
+def which_is_slower(share: float, workers: int) -> str:
+    """Whether reading images or computing limits the run, from the share of time spent waiting."""
+    if share < 0.1:
+        return (
+            f"input      images come in time: {share:.0%} of the epoch was spent waiting for them"
+        )
+    advice = f"more --workers (now {workers}), smaller files or a faster disk would help"
+    slow = f"reading images is the bottleneck: {share:.0%} of the epoch was waiting"
+    return f"input      {slow}; {advice}"
 
 
 def _out_of_patience(history: list[EpochRecord], patience: int) -> bool:

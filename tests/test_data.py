@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -255,3 +256,34 @@ def test_exif_turns_and_transparency_is_white(tmp_path: Path) -> None:
     assert pixels.shape == (3, 8, 4) and pixels[0, 0, 3] == 255
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert (read_image(str(tmp_path / "clear.png")) == 255).all()
+
+
+def test_an_imagenet_shaped_folder_trains_through_the_real_path(
+    cli: Callable, tmp_path: Path
+) -> None:
+    """Hundreds of JPEGs of several sizes and modes, in train and val, by the ImageNet recipe."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 60), ("val", 10)):
+        for label, name in enumerate(("n01 tench", "n02 Hühnchen", "n03")):
+            folder = tmp_path / "imagenet" / split / name / ("nested" if label else "")
+            folder.mkdir(parents=True)
+            for i in range(count):
+                side = [(120, 90), (64, 200), (300, 240), (40, 40)][i % 4]
+                pixels = generator.integers(0, 80, (*side, 3))
+                pixels[..., label] += 150
+                image = Image.fromarray(pixels.astype(np.uint8))
+                mode = ["RGB", "L", "CMYK", "RGB"][i % 4 if label else 0]
+                image.convert(mode).save(folder / f"ILSVRC_{i}.JPEG", quality=80)
+    code, out, err = cli(
+        "01", "--dataset", "imagenet", "--data-dir", str(tmp_path / "imagenet"), "--epochs", "1",
+        "--model", "resnet20", "--image-size", "72", "--batch-size", "27", "--workers", "2",
+        "--device", "cpu", "--no-amp",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "162 train + 18 val + 30 test, from files" in out
+    assert "augment strong" in out
+    assert "images come in time" in out or "is the bottleneck" in out
+    (result,) = (tmp_path / "runs").rglob("result.json")
+    per_class = json.loads(result.read_text())["per_class"]
+    assert [c["support"] for c in per_class] == [10, 10, 10]
+    assert per_class[1]["name"] == "n02 Hühnchen"
