@@ -41,7 +41,7 @@ class Config(TrainConfig):
     """What this lesson can be told; every field is a flag, and `--help` prints them all."""
 
     model: str = knob(
-        "efficientnet_mini", "a name of MODELS: efficientnet_b0, ..., efficientnet_b7"
+        "efficientnet_mini", "a name of MODELS; beside this one, efficientnet_b0 to b7"
     )
     width_mult: float = knob(1.0, "makes the model so many times as wide", low=0.05)
     depth_mult: float = knob(1.0, "makes the model so many times as deep", low=0.05)
@@ -565,7 +565,7 @@ def stretch_to(target: float, start: Size, direction: Direction, **options: floa
     """The size along `direction` whose multiply-adds come closest to the target.
 
     Found by bisection over phi: the cost never falls when phi grows. Layers are whole, channels
-    come in eights and pixels in ones, so the real cost climbs in steps, and phi from the formula
+    come in eights and pixels in twos, so the real cost climbs in steps, and phi from the formula
     misses it.
     """
     low, high = 0.0, 2 * math.log2(target / macs_of_size(start, **options))
@@ -607,14 +607,14 @@ def compound_scaling(config: Config) -> dict[str, object]:
         ]
 
     scores = {name: [t.test_top1 for t in runs] for name, runs in trials.items()}
-    grown = np.array([growth(size, start, trials[name][0]) for name, size in sizes.items()])
+    grown = np.array([growth(size, trials[name][0]) for name, size in sizes.items()])
     figure, (shape, loss, error) = plotting.panels(
         3, f"Four ways to spend {config.factor:g} times the multiply-adds on {data.name}"
     )
     plotting.heatmap(
         grown / grown[0],
         list(sizes),
-        ["layers", "width", "pixels", "weights", "MACs"],
+        ["blocks", "width", "pixels", "weights", "MACs"],
         "What the cost buys, over the start",
         fmt="{:.1f}x",
         label="times the start's",
@@ -629,9 +629,9 @@ def compound_scaling(config: Config) -> dict[str, object]:
     rows = [
         {
             "name": name,
-            "layers": sum(stage.layers for stage in scale_stages(B0, depth_mult=size.depth_mult)),
+            "blocks": blocks_of(size),
             "width": round(size.width_mult, 2),
-            "pixels": size.image_size,
+            "px": size.image_size,
             "parameters": trials[name][0].params,
             "M MACs": round(trials[name][0].macs / 1e6, 2),
             "train loss": f"{mean(t.history[-1].train_loss for t in trials[name]):.4f}",
@@ -644,10 +644,14 @@ def compound_scaling(config: Config) -> dict[str, object]:
     return run.conclude(rows, scaling_verdict(scores))
 
 
-def growth(size: Size, start: Size, trial: Trial) -> tuple[float, ...]:
-    """Layers, width, pixels (rows times columns), weights and multiply-adds."""
-    layers = sum(stage.layers for stage in scale_stages(B0, depth_mult=size.depth_mult))
-    return layers, size.width_mult, size.image_size**2, trial.params, trial.macs
+def blocks_of(size: Size) -> int:
+    """MBConv blocks in all stages."""
+    return sum(stage.layers for stage in scale_stages(B0, depth_mult=size.depth_mult))
+
+
+def growth(size: Size, trial: Trial) -> tuple[float, ...]:
+    """Blocks, width, pixels (rows times columns), weights and multiply-adds."""
+    return blocks_of(size), size.width_mult, size.image_size**2, trial.params, trial.macs
 
 
 def draw_errors(scores: dict[str, list[float]], title: str, ax: object) -> None:
@@ -697,10 +701,10 @@ def scaling_verdict(scores: dict[str, list[float]]) -> list[str]:
 # %% [markdown]
 # ## Experiment 2: let a search find the rows of the table
 #
-# Where did B0's kernels, expansions and layers come from? From a search (Tan et al. 2019, MnasNet)
-# that trained about 8,000 nets for a few epochs each. In small: four stages, three genes each, and
-# a budget of multiply-adds. A candidate is trained on a *proxy task*, half the resolution and a few
-# epochs, and judged by its validation loss.
+# Where did B0's kernels, expansions and layers come from? From a search like that of MnasNet (Tan
+# et al. 2019), which trained about 8,000 nets for five epochs each. In small: four stages of three
+# genes each, and a budget of multiply-adds. A candidate is trained on a *proxy task*, at half the
+# resolution and for a few epochs, and judged by its validation loss.
 #
 # The hard question of every such search is whether it beats drawing nets by lot at the same cost.
 
@@ -757,20 +761,20 @@ def mutate(stages: tuple[Stage, ...], rng: random.Random) -> tuple[Stage, ...]:
 
 # %%
 class Proxy:
-    """The cheap task by which nets are judged.
+    """The cheap task by which nets are judged, and the multiply-adds that they may cost.
 
     Args:
         config: resolved; the proxy takes half of its image size, and `proxy_epochs`.
-        limit: the budget in multiply-adds, at the full image size.
     """
 
-    def __init__(self, config: Config, device: torch.device, limit: float) -> None:
+    def __init__(self, config: Config, device: torch.device) -> None:
         self.full_size = (3, config.image_size, config.image_size)
-        self.small_input, self.device, self.limit = config.small_input, device, limit
+        self.small_input, self.device = config.small_input, device
         self.config = replace(
             config, image_size=config.image_size // 2, epochs=config.proxy_epochs, warmup=0
         )
         self.data = load_data(self.config, device)
+        self.limit = config.budget * self.macs(ROWS)
 
     def build(self, stages: tuple[Stage, ...], num_classes: int) -> EfficientNet:
         return EfficientNet(
@@ -783,6 +787,7 @@ class Proxy:
         )
 
     def macs(self, stages: tuple[Stage, ...]) -> int:
+        """Of one image at the full size."""
         with torch.device("meta"):
             return count_macs(self.build(stages, self.data.num_classes), self.full_size)
 
@@ -855,8 +860,7 @@ SEARCHES = {"evolution": by_evolution, "random": by_lot}
 def architecture_search(config: Config) -> dict[str, object]:
     """Evolution against chance on the proxy task; then the winners, and B0's own rows, in full."""
     config, device = prepare(config)
-    own = Proxy(config, device, limit=math.inf).macs(ROWS)
-    proxy = Proxy(config, device, limit=config.budget * own)
+    proxy = Proxy(config, device)
     run = Run.open(config, LESSON)
     first = search(
         "first", by_lot, proxy, [], min(POPULATION, config.nets), random.Random(config.seed)
@@ -866,7 +870,7 @@ def architecture_search(config: Config) -> dict[str, object]:
         for name, propose in SEARCHES.items()
     }
     finalists = {n: min(f, key=lambda candidate: candidate.val_loss) for n, f in found.items()}
-    finalists["B0's rows"] = Candidate(ROWS, own, proxy.judge(ROWS))
+    finalists["B0's rows"] = Candidate(ROWS, proxy.macs(ROWS), proxy.judge(ROWS))
 
     data = load_data(config, device)
     trials: dict[str, list[Trial]] = {}
@@ -889,7 +893,7 @@ def architecture_search(config: Config) -> dict[str, object]:
     plotting.curves(
         losses, "nets trained", "validation loss", "Every net proposed", smooth=8, ax=proposed
     )
-    labels, worth = gene_worth([c for f in found.values() for c in f])
+    labels, worth = gene_worth(found["evolution"] + found["random"][len(first) :])
     plotting.heatmap(
         worth,
         labels,
