@@ -17,6 +17,8 @@ Measured on digits (8 px, 10 epochs, seed 0, torch 2.15, float32 on a CPU):
     default, densenet40_k12     test 99.72%
     reuse                       99.72%; the least read source of a layer has 0.90 of the average
                                 weight; blocks 2 and 3 read their input 0.09 below the average
+    growth-rate, seeds 0 and 1  final training loss for k = 6, 12, 24: 0.061, 0.032, 0.020 at equal
+                                depth, 0.034, 0.032, 0.033 at equal cost; test 99.3% to 99.6%
     gradient-flow, 40 layers    most moved over least moved layer, untrained: dense 2.1, chain 221;
                                 test after training: dense 99.72%, chain 79.67%
     --checkpointing             peak of one training step without the weights: densenet40_k12, 64
@@ -699,22 +701,21 @@ def growth_rates(config: Config) -> dict[str, object]:
     figure, axes = plotting.panels(3, "Growth rate: at equal depth, and at equal cost")
     for (race, nets), ax in zip(races.items(), axes):
         losses = {
-            f"k {k}, {depth} layers": [[r.val_loss for r in t.history] for t in trials[k, depth]]
+            f"k {k}, {depth} layers": [[r.train_loss for r in t.history] for t in trials[k, depth]]
             for k, depth in nets
         }
-        title = f"Validation loss at {race}"
-        plotting.curves(losses, "epoch", "validation loss", title, log_y=True, ax=ax)
+        title = f"Training loss at {race}"
+        plotting.curves(losses, "epoch", "training loss", title, log_y=True, ax=ax)
     points = [
-        (f"k {k}, {depth} layers", t[0].macs / 1e6, mean_and_spread([r.test_top1 for r in t])[0])
-        for (k, depth), t in trials.items()
+        (f"k {k}, {depth} layers", runs[0].macs / 1e6, mean_and_spread(final_losses(runs))[0])
+        for (k, depth), runs in trials.items()
     ]
     plotting.scatter(
         points,
         "million multiply-adds an image",
-        "test top-1",
-        f"Accuracy against cost, {config.seeds} seeds",
+        f"final training loss, mean of {config.seeds}",
+        "What the cost buys",
         log_x=True,
-        percent=True,
         ax=axes[2],
     )
     run.figure("growth_rate", figure)
@@ -728,7 +729,7 @@ def growth_rates(config: Config) -> dict[str, object]:
                 "layers": depth,
                 "parameters": runs[0].params,
                 "M MACs": round(runs[0].macs / 1e6, 2),
-                "val loss": round(mean_and_spread([t.history[-1].val_loss for t in runs])[0], 4),
+                "train loss": round(mean_and_spread(final_losses(runs))[0], 4),
                 "test top-1": f"{mean:.2%}",
                 "spread": f"{spread:.2%}",
                 "seconds": round(sum(t.seconds for t in runs) / len(runs), 1),
@@ -737,12 +738,16 @@ def growth_rates(config: Config) -> dict[str, object]:
     return run.conclude(rows, growth_verdict(trials, races, len(data.test.labels)))
 
 
+def final_losses(runs: list[Trial]) -> list[float]:
+    return [trial.history[-1].train_loss for trial in runs]
+
+
 def growth_verdict(
     trials: dict[tuple[int, int], list[Trial]],
     races: dict[str, list[tuple[int, int]]],
     test_images: int,
 ) -> list[str]:
-    """Who wins each race, and by more than chance or not."""
+    """Who fits and who tests best in each race, and by more than chance or not."""
 
     def top1(net: tuple[int, int]) -> float:
         return mean_and_spread([t.test_top1 for t in trials[net]])[0]
@@ -752,6 +757,21 @@ def growth_verdict(
 
     verdict = []
     for race, nets in races.items():
+        losses = [mean_and_spread(final_losses(trials[net]))[0] for net in nets]
+        best = nets[losses.index(min(losses))]
+        if losses == sorted(losses, reverse=True):
+            course = "falls as k grows"
+        elif losses == sorted(losses):
+            course = "rises as k grows"
+        else:
+            course = f"is lowest for {name(best)}"
+        # Told apart only if the worst seed of the best net beats every seed of all others.
+        others = [x for net in nets if net != best for x in final_losses(trials[net])]
+        clear = max(final_losses(trials[best])) < min(others)
+        verdict.append(
+            f"at {race} the training loss {course}: {', '.join(f'{x:.4f}' for x in losses)}"
+            + ("" if clear else "; the seeds of the best overlap with others")
+        )
         first, *_, last = sorted(nets, key=top1, reverse=True)
         gap, p = top1(first) - top1(last), top1(first)
         # Two standard errors of a difference of two shares of so many test images.
@@ -1015,6 +1035,8 @@ if in_notebook():
 # - `reuse`: every layer reads everything, the first maps of a block still by its last layers. The
 #   transitions' outputs are read least: these maps are redundant, which is why DenseNet-C may drop
 #   half of them.
+# - `growth-rate`: at equal cost the training loss hardly depends on k. Narrow and deep buys what
+#   wide and shallow buys, with more layers to wait for: compare the seconds.
 # - `gradient-flow`: BatchNorm has turned the old trouble round. In the chain the gradient does not
 #   vanish on its way back, it grows with every layer, until no learning rate suits the first layers
 #   and the last. Dense connections need no such luck.

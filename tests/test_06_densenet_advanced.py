@@ -366,12 +366,14 @@ def test_gradient_verdict(dense: list[float], chain: list[float], expected: str)
 def test_growth_verdict_knows_chance() -> None:
     races = {"equal depth": [(6, 22), (12, 22)], "equal cost": [(6, 40), (12, 22)]}
     trials = {
-        (6, 22): [FakeTrial(0.80, macs=10)],
-        (12, 22): [FakeTrial(0.95, macs=30)],
-        (6, 40): [FakeTrial(0.94, macs=30)],
+        (6, 22): [FakeTrial(0.80, 0.30, macs=10), FakeTrial(0.80, 0.32, macs=10)],
+        (12, 22): [FakeTrial(0.95, 0.10, macs=30), FakeTrial(0.95, 0.14, macs=30)],
+        (6, 40): [FakeTrial(0.94, 0.11, macs=30), FakeTrial(0.94, 0.11, macs=30)],
     }
-    depth, cost, price = densenet.growth_verdict(trials, races, test_images=360)
+    fit, depth, fit_cost, cost, price = densenet.growth_verdict(trials, races, test_images=360)
+    assert fit.endswith("the training loss falls as k grows: 0.3100, 0.1200")
     assert "k 12 with 22 layers tests best" in depth
+    assert "rises as k grows: 0.1100, 0.1200" in fit_cost and "overlap" in fit_cost
     assert "no growth rate is ahead" in cost
     assert "3.0 times" in price and "+15.00%" in price
 
