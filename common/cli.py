@@ -70,7 +70,8 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
         else:
             options["type"] = kinds[0]
             options["metavar"] = (
-                "|".join(spec.metadata.get("choices") or ()) or kinds[0].__name__.upper()
+                "|".join(filter(None, spec.metadata.get("choices") or ()))
+                or kinds[0].__name__.upper()
             )
         parser.add_argument("--" + spec.name.replace("_", "-"), **options)
     return parser
@@ -156,16 +157,23 @@ def exit_codes() -> Iterator[None]:
     except Interrupted as stop:
         _leave(str(stop), 128 + stop.signum)
     except KeyboardInterrupt:
-        _leave("interrupted: nothing had been trained yet, so there is nothing to resume", 130)
+        _leave(_farewell(), 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
-    raise Interrupted(
-        signum, "terminated: nothing had been trained yet, so there is nothing to resume"
-    )
+    raise Interrupted(signum, _farewell())
+
+
+def _farewell() -> str:
+    """How to go on, where there is something to go on with."""
+    runs = sys.modules.get("common.runs")
+    run = runs.Run.current if runs else None
+    if run is not None and run.last.exists():
+        return run.farewell()
+    return "stopped before anything was trained: there is nothing to resume"
 
 
 def _leave(line: str, code: int) -> None:

@@ -99,6 +99,8 @@ class Run:
     writes.
     """
 
+    current: Run | None = None  # the one to be named when a signal ends the process
+
     def __init__(self, folder: Path, config: TrainConfig, lesson: str, resumed: bool) -> None:
         self.folder, self.config, self.lesson, self.resumed = folder, config, lesson, resumed
         self.last, self.best = folder / "last.pt", folder / "best.pt"
@@ -115,7 +117,8 @@ class Run:
         if runtime.is_main():
             folder = cls._find(config, lesson)
         folder, resumed = runtime.from_main(folder)
-        return cls(Path(folder), config, lesson, resumed)
+        cls.current = cls(Path(folder), config, lesson, resumed)
+        return cls.current
 
     @classmethod
     def _find(cls, config: TrainConfig, lesson: str) -> tuple[str, bool]:
@@ -273,7 +276,8 @@ class Run:
             "model": self.config.model,
             "dataset": self.config.dataset,
             "image_size": self.config.image_size,
-            "device": cost.device,
+            "device": next(model.parameters()).device.type,
+            "hardware": cost.device,
             "amp": amp is not None,
             "seed": self.config.seed,
             "epochs": len(history),

@@ -172,3 +172,23 @@ def test_folder_with_broken_image_is_named(cli: Callable, image_folder: Callable
     (folder / "cat" / "torn.png").write_bytes(b"\x89PNG nonsense")
     code, _, err = cli("01", "--dataset", "folder", "--data-dir", str(folder), "--workers", "0")
     assert code == 2 and "torn.png" in err and len(err.strip().splitlines()) == 1
+
+
+def test_ctrl_c_before_and_after_training(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = lesson("01")
+    flags = ["--dataset", "digits", "--model", "resnet20", "--device", "cpu", "--smoke"]
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_data", interrupt)
+        patch.setattr("common.runs.Run.current", None)
+        code, _, err = cli("01", *flags)
+        assert code == 130 and "nothing to resume" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "draw_figures", interrupt)
+        code, _, err = cli("01", *flags)
+        assert code == 130 and "--resume" in err
