@@ -70,6 +70,7 @@ from torch import Tensor, nn
 
 from common import plotting, runtime
 from common.data import load_data
+from common.errors import UserError
 from common.evaluation import evaluate
 from common.experiments import Trial, train_trial
 from common.pretrained import load_pretrained
@@ -366,9 +367,7 @@ class ResNet(nn.Module):
         self.init_weights(zero_init_residual)
 
     def init_weights(self, zero_init_residual: bool) -> None:
-        """He initialisation (He et al. 2015, "Delving deep"): variance kept from layer to layer
-        through ReLU.
-        """
+        """He initialisation keeps the variance through ReLUs.  He et al. 2015, "Delving deep"."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -380,9 +379,7 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, C, h, w), the last feature map: 1/32 of the input's resolution, 1/8
-        if small.
-        """
+        """(N, 3, H, W) -> (N, C, H/32, W/32), the last feature map; H/8, W/8 if small."""
         return self.stages(self.stem(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -430,25 +427,28 @@ TABLE: dict[str, Row] = {
 }
 
 
-def resnet(name: str, **options: int | str | bool) -> ResNet:
-    """The model of one row of the table: `num_classes`, `small_input`, `zero_init_residual`,
-    `shortcut`.
-    """
+def resnet(
+    name: str, num_classes: int = 1000, small_input: bool = False, **options: int | str | bool
+) -> ResNet:
+    """The model of one row of the table; further options are `zero_init_residual`, `shortcut`."""
     row = TABLE[name]
-    return ResNet(row.block, row.depths, **{**row.options, **options})
+    options = {**row.options, **options}
+    return ResNet(
+        row.block, row.depths, num_classes=num_classes, small_input=small_input, **options
+    )
 
 
 def cifar_resnet(
     depth: int,
     block: type[nn.Module] = BasicBlock,
-    small_input: bool = True,
+    num_classes: int = 1000,
+    small_input: bool = False,
     **options: int | str | bool,
 ) -> ResNet:
-    """The nets of section 4.2: depth = 6n + 2, three stages of n blocks, 16, 32 and 64 channels
-    wide.
+    """The nets of section 4.2: depth = 6n + 2, three stages of n blocks, 16, 32 and 64 wide.
 
-    Their one form is the 32x32 form, whatever `small_input` says. `shortcut` is "A" by default, as
-    in the paper; "B" projects.
+    They have one form, for 32x32 images, whatever `small_input` says. `shortcut` is "A" by
+    default, as in the paper; "B" projects.
 
     >>> sum(p.numel() for p in cifar_resnet(20, num_classes=10).parameters())
     269722
@@ -456,7 +456,7 @@ def cifar_resnet(
     n, rest = divmod(depth - 2, 6)
     if rest or n < 1:
         raise ValueError(f"a CIFAR ResNet has depth 6n + 2 (8, 14, 20, ...), not {depth}")
-    options = {"shortcut": "A", **options}
+    options = {"shortcut": "A", "num_classes": num_classes, **options}
     return ResNet(block, (n, n, n), (16, 32, 64), stem_channels=16, small_input=True, **options)
 
 
@@ -484,10 +484,8 @@ FAMILIES: dict[str, type[nn.Module]] = {
 
 
 def skip_connections(config: Config) -> dict[str, object]:
-    """Figures 1 and 6 of the paper, at the size that the dataset allows; prints a verdict, draws a
-    figure.
-    """
-    depths = [int(d) for d in config.depths.split(",")]
+    """Figures 1 and 6 of the paper at the size of the dataset: a figure and a verdict."""
+    depths = parse_depths(config.depths)
     config, device = prepare(config)
     data = load_data(config, device)
     run = Run.open(config, "01_resnet_beginner")
@@ -521,6 +519,17 @@ def skip_connections(config: Config) -> dict[str, object]:
     return run.conclude(rows, skip_verdict(trials, depths))
 
 
+def parse_depths(text: str) -> list[int]:
+    """The depths of a text such as 20,56; each must be of the form 6n + 2."""
+    try:
+        depths = [int(part) for part in text.split(",")]
+    except ValueError:
+        depths = []
+    if not depths or any(depth < 8 or (depth - 2) % 6 for depth in depths):
+        raise UserError(f"--depths {text}: wants depths of the form 6n + 2, such as 20,56")
+    return depths
+
+
 def skip_verdict(trials: dict[tuple[str, int], Trial], depths: list[int]) -> list[str]:
     """What the numbers say of the paper's two claims, whichever way they fall."""
     shallow, deep = min(depths), max(depths)
@@ -532,7 +541,7 @@ def skip_verdict(trials: dict[tuple[str, int], Trial], depths: list[int]) -> lis
     if shallow != deep:
         for family in FAMILIES:
             before, after = loss(family, shallow), loss(family, deep)
-            change = "trains worse" if after > before else "trains better"
+            change = "train worse" if after > before else "train better"
             verdict.append(
                 f"{family}: {deep} layers {change} than {shallow} (final training loss "
                 f"{after:.4f} against {before:.4f})"
@@ -572,16 +581,14 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {"skip-connections": skip_c
 # %%
 def build(config: Config, num_classes: int) -> nn.Module:
     """The model that the flags ask for."""
-    options = {"shortcut": config.shortcut} if config.shortcut else {}
-    if config.model in TABLE or config.shortcut or not config.zero_init_residual:
-        options["zero_init_residual"] = config.zero_init_residual
+    options = {"zero_init_residual": config.zero_init_residual}
+    if config.shortcut:
+        options["shortcut"] = config.shortcut
     return MODELS[config.model](num_classes=num_classes, small_input=config.small_input, **options)
 
 
 def run(config: Config) -> dict[str, object]:
-    """Train, test once with the best epoch's weights, profile, draw, save; what result.json holds
-    comes back.
-    """
+    """Train, test once with the best epoch's weights, profile, draw, save."""
     config, device = prepare(config)
     data = load_data(config, device)
     model = build(config, data.num_classes).to(
@@ -598,9 +605,8 @@ def run(config: Config) -> dict[str, object]:
     banner(config, device, data, model, run)
     history = fit(model, data, loss_fn, optimizer, schedule, config, run)
 
-    test = evaluate(
-        model, data.test, data.class_names
-    )  # the only time that the test images are seen
+    # The only time that the test images are seen.
+    test = evaluate(model, data.test, data.class_names)
     cost = profile(model, data.input_size)
     draw_figures(run, model, data, history, test)
     return run.finish(model, data, history, test, cost)
