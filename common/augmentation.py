@@ -99,8 +99,8 @@ def trivial_augment(x: Tensor, draws: Tensor) -> Tensor:
 
 
 def apply_operation(name: str, x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    """`name` of `OPERATIONS` on every image of x (N, C, H, W) uint8, each with its own strength and
-    sign (N,).
+    """`name` of `OPERATIONS` on every image of x (N, C,
+    H, W) uint8, each with its own strength and sign (N,).
     """
     signed = strength * sign
     if name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate"):
@@ -119,8 +119,8 @@ def apply_operation(name: str, x: Tensor, strength: Tensor, sign: Tensor) -> Ten
 
 
 def _geometric(name: str, x: Tensor, signed: Tensor) -> Tensor:
-    """Sample each image on its own sheared, shifted or turned grid; what comes from outside is
-    black.
+    """Sample each image on its own sheared, shifted
+    or turned grid; what comes from outside is black.
     """
     n = len(x)
     theta = torch.eye(2, 3, device=x.device).repeat(
@@ -143,8 +143,8 @@ def _geometric(name: str, x: Tensor, signed: Tensor) -> Tensor:
 
 
 def _blend(name: str, x: Tensor, factor: Tensor) -> Tensor:
-    """Away from (factor > 1) or towards (< 1) an image that has lost brightness, colour, contrast
-    or sharpness.
+    """Away from (factor > 1) or towards (< 1) an image that
+    has lost brightness, colour, contrast or sharpness.
     """
     image = x.float()
     if name == "brightness":

@@ -84,8 +84,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_latest(path: Path) -> dict[str, Any]:
-    """The checkpoint at `path`, or, if that is damaged, the one before it, with a line that says
-    so.
+    """The checkpoint at `path`, or, if that is damaged,
+    the one before it, with a line that says so.
     """
     try:
         return load(path)

@@ -1,5 +1,5 @@
-"""From the command line to a config and from an outcome to an exit code. Flags are read before
-torch is imported.
+"""From the command line to a config and from an outcome
+to an exit code. Flags are read before torch is imported.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
 
 
 def _resumed(config_class: type[ConfigT], given: dict[str, Any]) -> ConfigT:
-    """The settings of the run that `--resume` names, with what may change taken from the command
-    line.
+    """The settings of the run that `--resume` names,
+    with what may change taken from the command line.
     """
     path = Path(given["resume"])
     if not path.exists():
@@ -146,8 +146,8 @@ def main(
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Turn the errors that a user can cause into one line on stderr and the documented exit
-    code.
+    """Turn the errors that a user can cause into
+    one line on stderr and the documented exit code.
     """
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -183,7 +183,7 @@ def _leave(line: str, code: int) -> None:
 
 
 def in_notebook() -> bool:
-    """Whether a Jupyter kernel or IPython runs this: it has no command line of its own and must not
-    be exited.
+    """Whether a Jupyter kernel or IPython runs this: it
+    has no command line of its own and must not be exited.
     """
     return hasattr(builtins, "__IPYTHON__")

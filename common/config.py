@@ -1,5 +1,5 @@
-"""A run's settings: one frozen dataclass whose fields are the flags, and a recipe for what they
-leave open.
+"""A run's settings: one frozen dataclass whose fields
+are the flags, and a recipe for what they leave open.
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ class TrainConfig:
 
     @property
     def small_input(self) -> bool:
-        """Whether models take their 32x32 form: the stems of ImageNet leave nothing of so small an
-        image.
+        """Whether models take their 32x32 form: the stems
+        of ImageNet leave nothing of so small an image.
         """
         return self.image_size is not None and self.image_size <= 64
 

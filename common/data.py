@@ -34,8 +34,8 @@ SMOKE_BATCHES = 2
 
 @dataclass
 class Data:
-    """A dataset ready to train on. Each loader's `batches()` gives x (N, 3, H, W) and y (N,) on the
-    device.
+    """A dataset ready to train on. Each loader's `batches()`
+    gives x (N, 3, H, W) and y (N,) on the device.
     """
 
     name: str
@@ -182,8 +182,8 @@ class Loader:
         return self.batch_size * runtime.world_size() * self.accumulate
 
     def __len__(self) -> int:
-        """Batches per epoch of this process. A training epoch is whole optimizer steps; the rest
-        comes next time.
+        """Batches per epoch of this process. A training epoch
+        is whole optimizer steps; the rest comes next time.
         """
         if self.train:
             batches = len(self.labels) // self.images_per_step * self.accumulate
@@ -197,8 +197,8 @@ class Loader:
         self.accumulate *= 2
 
     def order(self, epoch: int) -> Tensor:
-        """(N,) row numbers: a permutation that follows from seed and epoch, or the files' order
-        when testing.
+        """(N,) row numbers: a permutation that follows from
+        seed and epoch, or the files' order when testing.
         """
         if not self.train:
             return torch.arange(len(self.labels))
@@ -206,8 +206,8 @@ class Loader:
         return torch.randperm(len(self.labels), generator=generator)
 
     def positions(self, batch: int | None = None) -> range:
-        """Where in the order this process finds the images of a batch, or all it will see of a
-        split.
+        """Where in the order this process finds the
+        images of a batch, or all it will see of a split.
         """
         world, rank = runtime.world_size(), runtime.rank()
         if batch is None:
@@ -216,14 +216,14 @@ class Loader:
         return range(batch * together + rank, min((batch + 1) * together, len(self.labels)), world)
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """From batch `start` of an epoch to its end: x (N, 3, H, W) normalised, y (N,) or (N, K)
-        when mixed.
+        """From batch `start` of an epoch to its end: x (N,
+        3, H, W) normalised, y (N,) or (N, K) when mixed.
         """
         raise NotImplementedError
 
     def take(self, rows: np.ndarray) -> Tensor:
-        """The images of some rows as the model sees them when it is tested, (len(rows), 3, H,
-        W).
+        """The images of some rows as the model sees
+        them when it is tested, (len(rows), 3, H, W).
         """
         raise NotImplementedError
 
@@ -292,8 +292,8 @@ class MemoryLoader(Loader):
 
 
 class FileLoader(Loader):
-    """Images decoded and augmented by worker processes, one seed per image, so that any number of
-    them gives the same.
+    """Images decoded and augmented by worker processes, one
+    seed per image, so that any number of them gives the same.
     """
 
     def __init__(
@@ -373,8 +373,8 @@ class _Plan(Sampler):
 
 
 class _Files(Dataset):
-    """(row, seed) -> (3, H, W) uint8 and label; a string instead of an image says what is wrong
-    with the file.
+    """(row, seed) -> (3, H, W) uint8 and label; a string
+    instead of an image says what is wrong with the file.
     """
 
     def __init__(self, paths: list[str], labels: list[int], transform: object) -> None:
@@ -424,8 +424,8 @@ def _file_workers(
 
 
 def num_workers(config: TrainConfig) -> int:
-    """One per core of this process's share, 8 at most: decoding scales with cores, memory with
-    workers.
+    """One per core of this process's share, 8 at most:
+    decoding scales with cores, memory with workers.
     """
     if config.workers is not None:
         return config.workers
@@ -442,8 +442,8 @@ def _fits_in_memory(splits: dict[str, Pictures], image_size: int) -> bool:
 
 
 def _decode(splits: dict[str, Pictures], config: TrainConfig) -> tuple[dict[str, Pictures], int]:
-    """Every file as (3, image_size, image_size) uint8, scaled to its shorter side and cut at the
-    centre.
+    """Every file as (3, image_size, image_size) uint8,
+    scaled to its shorter side and cut at the centre.
     """
     from torchvision.transforms import v2
 
@@ -455,8 +455,8 @@ def _decode(splits: dict[str, Pictures], config: TrainConfig) -> tuple[dict[str,
 def _check_files(
     splits: dict[str, Pictures], config: TrainConfig
 ) -> tuple[dict[str, Pictures], int]:
-    """Find broken images now and not in the last minute, where the files are few enough to be read
-    twice.
+    """Find broken images now and not in the last minute,
+    where the files are few enough to be read twice.
     """
     few = 10_000  # about a minute on two cores
     total = sum(len(p) for p in splits.values())
@@ -514,8 +514,8 @@ def _read_all(
 
 
 def _mean_std(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Per channel, of pixels in [0, 1]; the sums are exact integers, so no order of adding changes
-    them.
+    """Per channel, of pixels in [0, 1]; the sums are
+    exact integers, so no order of adding changes them.
     """
     count = pixels.numel() // pixels.shape[1]
     histogram = torch.stack(

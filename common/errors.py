@@ -1,5 +1,5 @@
-"""The two ways a run ends early on purpose. No torch here: flags are checked before it is
-imported.
+"""The two ways a run ends early on purpose. No
+torch here: flags are checked before it is imported.
 """
 
 from __future__ import annotations

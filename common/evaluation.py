@@ -67,8 +67,8 @@ def evaluate(
 
 
 def most_wrong(evaluation: Evaluation, count: int = 25) -> np.ndarray:
-    """Rows of the wrong predictions, the most confident first: where the model is surest and
-    mistaken.
+    """Rows of the wrong predictions, the most confident
+    first: where the model is surest and mistaken.
     """
     wrong = np.flatnonzero(evaluation.predictions != evaluation.targets)
     confidence = evaluation.probabilities[wrong].max(axis=1)

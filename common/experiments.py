@@ -1,5 +1,5 @@
-"""What the lessons' experiments share: a trial trained under the common recipe, and an outcome that
-is kept.
+"""What the lessons' experiments share: a trial trained
+under the common recipe, and an outcome that is kept.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from common.training import fit, make_optimizer, make_schedule, score
 
 @dataclass(frozen=True)
 class Trial:
-    """One network trained once. Accuracies are fractions; `test_top1` is of the last epoch, so
-    nothing chose it.
+    """One network trained once. Accuracies are fractions;
+    `test_top1` is of the last epoch, so nothing chose it.
     """
 
     name: str

@@ -20,8 +20,8 @@ from common.runtime import autocast, describe
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable and frozen parameters, shared ones once. Buffers (BatchNorm's statistics)
-    don't count.
+    """Number of trainable and frozen parameters, shared
+    ones once. Buffers (BatchNorm's statistics) don't count.
     """
     return sum(p.numel() for p in model.parameters())
 
@@ -42,10 +42,12 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 
 def macs_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, dict[str, int]]:
-    """Multiply-adds of one image by module path, then by operator; 'Global' holds the whole
-    model.
+    """Multiply-adds of one image by module path,
+    then by operator; 'Global' holds the whole model.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # here: it brings triton along, 80 MB of it
+    from torch.utils.flop_counter import (
+        FlopCounterMode,
+    )  # here: it brings triton along, 80 MB of it
 
     with _evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(_dummy_image(model, input_size))
@@ -64,8 +66,8 @@ def _dummy_image(model: nn.Module, input_size: tuple[int, int, int], batch_size:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every submodule's own mode restored after (a frozen BatchNorm stays
-    frozen).
+    """Eval mode inside, every submodule's own mode
+    restored after (a frozen BatchNorm stays frozen).
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -117,8 +119,8 @@ def layer_table(model: nn.Module, input_size: tuple[int, int, int]) -> list[Laye
 
 
 def thop_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """What thop counts for the same image: BatchNorm and pooling too, attention and bare parameters
-    not.
+    """What thop counts for the same image: BatchNorm
+    and pooling too, attention and bare parameters not.
     """
     import thop
 
@@ -204,8 +206,8 @@ def _peak_memory(model: nn.Module, x: Tensor) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside the block that are still alive, and the most there
-    ever were.
+    """Counts the bytes of tensors made inside the block
+    that are still alive, and the most there ever were.
     """
 
     def __init__(self) -> None:

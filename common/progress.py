@@ -1,5 +1,5 @@
-"""Progress of long work: a tqdm bar on a terminal, a plain line now and then where there is
-none.
+"""Progress of long work: a tqdm bar on a terminal,
+a plain line now and then where there is none.
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ def write_csv(path: Path, rows: list[Any]) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` in one step: a reader, or a crash, sees the old file or the new one, never
-    half of it.
+    """Replace `path` in one step: a reader, or a crash,
+    sees the old file or the new one, never half of it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,5 +1,5 @@
-"""A run's life outside the loop: what `auto` means here, its folder, its checkpoints, its results
-and its report.
+"""A run's life outside the loop: what `auto` means here,
+its folder, its checkpoints, its results and its report.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def banner(
 
 
 class Run:
-    """The folder runs/<lesson>/<run name>/ and what is written there. Only the main process
-    writes.
+    """The folder runs/<lesson>/<run name>/ and what
+    is written there. Only the main process writes.
     """
 
     current: Run | None = None  # the one to be named when a signal ends the process
@@ -207,8 +207,8 @@ class Run:
         return state
 
     def save_best(self, model: nn.Module, best: dict[str, Any], data: Data) -> None:
-        """The weights of the best epoch, with what it takes to use them: classes and
-        normalisation.
+        """The weights of the best epoch, with what it
+        takes to use them: classes and normalisation.
         """
         if runtime.is_main():
             state = {
@@ -262,8 +262,8 @@ class Run:
         cost: Profile,
         **more: Any,
     ) -> dict[str, Any]:
-        """Write result.json and report.html, print the outcome, and return what result.json
-        holds.
+        """Write result.json and report.html, print the
+        outcome, and return what result.json holds.
         """
         best = self.load_best()["best"]
         amp = runtime.amp_dtype(
@@ -399,8 +399,8 @@ def _cell(value: object) -> str:
 def draw_figures(
     run: Run, model: nn.Module, data: Data, history: list[EpochRecord], test: Evaluation
 ) -> None:
-    """The figures that every run has: curves, confusion, filters, activations, Grad-CAM, the worst
-    mistakes.
+    """The figures that every run has: curves, confusion,
+    filters, activations, Grad-CAM, the worst mistakes.
     """
     if not runtime.is_main():
         return

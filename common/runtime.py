@@ -76,8 +76,8 @@ def describe(device: torch.device) -> str:
 
 
 def cpu_has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (Intel AMX, Sapphire Rapids and
-    later).
+    """Whether this CPU multiplies bfloat16 matrices in
+    hardware (Intel AMX, Sapphire Rapids and later).
     """
     info = Path("/proc/cpuinfo")
     return info.exists() and "amx_bf16" in info.read_text()
@@ -110,15 +110,15 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 
 def memory_format(image_size: int) -> torch.memory_format:
-    """channels_last, except for images so small that reordering costs more than it saves (at 8 px:
-    1.17x).
+    """channels_last, except for images so small that
+    reordering costs more than it saves (at 8 px: 1.17x).
     """
     return torch.channels_last if image_size >= 32 else torch.contiguous_format
 
 
 def set_up_torch(device: torch.device, seed: int, deterministic: bool = False) -> None:
-    """Seeds, TensorFloat-32 where float32 remains, and the fastest or the repeatable
-    convolutions.
+    """Seeds, TensorFloat-32 where float32 remains,
+    and the fastest or the repeatable convolutions.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -145,8 +145,8 @@ def mixed_seed(*numbers: int) -> int:
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Torch's CPU generator at a state that follows from `numbers` inside, and where it was before
-    after.
+    """Torch's CPU generator at a state that follows from
+    `numbers` inside, and where it was before after.
     """
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(mixed_seed(*numbers))
@@ -205,8 +205,8 @@ def is_main() -> bool:
 
 
 def join_processes(device_name: str) -> None:
-    """Join the group that torchrun started; nothing where it did not. NCCL between GPUs, gloo
-    between CPUs.
+    """Join the group that torchrun started; nothing where
+    it did not. NCCL between GPUs, gloo between CPUs.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
@@ -265,8 +265,8 @@ def from_main(value: Any) -> Any:
 
 
 def gather_rows(rows: Tensor, total: int) -> Tensor:
-    """Rows that were dealt out one by one (process r holds r, r + W, ...), back in order: (total,
-    ...) on CPU.
+    """Rows that were dealt out one by one (process r holds
+    r, r + W, ...), back in order: (total, ...) on CPU.
     """
     if world_size() == 1:
         return rows.cpu()
@@ -279,8 +279,8 @@ def gather_rows(rows: Tensor, total: int) -> Tensor:
 
 
 def parallel(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
-    """DistributedDataParallel around `model` where there are several processes; else the model
-    itself.
+    """DistributedDataParallel around `model` where
+    there are several processes; else the model itself.
     """
     if world_size() == 1:
         return model

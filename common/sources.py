@@ -1,5 +1,5 @@
-"""Where images come from: scikit-learn's digits, downloads that can break, folders as people really
-have them.
+"""Where images come from: scikit-learn's digits, downloads
+that can break, folders as people really have them.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Pictures:
 
 @dataclass
 class Source:
-    """A dataset before it is cut into batches. `val` is None where it has to be split off
-    `train`.
+    """A dataset before it is cut into batches. `val`
+    is None where it has to be split off `train`.
     """
 
     name: str
@@ -64,8 +64,8 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the images, their order or their labels do: a resumed run must meet the same
-        ones.
+        """Changes when the images, their order or their
+        labels do: a resumed run must meet the same ones.
         """
         digest = hashlib.sha256(repr(self.class_names).encode())
         for part in (self.train, self.val, self.test):
@@ -100,8 +100,8 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def choose_dataset(name: str, data_dir: str, gpu: bool) -> tuple[str, str]:
-    """What `auto` means here, and one line that says why; an explicit name is never swapped for
-    another.
+    """What `auto` means here, and one line that says
+    why; an explicit name is never swapped for another.
     """
     if name != "auto":
         return name, ""
@@ -431,8 +431,8 @@ def read_image(path: str) -> Tensor:
 
 
 def to_rgb(image: Image) -> Image:
-    """Any PIL mode to RGB without losing what is seen: 16-bit and float greys are scaled, alpha
-    lies on white.
+    """Any PIL mode to RGB without losing what is seen:
+    16-bit and float greys are scaled, alpha lies on white.
     """
     from PIL import Image
 

@@ -319,8 +319,8 @@ class Watch:
             self.sums_at_step.copy_(state["sums"])
 
     def _announce(self) -> None:
-        """Once, from the first steps: how long all of it will take. A GPU runs behind the host: see
-        `fit`.
+        """Once, from the first steps: how long all of it
+        will take. A GPU runs behind the host: see `fit`.
         """
         first, last = 2, 10
         if (
@@ -350,8 +350,8 @@ class Watch:
 
 
 class _Lagging:
-    """A number from the device that is read when it has come by itself, so that the host never
-    waits for it.
+    """A number from the device that is read when it has
+    come by itself, so that the host never waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -524,8 +524,8 @@ def _train_epoch(
     watch: Watch,
     label: str,
 ) -> None:
-    """`train_one_epoch` under a bar; when CUDA's memory is out, again with half the batch and twice
-    as many.
+    """`train_one_epoch` under a bar; when CUDA's memory
+    is out, again with half the batch and twice as many.
     """
     while True:
         done, total = watch.batch * watch.images, len(loader) * watch.images

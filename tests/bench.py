@@ -350,8 +350,8 @@ def bench_accuracy(
     args: argparse.Namespace,
     device: torch.device,
 ) -> None:
-    """Seconds of training until the validation accuracy reaches `--target`, by the same
-    schedule.
+    """Seconds of training until the validation
+    accuracy reaches `--target`, by the same schedule.
     """
     ours, seconds, epochs = Ours(config, data, device), 0.0, 0
     while epochs < config.epochs:

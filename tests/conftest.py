@@ -1,5 +1,5 @@
-"""What the tests share: lessons by number, small image folders, the command line in this
-process.
+"""What the tests share: lessons by number, small
+image folders, the command line in this process.
 """
 
 from __future__ import annotations

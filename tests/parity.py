@@ -1,5 +1,5 @@
-"""Torchvision's models with random weights, as the independent word on what an architecture
-computes.
+"""Torchvision's models with random weights, as the
+independent word on what an architecture computes.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def torchvision_twin(
 
 @torch.no_grad()
 def largest_difference(ours: nn.Module, twin: nn.Module, image_size: int = 64) -> float:
-    """Load the twin's weights into `ours`; the largest difference of their logits on one random
-    batch.
+    """Load the twin's weights into `ours`; the largest
+    difference of their logits on one random batch.
     """
     load_torchvision_state(ours, twin.state_dict())
     x: Tensor = torch.randn(

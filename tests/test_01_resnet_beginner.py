@@ -1,5 +1,5 @@
-"""Lesson 1: what the paper's tables and a hand count say of its networks, and its experiment in
-miniature.
+"""Lesson 1: what the paper's tables and a hand count
+say of its networks, and its experiment in miniature.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def test_option_a_subsamples_and_pads() -> None:
 
 
 def test_identity_of_preactivation_is_untouched() -> None:
-    """From the stem to the sum nothing rectifies: with a dead branch negative values come
-    through.
+    """From the stem to the sum nothing rectifies:
+    with a dead branch negative values come through.
     """
     unit = resnet.PreActBlock(16, 16)
     nn.init.zeros_(unit.conv2.weight)

@@ -1,5 +1,5 @@
-"""What a user meets on the command line: bad input in one line, exit codes, help at once, no side
-effects.
+"""What a user meets on the command line: bad input in
+one line, exit codes, help at once, no side effects.
 """
 
 from __future__ import annotations

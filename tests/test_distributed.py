@@ -1,5 +1,5 @@
-"""Two processes are one: the same losses, the same weights, the same counts, over gloo on the
-CPU.
+"""Two processes are one: the same losses, the same
+weights, the same counts, over gloo on the CPU.
 """
 
 from __future__ import annotations

@@ -199,8 +199,8 @@ def whole(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def test_killed_at_twenty_random_moments(nursery: Nursery, tmp_path: Path, whole: dict) -> None:
-    """SIGKILL, over and over, at moments nobody chose; a save after every step, so that many hit
-    one.
+    """SIGKILL, over and over, at moments nobody chose;
+    a save after every step, so that many hit one.
     """
     dice = random.Random(0)
     flags = ["--dataset", "digits", *FLAGS, "--run-dir", str(tmp_path)]

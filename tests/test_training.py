@@ -1,5 +1,5 @@
-"""The loop and what it stands on: schedules, parameter groups, sums, stops, memory that runs
-out.
+"""The loop and what it stands on: schedules,
+parameter groups, sums, stops, memory that runs out.
 """
 
 from __future__ import annotations
@@ -230,8 +230,8 @@ def test_clip_limits_the_gradient() -> None:
 
 
 class Hungry(nn.Module):
-    """Runs out of memory, as CUDA would, for batches of more than `limit` images, after `after`
-    passes.
+    """Runs out of memory, as CUDA would, for batches
+    of more than `limit` images, after `after` passes.
     """
 
     def __init__(self, limit: int, after: int) -> None:
