@@ -1,19 +1,22 @@
-"""Somebody else's code in a process of its own: started, questioned, limited and killed from outside.
+"""Somebody else's code in a process of its own: questioned, limited and killed from outside.
 
-Three processes take part. The **parent** (the grader) asks questions and keeps the scores; it never runs a
-student's code and never unpickles what it is sent. The **host** is a small helper that imports torch once and
-forks, because importing torch takes seconds and forking takes milliseconds. Each **worker** is such a fork: a
-session and process group of its own, with limits, an empty folder, no way to reach the host's connection and,
-where the grader runs as root, an unprivileged user of its own and no network. It answers questions until the
-parent kills it, with everything it has started.
+Three processes take part. The **parent** (the grader) asks questions and keeps the scores; it never
+runs a student's code and never unpickles what it is sent. The **host** is a small helper that
+imports torch once and forks, because importing torch takes seconds and forking takes milliseconds.
+Each **worker** is such a fork: a session and process group of its own, with limits, an empty
+folder, no way to reach the host's connection and, where the grader runs as root, an unprivileged
+user of its own and no network. It answers questions until the parent kills it, with everything it
+has started.
 
-What this stops: endless loops, crashes, exits, floods of output, memory, processes and threads, writing over the
-grader's files. What it does not stop: code that reads what its user may read, and code that uses a hole in the
-kernel. Without root the worker is the same user as the grader and could kill it. For people whom you do not
-know, run the whole grader in a container (docs/GRADING.md).
+What this stops: endless loops, crashes, exits, floods of output, memory, processes and threads,
+writing over the grader's files. What it does not stop: code that reads what its user may read, and
+code that uses a hole in the kernel. Without root the worker is the same user as the grader and
+could kill it. For people whom you do not know, run the whole grader in a container
+(docs/GRADING.md).
 
-It needs fork, sessions and resource limits: Linux or macOS. On Linux the host imports torch before it forks; on
-macOS, where a fork after Apple's frameworks have started is unsafe, each worker imports it for itself.
+It needs fork, sessions and resource limits: Linux or macOS. On Linux the host imports torch before
+it forks; on macOS, where a fork after Apple's frameworks have started is unsafe, each worker
+imports it for itself.
 """
 
 from __future__ import annotations
@@ -51,15 +54,16 @@ POLL_SECONDS = 0.05
 class Limits:
     """What one worker may take.
 
-    Seconds of computing, so that a busy machine takes nothing from a student; `patience` times as many may pass on
-    the wall clock, for code that sleeps. `lesson_seconds` are of the wall clock: hosts stop an autograder by it.
+    Seconds of computing, so that a busy machine takes nothing from a student; `patience` times as
+    many may pass on the wall clock, for code that sleeps. `lesson_seconds` are of the wall clock:
+    hosts stop an autograder by it.
     """
 
     import_seconds: float = 20.0
     case_seconds: float = 20.0
     patience: float = 4.0
     lesson_seconds: float = 240.0
-    memory_mb: int = 1000  # anonymous and shared memory of all its processes; torch's own libraries are not counted
+    memory_mb: int = 1000  # of all its processes; torch's own libraries, mapped files, don't count
     processes: int = 64  # processes and threads together
     file_mb: int = 16  # of each file that it writes
     output_kb: int = 16  # of what it prints, the rest is thrown away
@@ -67,7 +71,7 @@ class Limits:
 
 
 class WorkerLost(Exception):
-    """The worker can't answer any more. `kind` is one word for programs, the message one line for people."""
+    """The worker can't answer any more. `kind` is for programs, the message for people."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -87,11 +91,12 @@ def require_platform() -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------- parent
+# ----------------------------------------------------------------------------------- the parent
 
 
 class Host:
-    """The parent's end of one host process, which runs one worker at a time. Use as a context manager.
+    """The parent's end of one host process, which runs one worker at a time. Use as a context
+    manager.
 
     Args:
         preload: modules that the host imports before it forks, so that no worker pays for them.
@@ -102,7 +107,8 @@ class Host:
         require_platform()
         self.limits = limits
         self.preload = preload if LINUX else ()
-        self.own_user: bool | None = None  # whether workers run as a user of their own; known after the first
+        # Whether workers run as a user of their own: known after the first.
+        self.own_user: bool | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.control: socket.socket | None = None
 
@@ -133,33 +139,43 @@ class Host:
         self.control = ours
 
     def fork(self) -> tuple[int, socket.socket, int, Path]:
-        """A new worker: its process id, the socket to question it, the pipe with its output, its folder."""
-        self.start()
-        folder = Path(tempfile.mkdtemp(prefix="submission-"))
-        questions, theirs = socket.socketpair()
-        output, their_output = os.pipe()
-        try:
-            request = {"folder": str(folder), "limits": asdict(self.limits)}
-            fds = [theirs.fileno(), their_output]
-            socket.send_fds(self.control, [json.dumps(request).encode() + b"\n"], fds)
-            answer = _read_line(self.control)
-        except OSError:
-            answer = b""
-        finally:
-            theirs.close()
-            os.close(their_output)
-        if not answer:
+        """A new worker: its process id, the socket to question it, the pipe with its output, its
+        folder.
+
+        Raises: SandboxUnavailable, if it can't be had twice in a row: that is never a submission's
+            fault.
+        """
+        for _ in range(2):
+            self.start()
+            folder = Path(tempfile.mkdtemp(prefix="submission-"))
+            questions, theirs = socket.socketpair()
+            output, their_output = os.pipe()
+            try:
+                request = json.dumps({"folder": str(folder), "limits": asdict(self.limits)})
+                fds = [theirs.fileno(), their_output]
+                socket.send_fds(self.control, [request.encode() + b"\n"], fds)
+                answer = _read_line(self.control)
+            except OSError:
+                answer = b""
+            finally:
+                theirs.close()
+                os.close(their_output)
+            if answer:
+                worker = json.loads(answer)
+                self.own_user = worker["own_user"]
+                return worker["pid"], questions, output, folder
             questions.close()
             os.close(output)
             shutil.rmtree(folder, ignore_errors=True)
             self.close()
-            raise WorkerLost("grader", "the grader's helper process could not start a worker")
-        answer = json.loads(answer)
-        self.own_user = answer["own_user"]
-        return answer["pid"], questions, output, folder
+        raise SandboxUnavailable(
+            "the grader's helper process can't start a worker; its own error is above"
+        )
 
     def reap(self, pid: int) -> int | None:
-        """Wait for a killed worker and clear away whatever it left running. Its exit status, None if unknown."""
+        """Wait for a killed worker and clear away whatever it left running. Its exit status, None
+        if unknown.
+        """
         try:
             self.control.sendall(json.dumps({"reap": pid}).encode() + b"\n")
             return json.loads(_read_line(self.control))["status"]
@@ -180,8 +196,8 @@ class Host:
 class Worker:
     """One worker and the questions to it. Use as a context manager; leaving it kills the worker.
 
-    Raises (all methods): WorkerLost, once and for all, when the worker died, lied about the protocol or went
-    over a limit.
+    Raises (all methods): WorkerLost, once and for all, when the worker died, lied about the
+    protocol or went over a limit.
     """
 
     def __init__(self, host: Host) -> None:
@@ -201,7 +217,9 @@ class Worker:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def ask(self, question: dict[str, Any], seconds: float, deadline: float = float("inf")) -> dict[str, Any]:
+    def ask(
+        self, question: dict[str, Any], seconds: float, deadline: float = float("inf")
+    ) -> dict[str, Any]:
         """The worker's answer, plain JSON data: to be judged, never to be trusted.
 
         Args:
@@ -260,7 +278,9 @@ class Worker:
                 self._died()
             received += part
             if len(received) > self.limits.answer_mb << 20:
-                self._lose("protocol", f"the submission answered with more than {self.limits.answer_mb} MB")
+                self._lose(
+                    "protocol", f"the submission answered with more than {self.limits.answer_mb} MB"
+                )
         return bytes(received)
 
     def _wait(self, writing: bool = False) -> None:
@@ -273,7 +293,10 @@ class Worker:
             if self.output in ready:
                 self._drain()
             if now > self.deadline:
-                self._lose("time", "stopped: it waits for something, or the time for the whole lesson is used up")
+                self._lose(
+                    "time",
+                    "stopped: it waits for something, or the time for the whole lesson is used up",
+                )
             if now - checked > POLL_SECONDS:
                 checked = now
                 self._check_usage()
@@ -296,12 +319,16 @@ class Worker:
         if self.computed_before is None:
             self.computed_before = usage.seconds
         if usage.seconds - self.computed_before > self.allowed:
-            self._lose("time", f"stopped after computing for {self.allowed:g} s: an endless loop, or far too slow")
+            self._lose(
+                "time",
+                f"stopped after computing for {self.allowed:g} s: an endless loop, or far too slow",
+            )
         if usage.memory_mb > self.limits.memory_mb:
             self._lose("memory", f"stopped: it used more than {self.limits.memory_mb} MB of memory")
         if usage.tasks > self.limits.processes:
             self._lose(
-                "processes", f"stopped: it started more than {self.limits.processes} processes or threads"
+                "processes",
+                f"stopped: it started more than {self.limits.processes} processes or threads",
             )
 
     def _died(self) -> NoReturn:
@@ -312,10 +339,14 @@ class Worker:
             number = os.WTERMSIG(self.status)
             name = signal.Signals(number).name
             if number == signal.SIGKILL:  # ours, after it closed the connection, or the kernel's
-                self._lose("death", "the submission closed its connection or was killed by the system")
+                self._lose(
+                    "death", "the submission closed its connection or was killed by the system"
+                )
             self._lose("death", f"the process crashed ({name})")
         code = os.WEXITSTATUS(self.status)
-        self._lose("death", f"the submission ended the process itself with exit code {code} (os._exit?)")
+        self._lose(
+            "death", f"the submission ended the process itself with exit code {code} (os._exit?)"
+        )
 
     def _lose(self, kind: str, message: str) -> NoReturn:
         self.lost = WorkerLost(kind, message)
@@ -323,9 +354,18 @@ class Worker:
         raise self.lost from None
 
 
-_KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV")
+_KEPT_VARIABLES = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "TMPDIR",
+    "VIRTUAL_ENV",
+)
 _ONE_THREAD = {
-    f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM", "NUMEXPR")
+    f"{library}_NUM_THREADS": "1"
+    for library in ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM", "NUMEXPR")
 }
 
 
@@ -402,39 +442,46 @@ def _read_line(connection: socket.socket) -> bytes:
     return bytes(line)
 
 
-# ------------------------------------------------------------------------------------------------ host
+# ------------------------------------------------------------------------------------- the host
 
 
 def serve(control: socket.socket, preload: list[str]) -> None:
     """The host: fork a worker or clear one away, as the parent asks, until the parent is gone."""
-    _prctl(_SET_CHILD_SUBREAPER, 1)  # what a worker leaves behind becomes our child, whatever its group
+    _prctl(
+        _SET_CHILD_SUBREAPER, 1
+    )  # what a worker leaves behind becomes our child, whatever its group
     for name in preload:
-        __import__(name)
+        with contextlib.suppress(Exception):  # the worker that needs it will say so
+            __import__(name)
     gc.collect()
     gc.freeze()  # the collector of a worker need not touch, and so copy, the pages shared with us
     user = _spare_user()
-    while True:
-        message, fds, _, _ = socket.recv_fds(control, 1 << 16, 2)
-        if not message:
-            break
-        request = json.loads(message)
-        if "folder" in request:
-            pid = os.fork()
-            if pid == 0:
-                control.close()
-                try:
-                    _become_worker(request["folder"], Limits(**request["limits"]), fds, user)
-                finally:
-                    os._exit(70)
-            for fd in fds:
-                os.close(fd)
-            answer = {"pid": pid, "own_user": user is not None}
-        else:
-            answer = {"status": _reap(request["reap"])}
-        control.sendall(json.dumps(answer).encode() + b"\n")
-    for process in _descendants(os.getpid()):
-        with contextlib.suppress(OSError):
-            os.kill(process, signal.SIGKILL)
+    try:
+        while True:
+            message, fds, _, _ = socket.recv_fds(control, 1 << 16, 2)
+            if not message:
+                break
+            request = json.loads(message)
+            if "folder" in request:
+                pid = os.fork()
+                if pid == 0:
+                    control.close()
+                    try:
+                        _become_worker(request["folder"], Limits(**request["limits"]), fds, user)
+                    finally:
+                        os._exit(70)
+                for fd in fds:
+                    os.close(fd)
+                answer = {"pid": pid, "own_user": user is not None}
+            else:
+                answer = {"status": _reap(request["reap"])}
+            control.sendall(json.dumps(answer).encode() + b"\n")
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the parent is gone
+    finally:
+        for process in _descendants(os.getpid()):
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
 
 
 def _reap(pid: int) -> int:
@@ -456,7 +503,9 @@ class _User:
     """Whom the workers run as: a user id that nobody has."""
 
     number: int
-    reads_all: bool  # with leave to read every file, because Python itself lies where only root may look
+    reads_all: (
+        bool  # with leave to read every file, because Python itself lies where only root may look
+    )
 
 
 def _spare_user() -> _User | None:
@@ -481,7 +530,9 @@ def _spare_user() -> _User | None:
 
 
 def _needed_files() -> list[str]:
-    """A file of this course, one of Python's own and one of each large package: workers import from all of them."""
+    """A file of this course, one of Python's own and one of each large package: workers import from
+    all of them.
+    """
     files = (getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "numpy"))
     return [__file__, os.__file__, *(file for file in files if file)]
 
@@ -500,7 +551,7 @@ def _become(user: _User) -> None:
         _libc_call("capset", header, effective_permitted_inheritable)
 
 
-# ---------------------------------------------------------------------------------------------- worker
+# ----------------------------------------------------------------------------------- the worker
 
 
 def _become_worker(folder: str, limits: Limits, fds: list[int], user: _User | None) -> None:
@@ -520,9 +571,12 @@ def _become_worker(folder: str, limits: Limits, fds: list[int], user: _User | No
     _lower_limits(limits, own_user=user is not None)
     if user is not None:
         os.chown(folder, user.number, user.number)
-        _libc_call("unshare", _NEW_NETWORK)  # refused in some containers, which is no reason to stop
+        _libc_call(
+            "unshare", _NEW_NETWORK
+        )  # refused in some containers, which is no reason to stop
         _become(user)
     _prctl(_NO_NEW_PRIVILEGES, 1)
+    _prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     from common.exercises.probes import answer_questions
 
     answer_questions(socket.socket(fileno=3))
@@ -538,15 +592,18 @@ def _lower_limits(limits: Limits, own_user: bool) -> None:
     lower("RLIMIT_NOFILE", 256)
     lower("RLIMIT_CPU", int(limits.lesson_seconds) + 5)
     if LINUX:
-        # torch maps gigabytes that it never touches, so this is only a ceiling for absurd requests. What is
-        # really used is watched by the parent.
+        # torch maps gigabytes that it never touches, so this is only a ceiling for absurd requests.
+        # What is really used is watched by the parent.
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         lower("RLIMIT_AS", mapped + 8 * (limits.memory_mb << 20))
-    if own_user:  # the limit counts all processes of a user: for a shared one it would be anybody's guess
+    if (
+        own_user
+    ):  # the limit counts all processes of a user: for a shared one it would be anybody's guess
         lower("RLIMIT_NPROC", limits.processes)
 
 
-_KEEP_CAPABILITIES, _SET_CHILD_SUBREAPER, _NO_NEW_PRIVILEGES = 8, 36, 38  # <linux/prctl.h>
+_DIE_WITH_PARENT, _KEEP_CAPABILITIES = 1, 8  # <linux/prctl.h>
+_SET_CHILD_SUBREAPER, _NO_NEW_PRIVILEGES = 36, 38
 _NEW_NETWORK = 0x40000000  # <linux/sched.h>
 
 

@@ -1,7 +1,8 @@
 """Make the starter of an assignment out of its lesson: `python -m common.starter 01 --out DIR`.
 
-The lesson stays as it is, marker-free. The manifest says which classes and functions are the exercises; their
-bodies go, their signatures and docstrings stay. What is made anew from the lesson can't drift away from it.
+The lesson stays as it is, marker-free. The manifest says which classes and functions are the
+exercises; their bodies go, their signatures and docstrings stay. What is made anew from the lesson
+can't drift away from it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def make_starter(lesson: str, only: Iterable[str] | None = None) -> str:
-    """The text of the starter of `lesson`, with the exercises `only` (numbers; all where None) taken out."""
+    """The text of the starter of `lesson`, with the exercises `only` (numbers; all where None)
+    taken out.
+    """
     chosen = [e for e in exercises(lesson).values() if only is None or e.number in set(only)]
     source = lesson_path(lesson).read_text(encoding="utf-8")
     return _with_assignment(take_out(source, chosen), lesson, chosen)
@@ -39,8 +42,12 @@ def take_out(source: str, chosen: list[Exercise]) -> str:
         for part in exercise.parts:
             for function in functions_of(tree, part):
                 # Two exercises may be about the same part: a block, and the block with BatchNorm.
-                messages.setdefault(function, []).append(f"Exercise {exercise.number}: {exercise.hint}")
-    for function in sorted(messages, key=lambda f: -f.lineno):  # from the end, so that line numbers stay true
+                messages.setdefault(function, []).append(
+                    f"Exercise {exercise.number}: {exercise.hint}"
+                )
+    for function in sorted(
+        messages, key=lambda f: -f.lineno
+    ):  # from the end, so that line numbers stay true
         _empty(lines, function, " ".join(messages[function]))
     return "\n".join(lines) + "\n"
 
@@ -55,7 +62,9 @@ def functions_of(tree: ast.Module, part: str) -> list[ast.FunctionDef]:
         if isinstance(node, ast.FunctionDef) and node.name == part:
             return [node]
         if isinstance(node, ast.ClassDef) and node.name == owner:
-            methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and method in ("", n.name)]
+            methods = [
+                n for n in node.body if isinstance(n, ast.FunctionDef) and method in ("", n.name)
+            ]
             if methods:
                 return methods
     raise ValueError(f"the lesson has no {part}")
@@ -79,7 +88,9 @@ def _empty(lines: list[str], function: ast.FunctionDef, message: str) -> None:
 
 
 def _header_end(lines: list[str], function: ast.FunctionDef) -> int:
-    """Number of lines down to the colon that ends the signature. Comments below it belong to the body."""
+    """Number of lines down to the colon that ends the signature. Comments below it belong to the
+    body.
+    """
     end = function.body[0].lineno - 1
     while end > function.lineno and not lines[end - 1].split("#")[0].rstrip().endswith(":"):
         end -= 1
@@ -102,7 +113,11 @@ def _raise(message: str, width: int) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    return "'" + text + "'" if '"' in text and "'" not in text else '"' + text.replace('"', '\\"') + '"'
+    return (
+        "'" + text + "'"
+        if '"' in text and "'" not in text
+        else '"' + text.replace('"', '\\"') + '"'
+    )
 
 
 def _with_assignment(source: str, lesson: str, chosen: list[Exercise]) -> str:
@@ -113,14 +128,16 @@ def _with_assignment(source: str, lesson: str, chosen: list[Exercise]) -> str:
         "# %% [markdown]",
         "# ## Your exercises",
         "#",
-        "# Every `raise NotImplementedError` below marks a piece that is yours to write. The docstrings say what goes",
-        "# in and what comes out. Keep names and signatures: the rest of the script and the checks rely on them.",
+        "# Every `raise NotImplementedError` below marks a piece that is yours to write. The",
+        "# docstrings say what goes in and what comes out. Keep names and signatures: the rest of",
+        "# the script and the checks rely on them.",
         "#",
     ]
     for exercise in chosen:
         total = sum(row.points for row in rows if row.exercise == exercise.number)
         parts = ", ".join(f"`{part}`" for part in exercise.parts)
-        text.append(f"# - **{exercise.number} {exercise.title}** ({exercise.level}, {total:g} points): {parts}")
+        worth_it = f"({exercise.level}, {total:g} points)"
+        text.append(f"# - **{exercise.number} {exercise.title}** {worth_it}: {parts}")
     text += [
         "#",
         "# Check yourself as often as you like, from the course's folder:",
@@ -136,19 +153,31 @@ def _with_assignment(source: str, lesson: str, chosen: list[Exercise]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0; 2 for a lesson that has no exercises, a folder that can't be written, a file in the way."""
-    parser = argparse.ArgumentParser(prog="python -m common.starter", description=__doc__.split("\n\n")[0])
+    """Exit codes: 0; 2 for a lesson that has no exercises, a folder that can't be written, a file
+    in the way.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m common.starter", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("lesson", nargs="+", help="number of a lesson, 01 to 08, or all")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the starters to")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write the starters to"
+    )
     parser.add_argument("--only", nargs="+", metavar="N.M", help="take out these exercises only")
     parser.add_argument("--force", action="store_true", help="overwrite a file that is there")
     options = parser.parse_args(argv)
-    lessons = list(manifests()) if options.lesson == ["all"] else [n.zfill(2)[:2] for n in options.lesson]
+    lessons = (
+        list(manifests()) if options.lesson == ["all"] else [n.zfill(2)[:2] for n in options.lesson]
+    )
     for lesson in lessons:
         if lesson not in manifests():
-            return _fail(f"lesson {lesson} has no exercises; there are some in {', '.join(manifests())}")
+            return _fail(
+                f"lesson {lesson} has no exercises; there are some in {', '.join(manifests())}"
+            )
         known = exercises(lesson)
-        unknown = [n for n in options.only or () if n.split(".")[0].zfill(2) == lesson and n not in known]
+        unknown = [
+            n for n in options.only or () if n.split(".")[0].zfill(2) == lesson and n not in known
+        ]
         if unknown:
             return _fail(f"no exercise {unknown[0]} in lesson {lesson}; it has {', '.join(known)}")
         path = options.out / file_name(lesson)

@@ -1,4 +1,6 @@
-"""The grader, graded: full points for the lessons, none for the starters, the right ones for the wrong solutions."""
+"""The grader, graded: full points for the lessons, none for the starters, the right ones for the
+wrong solutions.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ ROOT = Path(grade.__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def references() -> grade.References:
-    return grade.References()
+    return grade.References(seed=1)  # the seed of a real run is drawn anew
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,9 @@ def grader(references: grade.References) -> Iterator[grade.Grader]:
         yield grader
 
 
-def mark(grader: grade.Grader, folder: Path, lesson: str, source: str | bytes) -> list[grade.Result]:
+def mark(
+    grader: grade.Grader, folder: Path, lesson: str, source: str | bytes
+) -> list[grade.Result]:
     path = folder / file_name(lesson)
     path.write_bytes(source if isinstance(source, bytes) else source.encode())
     submission = grade.Submission("student", path)
@@ -59,7 +63,9 @@ def test_the_table_and_the_manifests_agree() -> None:
             assert exercise.level in LEVELS and exercise.hint and exercise.cases and exercise.unseen
             assert exercise.number.startswith(f"{int(lesson)}.")
             checks = {row.check for row in rows if row.exercise == exercise.number}
-            assert ("unseen" in checks) and ("result" in checks) == any(c.inputs is None for c in exercise.cases)
+            assert ("unseen" in checks) and ("result" in checks) == any(
+                c.probe == "evaluate" for c in exercise.cases
+            )
             for row in rows:
                 if row.exercise == exercise.number:  # a check that is about nothing could not fail
                     assert (row.visibility == "hidden") == (row.check == "unseen")
@@ -81,9 +87,13 @@ def test_starters_keep_all_but_the_bodies(lesson: str) -> None:
             lines.append(f"{node.name} {signature} {ast.get_docstring(node)}")
         return sorted(lines)
 
-    lesson_source, text = lesson_path(lesson).read_text(encoding="utf-8"), starter.make_starter(lesson)
+    lesson_source, text = (
+        lesson_path(lesson).read_text(encoding="utf-8"),
+        starter.make_starter(lesson),
+    )
     inner = {"forward"}  # functions inside of a removed body go with it
-    missing = [line for line in outline(lesson_source) if line not in outline(text)]
+    kept = outline(text)
+    missing = [line for line in outline(lesson_source) if line not in kept]
     assert not [line for line in missing if line.split()[0] not in inner], missing
     compile(text, "starter", "exec")
     for number, exercise in exercises(lesson).items():
@@ -94,25 +104,35 @@ def test_starters_keep_all_but_the_bodies(lesson: str) -> None:
                 assert len(body) == 1 and isinstance(body[0], ast.Raise)
 
 
-def test_starters_import_cleanly_and_say_what_is_next(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_starters_import_cleanly_and_say_what_is_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert starter.main(["all", "--out", str(tmp_path)]) == 0
     assert "python -m common.grade" in capsys.readouterr().out
     names = sorted(path.stem for path in tmp_path.glob("*.py"))
     assert len(names) == len(LESSONS)
     code = f"import importlib; [importlib.import_module(n) for n in {names}]"
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-W", "error::SyntaxWarning", "-c", code],
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout == "", done.stderr
-    assert starter.main(["all", "--out", str(tmp_path)]) == 2, "a student's work must not be overwritten"
+    assert starter.main(["all", "--out", str(tmp_path)]) == 2, (
+        "a student's work must not be overwritten"
+    )
     assert starter.main(["01", "--out", str(ROOT)]) == 2
     assert starter.main(["77", "--out", str(tmp_path)]) == 2
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
-def test_each_exercise_alone_gives_its_own_points(lesson: str, grader: grade.Grader, tmp_path: Path) -> None:
+def test_each_exercise_alone_gives_its_own_points(
+    lesson: str, grader: grade.Grader, tmp_path: Path
+) -> None:
     """The bodies are put back one exercise at a time; at first none is there."""
     all_of_it = exercises(lesson)
     results = mark(grader, tmp_path, lesson, starter.make_starter(lesson))
@@ -130,7 +150,9 @@ def test_each_exercise_alone_gives_its_own_points(lesson: str, grader: grade.Gra
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: f"{wrong.exercise} {wrong.fault}")
-def test_wrong_solutions_lose_the_right_checks(wrong: Wrong, grader: grade.Grader, tmp_path: Path) -> None:
+def test_wrong_solutions_lose_the_right_checks(
+    wrong: Wrong, grader: grade.Grader, tmp_path: Path
+) -> None:
     path = tmp_path / file_name(wrong.lesson)
     path.write_text(wrong.source(), encoding="utf-8")
     results = grader.mark_exercise(grade.Submission("student", path), wrong.exercise)
@@ -140,7 +162,9 @@ def test_wrong_solutions_lose_the_right_checks(wrong: Wrong, grader: grade.Grade
 
 
 @pytest.mark.parametrize("lesson", sorted({wrong.lesson for wrong in WRONG}))
-def test_wrong_parts_cost_no_other_exercise_a_point(lesson: str, grader: grade.Grader, tmp_path: Path) -> None:
+def test_wrong_parts_cost_no_other_exercise_a_point(
+    lesson: str, grader: grade.Grader, tmp_path: Path
+) -> None:
     """One fault in each exercise of the lesson at once: each loses what it loses alone."""
     text, lost = lesson_path(lesson).read_text(encoding="utf-8"), set()
     for number in exercises(lesson):
@@ -151,7 +175,7 @@ def test_wrong_parts_cost_no_other_exercise_a_point(lesson: str, grader: grade.G
     assert {(r.exercise, r.check) for r in results if not r.passed} == lost
 
 
-# ---------------------------------------------------------------------------------- other right ones
+# ---------------------------------------------------------------------------- other right ones
 
 
 RIGHT = """
@@ -178,8 +202,11 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.identity = make_shortcut(shortcut, in_channels, channels, stride)
         self.body = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, 1, "same", bias=False), nn.BatchNorm2d(channels),
+            nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, 1, "same", bias=False),
+            nn.BatchNorm2d(channels),
         )
         if se_reduction:
             self.body.append(SqueezeExcitation(channels, se_reduction))
@@ -191,7 +218,9 @@ class BasicBlock(nn.Module):
 
 
 def test_other_names_order_and_layers_are_as_good(grader: grade.Grader, tmp_path: Path) -> None:
-    """A file with two classes of its own making, with linear layers for 1x1 convolutions and the shortcut first."""
+    """A file with two classes of its own making, with linear layers for 1x1 convolutions and the
+    shortcut first.
+    """
     results = mark(grader, tmp_path, "01", RIGHT)
     assert {r.exercise for r in results if r.score} == {"1.3", "1.4"}
     assert all(r.passed for r in results if r.exercise in ("1.3", "1.4"))
@@ -208,12 +237,18 @@ LESSON_5 = lesson_path("05").read_text(encoding="utf-8")
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        (LESSON_5.replace("class DepthwiseSeparable", "class DepthwiseSeperable"), "did you mean DepthwiseSeperable?"),
+        (
+            LESSON_5.replace("class DepthwiseS", "class Depthwises"),
+            "did you mean Depthwiseseparable?",
+        ),
         (LESSON_5 + "\nimport timm\n", "takes from timm"),
         (LESSON_5 + "\nfrom torchvision import models\n", "takes from torchvision's models"),
-        (LESSON_5 + "\nimport importlib\nimportlib.import_module('05_mobilenet_advanced')\n", "a lesson of the course"),
-        (LESSON_5 + "\nopen('/anywhere/05_mobilenet_advanced.py')\n", "may not read 05_mobilenet_advanced.py"),
-        (LESSON_5 + "\nname = 'torchvision'\ngetattr(__import__(name), 'models').resnet18()\n", "may not use torchvision's"),
+        (LESSON_5 + "\nimport_module('05_mobilenet_advanced')\n", "a lesson of the course"),
+        (LESSON_5 + "\nopen('/x/05_mobilenet_advanced.py')\n", "may not read 05_mobilenet"),
+        (
+            LESSON_5 + "\nx = 'torchvision'\ngetattr(__import__(x), 'models').vgg11()\n",
+            "may not use",
+        ),
         (LESSON_5 + "\nprint(undefined)\n", "(line {last}: print(undefined))"),
         (LESSON_5 + "\ndef broken(:\n", "syntax error in line {last}"),
         (LESSON_5.encode() + "\n# é\n".encode("latin-1"), "line {last} is not UTF-8"),
@@ -222,8 +257,10 @@ LESSON_5 = lesson_path("05").read_text(encoding="utf-8")
         (LESSON_5 + "\nimport os\nos._exit(0)\n", "ended the process itself with exit code 0"),
         (b"", "DepthwiseSeparable is not defined"),
     ],
-)  # fmt: skip
-def test_messages_name_the_fault(source: str | bytes, says: str, grader: grade.Grader, tmp_path: Path) -> None:
+)
+def test_messages_name_the_fault(
+    source: str | bytes, says: str, grader: grade.Grader, tmp_path: Path
+) -> None:
     path = tmp_path / file_name("05")
     path.write_bytes(source if isinstance(source, bytes) else source.encode())
     results = grader.mark_exercise(grade.Submission("student", path), "5.1")
@@ -250,32 +287,71 @@ def test_files_that_are_not_there_or_not_plain(grader: grade.Grader, tmp_path: P
 
 
 GOOD = LESSON_5
+
+
+def with_forward(body: str) -> str:
+    code = f"def forward(self, x):\n    {body}\n"
+    return replace_part(GOOD, "DepthwiseSeparable.forward", code)
+
+
 HOSTILE = {
     "loop_at_import": GOOD + "\nwhile True:\n    pass\n",
-    "loop_in_c": replace_part(GOOD, "DepthwiseSeparable.forward", "def forward(self, x):\n    sum(range(10**11))\n"),
+    "loop_in_c": with_forward("sum(range(10**11))"),
     "crash": GOOD + "\nimport ctypes\nctypes.string_at(0)\n",
     "exit": GOOD + "\nimport os\nos._exit(0)\n",
-    "threads": GOOD + "\nimport threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(99,)).start()\n",
-    "forks": GOOD + "\nimport os, time\nfor _ in range(200):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(999)\ntime.sleep(999)\n",
-    "tensor": replace_part(GOOD, "DepthwiseSeparable.forward", "def forward(self, x):\n    return torch.zeros(25 * 10**9)\n"),
+    "threads": GOOD
+    + """
+import threading, time
+while True:
+    threading.Thread(target=time.sleep, args=(99,)).start()
+""",
+    "forks": GOOD
+    + """
+import os, time
+for _ in range(200):
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(999)
+time.sleep(999)
+""",
+    "tensor": with_forward("return torch.zeros(25 * 10**9)"),
     "hoarder": GOOD + "\nhoard = []\nwhile True:\n    hoard.append(bytearray(2**24))\n",
     "printer": GOOD + "\nfor _ in range(10**6):\n    print('x')\n",
-    "vandal": GOOD + "\nimport os, signal\nfor path in {paths!r}:\n    try:\n        open(path, 'w').write('score,100')\n    except OSError:\n        pass\n",
-    "killer": GOOD + "\nimport ctypes, os\nfor pid in (os.getppid(), {pid}):\n    ctypes.CDLL(None).kill(pid, 9)\n",
-    "patcher": replace_part(GOOD, "DepthwiseSeparable.forward", "def forward(self, x):\n    return x\n")
-    + "\nimport json\ntorch.equal = torch.allclose = lambda *a, **k: True\nnn.Module.__eq__ = lambda *a: True\n"
-    + "nn.Module.__hash__ = object.__hash__\njson.loads = lambda *a: {{'probe': 'load', 'number': 0}}\n",
-    "forger": GOOD + "\nimport os\nos.write(3, b'{{\"score\": 100}}' + bytes([10]))\nos.closerange(0, 99)\n",
+    "vandal": GOOD
+    + """
+for path in PATHS:
+    try:
+        open(path, "w").write("score,100")
+    except OSError:
+        pass
+""",
+    "killer": GOOD
+    + """
+import ctypes, os
+for pid in (os.getppid(), GRADER):
+    ctypes.CDLL(None).kill(pid, 9)
+""",
+    "patcher": with_forward("return x")
+    + """
+import json
+torch.equal = torch.allclose = lambda *args, **options: True
+json.loads = lambda *args: {"probe": "load", "number": 0}
+""",
+    "forger": GOOD
+    + """
+import os
+os.write(3, b'{"score": 100}' + bytes([10]))
+os.closerange(0, 99)
+""",
     "encoding": GOOD.encode() + b"# \xe9\n",
     "syntax": GOOD + "\nclass (:\n",
-}  # fmt: skip
+}
 KEEP_POINTS = {  # who does no harm to the other exercises keeps their points
     "loop_in_c": {"5.2", "5.3"},
     "tensor": {"5.2", "5.3"},
-    "patcher": {"5.2", "5.3"},
     "printer": {"5.1", "5.2", "5.3"},
-    "killer": {"5.1", "5.2", "5.3"},
     "vandal": {"5.1", "5.2", "5.3"},
+    "killer": {"5.1", "5.2", "5.3"},
 }
 
 
@@ -286,8 +362,12 @@ def test_a_class_of_forty_with_hostile_ones(
     folder, out = tmp_path / "class", tmp_path / "grades.csv"
     folder.mkdir()
     grader.mark_exercise(grade.Submission("lesson", lesson_path("05")), "5.2")
-    guarded = grader.host.own_user  # without root the same user may overwrite files and kill: docs/GRADING.md
-    for i in range(25):  # three files of one class, as they come: a file, a folder, a folder in a folder
+    guarded = (
+        grader.host.own_user
+    )  # without root the same user may overwrite files and kill: docs/GRADING.md
+    for i in range(
+        25
+    ):  # three files of one class, as they come: a file, a folder, a folder in a folder
         place = [folder, folder / f"good_{i:02}", folder / f"good_{i:02}" / "src"][i % 3]
         place.mkdir(parents=True, exist_ok=True)
         text = GOOD if i % 5 else starter.make_starter("05", ["5.2"])
@@ -296,13 +376,12 @@ def test_a_class_of_forty_with_hostile_ones(
         if name in ("killer", "vandal") and not guarded:
             continue
         (folder / name).mkdir()
-        if isinstance(text, str) and "{" in text[len(GOOD) - 200 :] and name in ("vandal", "killer", "patcher", "forger"):
-            tail = text[len(GOOD) - 200 :]
-            tail = tail.replace("{paths!r}", repr([str(out), str(folder / "good_01" / file_name("05"))]))
-            text = text[: len(GOOD) - 200] + tail.replace("{pid}", str(os.getpid())).replace("{{", "{").replace("}}", "}")
-        (folder / name / file_name("05")).write_bytes(text if isinstance(text, bytes) else text.encode())
+        if isinstance(text, str):
+            paths = [str(out), str(folder / "good_01" / file_name("05"))]
+            text = text.replace("PATHS", repr(paths)).replace("GRADER", str(os.getpid())).encode()
+        (folder / name / file_name("05")).write_bytes(text)
     students = 25 + len(HOSTILE) - (0 if guarded else 2)
-    limits = replace(Limits(), import_seconds=4, case_seconds=4)
+    limits = replace(Limits(), import_seconds=2, case_seconds=2)
 
     started = time.monotonic()
     grades = grade.mark_class(folder, out, ("05",), jobs=2, limits=limits, quiet=True)
@@ -318,13 +397,137 @@ def test_a_class_of_forty_with_hostile_ones(
         assert sum(line.max_score for line in lines) == total, student
         full = {line.exercise for line in lines if line.score == line.max_score}
         if student.startswith("good"):
-            assert full == ({"5.1", "5.2", "5.3"} if int(student[-2:]) % 5 else {"5.1", "5.3"}), lines
+            assert full == ({"5.1", "5.2", "5.3"} if int(student[-2:]) % 5 else {"5.1", "5.3"}), (
+                lines
+            )
         else:
             assert full == KEEP_POINTS.get(student, set()), lines
             assert all(line.message for line in lines if line.exercise not in full), student
     with out.open(newline="") as file:
         assert len(list(csv.DictReader(file))) == len(grades)
 
-    again = time.monotonic()
-    assert grade.mark_class(folder, out, ("05",), jobs=2, limits=limits, quiet=True) == grades
-    assert time.monotonic() - again < 5, "what was marked is not marked again"
+    # Stopped and started again: whoever is marked and unchanged stays so, one is new and one is
+    # changed.
+    (folder / "good_01" / file_name("05")).write_text("")
+    kept = [
+        line
+        for line in out.read_text().splitlines(keepends=True)
+        if not line.startswith("good_07,")
+    ]
+    out.write_text("".join(kept))
+    second = grade.mark_class(folder, out, ("05",), jobs=2, limits=limits, quiet=True)
+    assert {line.student for line in set(second) - set(grades)} == {"good_01", "good_07"}
+    assert len(second) == len(grades)
+    assert sum(line.score for line in second if line.student == "good_01") == 0
+
+
+# ---------------------------------------------------------------------------------- reports
+
+
+def max_score(tests: list[dict]) -> float:
+    return sum(test["max_score"] for test in tests)
+
+
+def test_results_json_and_junit_from_pytest(tmp_path: Path) -> None:
+    """A starter through the command line, and only some of the tests: the total stays that of the
+    table.
+    """
+    import xml.etree.ElementTree as ET
+
+    submission, results, junit = (
+        tmp_path / name for name in (file_name("05"), "results.json", "junit.xml")
+    )
+    submission.write_text(starter.make_starter("05", ["5.1"]), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "tests/grading",
+        "--submission",
+        submission,
+    ]
+    command += ["--grade-json", results, "--junitxml", junit, "-k", "not 5.3"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = worth(("05",))
+
+    report = json.loads(results.read_text())
+    assert isinstance(report["execution_time"], float)
+    tests = report["tests"]
+    assert [test["max_score"] for test in tests] == [row.points for row in rows]
+    for row, test in zip(rows, tests):
+        assert test["visibility"] == row.visibility
+        assert isinstance(test["score"], float) and isinstance(test["max_score"], float)
+        assert test["score"] == (row.points if row.exercise == "5.2" else 0)
+        assert test["status"] == ("passed" if test["score"] else "failed")
+    hidden_cases = [
+        case.expression for exercise in exercises("05").values() for case in exercise.unseen
+    ]
+    visible = json.dumps([test for test in tests if test["visibility"] == "visible"])
+    assert hidden_cases and not any(case in visible for case in hidden_cases)
+    assert "unseen" not in visible and "output" not in report
+
+    cases = ET.parse(junit).getroot().findall(".//testcase")
+    assert len(cases) == sum(row.exercise != "5.3" for row in rows)
+    assert sum(case.find("failure") is not None for case in cases) == sum(
+        row.exercise == "5.1" for row in rows
+    )
+    assert "not done yet: Exercise 5.1" in done.stdout
+
+
+def test_results_json_is_valid_after_the_grader_was_killed(tmp_path: Path) -> None:
+    submission, results = tmp_path / file_name("05"), tmp_path / "results.json"
+    submission.write_text(LESSON_5 + "\nwhile True:\n    pass\n")
+    command = [sys.executable, "-m", "common.grade", submission, "--grade-json", results]
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while not results.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    tests = json.loads(results.read_text())["tests"]
+    assert max_score(tests) == sum(row.points for row in worth(("05",)))
+    assert not any(test["score"] for test in tests)
+    assert not list(tmp_path.glob(".results*"))
+
+
+def test_bad_input_is_exit_code_2_and_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "notes.py").write_text("x = 1")
+    for arguments in (
+        ["nowhere"],
+        [str(tmp_path / "notes.py")],
+        [str(tmp_path), "--lessons", "99"],
+        [str(tmp_path / "notes.py"), "--out", str(tmp_path / "grades.csv")],
+        [str(tmp_path), "--jobs", "0"],
+    ):
+        assert grade.main(arguments) == 2, arguments
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.startswith("grade: ") and output.err.count("\n") == 1
+
+
+def test_without_a_warm_host_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS: each worker imports torch itself, and `ps` says what it uses."""
+    monkeypatch.setattr("common.sandbox.LINUX", False)
+    path = tmp_path / file_name("05")
+    path.write_text(LESSON_5, encoding="utf-8")
+    with grade.Grader(("05",)) as grader:
+        results = grader.mark_exercise(grade.Submission("student", path), "5.2")
+    assert grader.host.preload == () and all(r.passed for r in results), results
+
+
+def test_a_formula_in_a_message_stays_text(tmp_path: Path) -> None:
+    line = grade.Grade(
+        "=1+1", "05", "5.1", "t", "beginner", 0.0, 1.0, "shape", "@SUM(A1)", 0.1, "d"
+    )
+    grade._write_grades(tmp_path / "grades.csv", {line.student: [line]})
+    assert "\n'=1+1,05" in (tmp_path / "grades.csv").read_text()
+    assert grade._read_grades(tmp_path / "grades.csv")[0].student == "=1+1"

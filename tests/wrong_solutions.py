@@ -1,4 +1,4 @@
-"""Wrong solutions as students write them: what they wrote, and exactly the checks that it must lose.
+"""Wrong solutions as students write them, and exactly the checks that each must lose.
 
 `code` replaces the lesson's class of that name, or one of its methods.
 """
@@ -28,7 +28,9 @@ class Wrong:
         return f"{int(self.exercise.split('.')[0]):02d}"
 
     def source(self) -> str:
-        return replace_part(lesson_path(self.lesson).read_text(encoding="utf-8"), self.replaces, self.code)
+        return replace_part(
+            lesson_path(self.lesson).read_text(encoding="utf-8"), self.replaces, self.code
+        )
 
 
 def replace_part(source: str, part: str, code: str) -> str:
@@ -40,7 +42,9 @@ def replace_part(source: str, part: str, code: str) -> str:
         node = next(n for n in node.body if getattr(n, "name", None) == method)
         indent = "    "
     lines = source.splitlines()
-    lines[node.lineno - 1 : node.end_lineno] = textwrap.indent(textwrap.dedent(code).strip(), indent).splitlines()
+    lines[node.lineno - 1 : node.end_lineno] = textwrap.indent(
+        textwrap.dedent(code).strip(), indent
+    ).splitlines()
     return "\n".join(lines) + "\n"
 
 
@@ -82,7 +86,9 @@ WRONG = (
         "the last ReLU is missing",
         "1.4",
         "BasicBlock",
-        basic_block("return F.relu(residual + self.shortcut(x))", "return residual + self.shortcut(x)"),
+        basic_block(
+            "return F.relu(residual + self.shortcut(x))", "return residual + self.shortcut(x)"
+        ),
         "values identity unseen",
         "it would be right after a ReLU",
     ),
@@ -90,7 +96,10 @@ WRONG = (
         "ReLU before the addition",
         "1.4",
         "BasicBlock",
-        basic_block("return F.relu(residual + self.shortcut(x))", "return F.relu(residual) + self.shortcut(x)"),
+        basic_block(
+            "return F.relu(residual + self.shortcut(x))",
+            "return F.relu(residual) + self.shortcut(x)",
+        ),
         "values identity unseen",
         "some numbers are negative, where a ReLU should be the last step",
     ),
@@ -100,7 +109,7 @@ WRONG = (
         "BasicBlock",
         basic_block("stride, padding=1, bias=False", "stride, padding=1"),
         "parameters layers unseen",
-        "conv1 is a 3x3 convolution 8 -> 8, padding 1, bias; expected 3x3 convolution 8 -> 8, padding 1, no bias",
+        "conv1 is a 3x3 convolution 8 -> 8, padding 1, bias; expected 3x3 convolution 8 -> 8",
     ),
     Wrong(
         "BatchNorm forgotten",
@@ -153,7 +162,9 @@ WRONG = (
         "BasicBlock.forward",
         """
         def forward(self, x):
-            return torch.zeros(len(x), self.conv1.out_channels, *(-(-s // self.conv1.stride[0]) for s in x.shape[2:]))
+            stride = self.conv1.stride[0]
+            height, width = (-(-size // stride) for size in x.shape[2:])
+            return torch.zeros(len(x), self.conv1.out_channels, height, width)
         """,
         "values gradients modes identity unseen",
         "every number is 0: it does not depend on the input",
@@ -212,7 +223,8 @@ WRONG = (
         "Bottleneck.__init__",
         """
         def __init__(
-            self, in_channels, channels, stride=1, shortcut="B", se_reduction=0, groups=1, base_width=64
+            self, in_channels, channels, stride=1, shortcut="B", se_reduction=0,
+            groups=1, base_width=64,
         ):
             super().__init__()
             width = channels * base_width // 64 * groups
@@ -223,7 +235,9 @@ WRONG = (
             self.bn2 = nn.BatchNorm2d(width)
             self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
             self.bn3 = nn.BatchNorm2d(out_channels)
-            self.se = SqueezeExcitation(out_channels, se_reduction) if se_reduction else nn.Identity()
+            self.se = nn.Identity()
+            if se_reduction:
+                self.se = SqueezeExcitation(out_channels, se_reduction)
             self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
         """,
         "parameters layers values unseen",
@@ -235,7 +249,8 @@ WRONG = (
         "Bottleneck.__init__",
         """
         def __init__(
-            self, in_channels, channels, stride=1, shortcut="B", se_reduction=0, groups=1, base_width=64
+            self, in_channels, channels, stride=1, shortcut="B", se_reduction=0,
+            groups=1, base_width=64,
         ):
             super().__init__()
             width = channels * base_width // 64 * groups
@@ -246,7 +261,9 @@ WRONG = (
             self.bn2 = nn.BatchNorm2d(width)
             self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
             self.bn3 = nn.BatchNorm2d(out_channels)
-            self.se = SqueezeExcitation(out_channels, se_reduction) if se_reduction else nn.Identity()
+            self.se = nn.Identity()
+            if se_reduction:
+                self.se = SqueezeExcitation(out_channels, se_reduction)
             self.shortcut = make_shortcut(shortcut, in_channels, out_channels, stride)
         """,
         "layers values unseen",
@@ -329,16 +346,21 @@ WRONG = (
         def __init__(self, in_channels, widths, five_by_five=False, conv=ConvBnReLU):
             super().__init__(
                 conv(in_channels, widths.conv1x1, 1),
-                nn.Sequential(conv(in_channels, widths.reduce3x3, 1), conv(widths.reduce3x3, widths.conv3x3, 3)),
+                nn.Sequential(
+                    conv(in_channels, widths.reduce3x3, 1),
+                    conv(widths.reduce3x3, widths.conv3x3, 3),
+                ),
                 nn.Sequential(
                     conv(in_channels, widths.reduce5x5, 1),
                     conv(widths.reduce5x5, widths.conv5x5, 5 if five_by_five else 3, padding=1),
                 ),
-                nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), conv(in_channels, widths.pool_proj, 1)),
+                nn.Sequential(
+                    nn.MaxPool2d(3, stride=1, padding=1), conv(in_channels, widths.pool_proj, 1)
+                ),
             )
         """,
         "shape layers values gradients unseen",
-        "branches.2.1.0 is a 5x5 convolution 2 -> 6, padding 1, no bias; expected 5x5 convolution 2 -> 6, padding 2",
+        "branches.2.1.0 is a 5x5 convolution 2 -> 6, padding 1, no bias; expected 5x5",
     ),
     Wrong(
         "branches in a plain list, whose parameters nobody finds",
@@ -410,7 +432,9 @@ WRONG = (
             self.dense = dense
             self.layers = nn.ModuleList()
             for i in range(depth):
-                channels = in_channels + 2 * i * growth_rate if dense else growth_rate if i else in_channels
+                channels = in_channels + 2 * i * growth_rate
+                if not dense and i > 0:
+                    channels = growth_rate
                 self.layers.append(DenseLayer(channels, growth_rate, **layer_options))
             self.out_channels = in_channels + depth * growth_rate if dense else growth_rate
         """,
@@ -451,4 +475,3 @@ WRONG = (
         "none is negative",
     ),
 )
-

@@ -1,23 +1,25 @@
-"""The exercises: what each asks for (one manifest per lesson), what it is worth (points.csv), how it is checked.
+"""The exercises: what each asks for, what it is worth, how it is checked.
 
-Manifests are INI files, so that an instructor can change them without programming. One section per exercise:
+One manifest per lesson says what is asked, `points.csv` what it is worth. Manifests are INI files,
+so that an instructor can change them without programming. One section per exercise:
 
     [1.3]
     title = The basic block
-    level = beginner | intermediate | advanced
-    parts = BasicBlock                     classes, functions or Class.method, taken out of the lesson for the starter
+    level = beginner, intermediate or advanced
+    parts = BasicBlock         classes, functions or Class.method: what the starter leaves out
     hint = One sentence for the student.
-    try =                                  one case a line
-        BasicBlock(8, 16, stride=2) on 2x8x6x6        a module and the shape of its random input
-        ResNet(Bottleneck, (3, 4, 6, 3)) on meta 1x3x224x224        only counted and shaped, not computed
-        DenseLayer(36, 12) on [2x24x8x8, 2x12x8x8]                  a list of inputs
-        round_channels(32, 1.1)                                     no "on": the value itself
-    unseen =                               more of the same, for the hidden check
-    setup =                                optional: definitions that the cases use
-        |def double(x):                    each line behind a bar, which keeps the indentation
+    try =                      one case a line
+        BasicBlock(8, 16, 2) on 2x8x6x6               a module and the shape of its random input
+        DenseLayer(36, 12) on [2x24x8x8, 2x12x8x8]    a list of inputs
+        ResNet(Bottleneck, (3, 4, 6, 3)) on meta      a large one: built on meta, only counted
+        round_channels(32, 1.1)                       no "on": a plain value
+    unseen =                   more of the same, for the hidden check
+    setup =                    definitions that the cases use, if any; each line behind a bar,
+        |def double(x):        which keeps the indentation
         |    return 2 * x
 
-An optional section [lesson] with `source = PATH` names the reference where it isn't the script of the same name.
+An optional section [lesson] with `source = PATH` names the reference where it isn't the script of
+the same name.
 """
 
 from __future__ import annotations
@@ -37,18 +39,16 @@ VISIBILITIES = ("visible", "hidden", "after_due_date", "after_published")  # Gra
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to try: an expression and, for a module, the shapes of its inputs."""
+    """One thing to try, as the manifest has it."""
 
+    text: str
     expression: str
-    inputs: tuple[tuple[int, ...], ...] | None  # None: a plain value is expected
+    probe: str  # what the worker does with it: observe a module, count one, or evaluate
+    inputs: tuple[tuple[int, ...], ...] = ()
     as_list: bool = False  # forward takes one list of tensors
-    device: str = "cpu"
 
     def __str__(self) -> str:
-        if self.inputs is None:
-            return self.expression
-        shapes = ", ".join("x".join(map(str, shape)) for shape in self.inputs)
-        return f"{self.expression} on [{shapes}]" if self.as_list else f"{self.expression} on {shapes}"
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class Exercise:
 
 @dataclass(frozen=True)
 class Worth:
-    """One line of points.csv: what passing one check of one exercise is worth, and who may see the result."""
+    """One line of points.csv: what passing one check of one exercise is worth, and who may see the
+    result.
+    """
 
     exercise: str
     check: str
@@ -77,7 +79,12 @@ class Worth:
 
     @property
     def lesson(self) -> str:
-        return f"{int(self.exercise.split('.')[0]):02d}"
+        return lesson_of(self.exercise)
+
+
+def lesson_of(number: str) -> str:
+    """'01' of exercise '1.3'."""
+    return f"{int(number.split('.')[0]):02d}"
 
 
 @lru_cache
@@ -93,13 +100,15 @@ def file_name(lesson: str) -> str:
 
 @lru_cache
 def lesson_path(lesson: str) -> Path:
-    """The reference: the lesson's own script, unless the manifest names another file of the course."""
+    """The reference: the lesson's own script, unless the manifest names another file."""
     return ROOT / _parse(lesson).get("lesson", "source", fallback=file_name(lesson))
 
 
 @lru_cache
 def exercises(lesson: str) -> dict[str, Exercise]:
-    """The exercises of one lesson by number.  Raises: ValueError, naming the manifest and what is wrong in it."""
+    """The exercises of one lesson by number.  Raises: ValueError, naming the manifest and what is
+    wrong in it.
+    """
     path, parser = manifests()[lesson], _parse(lesson)
     found = {}
     for number in parser.sections():
@@ -121,13 +130,17 @@ def exercises(lesson: str) -> dict[str, Exercise]:
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path.name}, section [{number}]: {error}") from None
         if found[number].level not in LEVELS:
-            raise ValueError(f"{path.name}, section [{number}]: level must be one of {', '.join(LEVELS)}")
+            raise ValueError(
+                f"{path.name}, section [{number}]: level must be one of {', '.join(LEVELS)}"
+            )
     return found
 
 
 @lru_cache
 def points() -> tuple[Worth, ...]:
-    """The one table of points, in its own order. Every total and every denominator is a sum over it."""
+    """The one table of points, in its own order. Every total and every denominator is a sum over
+    it.
+    """
     with (FOLDER / "points.csv").open(newline="", encoding="utf-8") as file:
         table = tuple(
             Worth(row["exercise"], row["check"], float(row["points"]), row["visibility"])
@@ -154,22 +167,24 @@ def _cases(text: str) -> tuple[Case, ...]:
     return tuple(_case(line.strip()) for line in text.splitlines() if line.strip())
 
 
-_SHAPES = re.compile(r"(?P<expression>.+) on (?P<meta>meta )?(?P<shapes>\[?\d+(x\d+)*(, \d+(x\d+)*)*\]?)")
+_CASE = re.compile(r"(?P<expression>.+) on (?P<input>meta|\[?\d+(x\d+)*(, \d+(x\d+)*)*\]?)")
 
 
 def _case(line: str) -> Case:
-    match = _SHAPES.fullmatch(line)
+    match = _CASE.fullmatch(line)
     if match is None:
-        return Case(line, None)
-    shapes = match["shapes"].strip("[]").split(", ")
+        return Case(line, line, "evaluate")
+    if match["input"] == "meta":
+        return Case(line, match["expression"], "count")
+    shapes = match["input"].strip("[]").split(", ")
+    inputs = tuple(tuple(map(int, shape.split("x"))) for shape in shapes)
     return Case(
-        match["expression"],
-        tuple(tuple(map(int, shape.split("x"))) for shape in shapes),
-        as_list=match["shapes"].startswith("["),
-        device="meta" if match["meta"] else "cpu",
+        line, match["expression"], "observe", inputs, as_list=match["input"].startswith("[")
     )
 
 
 def _dedent(text: str) -> str:
-    """A multi-line value without its leading "|"s, which keep Python's indentation from configparser."""
+    """A multi-line value without its leading "|"s, which keep Python's indentation from
+    configparser.
+    """
     return "\n".join(line.removeprefix("|").removeprefix(" ") for line in text.splitlines())

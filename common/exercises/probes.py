@@ -1,12 +1,12 @@
-"""What runs inside a worker: put the submission together, try it out, say what was seen. No verdicts here.
+"""What runs inside a worker: put the submission together, try it out, say what was seen.
 
-The parent compares these observations with those of the reference lesson, made by the same code. Weights are not
-copied from one to the other, because a student may name and register layers in any order. Both sides fill theirs
-by rule instead: a layer's numbers follow from the seed, its kind and shape, and how many of its like ran before.
+There are no verdicts here. The parent compares these observations with those of the reference,
+made by the same code. Weights are not copied from one to the other, because a student may name and
+register layers in any order. Both sides fill theirs by rule instead: a layer's numbers follow from
+the seed, its kind and shape, and how many of its like ran before.
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -65,6 +65,7 @@ def answer_questions(connection: socket.socket) -> None:
     submission = Submission()
     probes: dict[str, Callable[..., dict]] = {
         "load": submission.load,
+        "count": submission.count,
         "observe": submission.observe,
         "evaluate": submission.evaluate,
     }
@@ -76,25 +77,34 @@ def answer_questions(connection: socket.socket) -> None:
         except BaseException as error:  # SystemExit and KeyboardInterrupt of the submission too
             answer = {"error": submission.describe(error)}
         for stream in (sys.stdout, sys.stderr):
-            try:
+            with contextlib.suppress(Exception):  # the submission may have closed or replaced it
                 stream.flush()
-            except Exception:  # the submission may have closed or replaced it
-                pass
         connection.sendall(json.dumps({**answer, "number": number}).encode() + b"\n")
 
 
 def plain(value: object) -> Any:
-    """`value` as JSON data. A tensor becomes its type, shape and bytes; of a large one a regular sample."""
+    """`value` as JSON data. A tensor becomes its type, shape and bytes; of a large one a regular
+    sample.
+    """
     if isinstance(value, Tensor):
         shape, flat = list(value.shape), value.detach().cpu().flatten()
         flat = flat[:: -(-flat.numel() // SAMPLE) or 1].to(
             torch.float64 if value.is_floating_point() else torch.int64
         )
-        return {"$tensor": [str(flat.numpy().dtype), shape, base64.b64encode(flat.numpy().tobytes()).decode()]}
+        return {
+            "$tensor": [
+                str(flat.numpy().dtype),
+                shape,
+                base64.b64encode(flat.numpy().tobytes()).decode(),
+            ]
+        }
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v) for v in (sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)]
+        return [
+            plain(v)
+            for v in (sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
+        ]
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -103,14 +113,20 @@ def plain(value: object) -> Any:
 
 
 class Submission:
-    """A student's file, or the reference, as a module that other exercises' parts were replaced in."""
+    """A file as a module, with the parts of all other exercises replaced by the reference's."""
 
     def __init__(self) -> None:
         self.filename = "<submission>"
         self.namespace: dict[str, Any] = {}
 
     def load(
-        self, filename: str, source: str, parts: list[str], grafts: dict[str, Any], setup: str, reference: str
+        self,
+        filename: str,
+        source: str,
+        parts: list[str],
+        grafts: dict[str, Any],
+        setup: str,
+        reference: str,
     ) -> dict:
         """Run the file, with everything that is not this exercise's replaced by the reference's.
 
@@ -118,8 +134,8 @@ class Submission:
             filename: what to call the file in messages.
             source: its bytes in base64.
             parts: the exercise's classes, functions and `Class.method`s; they must be there.
-            grafts: of the reference, never with the exercise's own parts: "imports", "replace" and "lacking",
-                the latter two name -> source text.
+            grafts: of the reference, never with the exercise's own parts: "imports", "replace" and
+                "lacking", the latter two name -> source text.
             setup: helpers of the manifest's cases.
             reference: the module that the exercise is taken from, and the submission may not.
         """
@@ -128,7 +144,8 @@ class Submission:
         linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
         tree = ast.parse(text, filename)
         allowed = {name for node in ast.parse(grafts["imports"]).body for name in names_taken(node)}
-        refuse_imports(tree, {**FORBIDDEN, reference: "the solution"}, allowed)
+        nodes = list(ast.walk(tree))
+        refuse_imports(nodes, {**FORBIDDEN, reference: "the solution"}, allowed)
         require_parts(tree, parts, filename)
         lock_doors()
 
@@ -136,7 +153,7 @@ class Submission:
         module.__file__ = filename
         sys.modules["submission"] = module  # dataclasses look their module up
         self.namespace = vars(module)
-        self.namespace.update(borrowed_imports(tree, grafts["imports"]))
+        self.namespace.update(borrowed_imports(nodes, grafts["imports"]))
         later = []
         for code, own in graft(tree, filename, grafts["replace"], grafts["lacking"]):
             try:
@@ -151,41 +168,59 @@ class Submission:
         exec(compile(setup, "<manifest>", "exec", dont_inherit=True), self.namespace)
         return {}
 
-    def observe(self, expression: str, inputs: list[list[int]], as_list: bool, device: str, seed: int) -> dict:
-        """Build the module that `expression` gives and watch it work on random inputs of the given shapes."""
+    def count(self, expression: str) -> dict:
+        """Build the module that `expression` gives on the meta device, where weights cost nothing,
+        and list it.
+
+        No forward pass: the first tensor computed on meta makes torch import its compiler, 160 MB
+        and two seconds.
+        """
+        with torch.device("meta"):
+            module = self._module(expression)
+        return _listing(module, layers_of(module))
+
+    def observe(self, expression: str, inputs: list[list[int]], as_list: bool, seed: int) -> dict:
+        """Build the module that `expression` gives and watch it work on random inputs of the given
+        shapes.
+        """
         torch.manual_seed(seed)
-        with torch.device(device):
-            module = eval(expression, self.namespace)
-        if not isinstance(module, nn.Module):
-            raise Trouble(f"gives {_a(module)}, where an nn.Module is expected")
+        module = self._module(expression)
         generator = torch.Generator().manual_seed(seed)
-        tensors = [torch.randn(shape, generator=generator).to(device) for shape in inputs]
+        tensors = [torch.randn(shape, generator=generator) for shape in inputs]
 
         def forward(grad: bool = False) -> list[Tensor]:
-            x = [t.clone() for t in tensors]  # a block that works in place must not spoil the next pass
+            x = [
+                t.clone() for t in tensors
+            ]  # a block that works in place must not spoil the next pass
             for t in x:
                 t.requires_grad_(grad)
             self.last_inputs = x
             with torch.set_grad_enabled(grad):
                 return outputs(module(x) if as_list else module(*x))
 
-        seen: dict[str, Any] = {"parameters": sum(p.numel() for p in module.parameters())}
         layers, error = in_order_of_use(module, forward)
-        seen["layers"] = [[name, what(layer), own_parameters(layer)] for name, layer in layers]
+        seen = _listing(module, layers)
         if error is not None:
-            seen["forward_error"] = self.describe(error)
-            return seen
-        seen["shapes"] = [list(y.shape) for y in forward()]
-        if device == "meta":
-            return seen
+            return {**seen, "forward_error": self.describe(error)}
         try:
-            seen.update(self._watch(module, [layer for _, layer in layers], forward, seed))
+            seen["shapes"] = [list(y.shape) for y in forward()]
+            seen.update(self._watch(module, list(layers), forward, seed))
         except Exception as failure:
             seen["forward_error"] = self.describe(failure)
         return seen
 
+    def _module(self, expression: str) -> nn.Module:
+        module = eval(expression, self.namespace)
+        if not isinstance(module, nn.Module):
+            raise Trouble(f"gives {_a(module)}, where an nn.Module is expected")
+        return module
+
     def _watch(
-        self, module: nn.Module, layers: list[nn.Module], forward: Callable[..., list[Tensor]], seed: int
+        self,
+        module: nn.Module,
+        layers: list[nn.Module],
+        forward: Callable[..., list[Tensor]],
+        seed: int,
     ) -> dict:
         seen: dict[str, Any] = {}
         fill(module, layers, seed)
@@ -194,7 +229,9 @@ class Submission:
         in_eval = forward()
         seen["eval"] = plain(in_eval)
         seen["eval_repeats"] = _equal(in_eval, forward())
-        seen["eval_changes"] = [k for k, v in module.state_dict().items() if not torch.equal(v, before[k])]
+        seen["eval_changes"] = [
+            k for k, v in module.state_dict().items() if not torch.equal(v, before[k])
+        ]
 
         ys = forward(grad=True)
         generator = torch.Generator().manual_seed(seed + 1)
@@ -214,7 +251,8 @@ class Submission:
         in_train = forward()
         seen["train"] = plain(in_train)
         seen["train_is_eval"] = _equal(in_train, in_eval)
-        # One coin for a whole batch often falls the same way twice, so who throws coins is asked more often.
+        # One coin for a whole batch often falls the same way twice, so who throws coins is asked
+        # more often.
         throws = not torch.equal(torch.get_rng_state(), generator_before)
         seen["train_repeats"] = all(_equal(in_train, forward()) for _ in range(30 if throws else 1))
         state = module.state_dict()
@@ -238,7 +276,8 @@ class Submission:
         if isinstance(error, Trouble):
             return str(error)
         if isinstance(error, SyntaxError) and error.filename == self.filename:
-            return f"syntax error in line {error.lineno}: {error.msg}: {(error.text or '').strip()[:120]}"
+            text = (error.text or "").strip()[:120]
+            return f"syntax error in line {error.lineno}: {error.msg}: {text}"
         where = ""
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == self.filename:
@@ -256,7 +295,7 @@ class Submission:
         return f"{type(error).__name__}: {text}{where}"
 
 
-# ------------------------------------------------------------------------------- putting it together
+# -------------------------------------------------------------------------- putting it together
 
 
 def decode(data: bytes) -> str:
@@ -267,8 +306,8 @@ def decode(data: bytes) -> str:
     except (SyntaxError, UnicodeDecodeError, LookupError):
         bad = next((i for i, line in enumerate(data.split(b"\n"), 1) if not _is_utf8(line)), 1)
         raise Trouble(
-            f"not readable as text: line {bad} is not UTF-8 and the file declares no other encoding; "
-            "save it as UTF-8"
+            f"not readable as text: line {bad} is not UTF-8 and the file declares no other "
+            "encoding; save it as UTF-8"
         ) from None
     if "\0" in text:
         raise Trouble("not readable as text: the file holds zero bytes; save it as UTF-8")
@@ -283,19 +322,22 @@ def _is_utf8(line: bytes) -> bool:
     return True
 
 
-def refuse_imports(tree: ast.Module, forbidden: dict[str, str], allowed: set[str]) -> None:
+def refuse_imports(nodes: list[ast.AST], forbidden: dict[str, str], allowed: set[str]) -> None:
     """Raises: Trouble, at the first place where a finished model is taken from elsewhere.
 
     What the reference imports itself is allowed.
     """
-    for node in ast.walk(tree):
+    for node in nodes:
         for name in names_taken(node):
-            source = next((what for k, what in forbidden.items() if f"{name}.".startswith(f"{k}.")), None)
+            source = next(
+                (what for k, what in forbidden.items() if f"{name}.".startswith(f"{k}.")), None
+            )
             if LESSON_NAME.match(name):
                 source = "a lesson of the course"
             if source and name not in allowed:
                 raise Trouble(
-                    f"not allowed: line {node.lineno} takes from {source} ({name}); build the model yourself"
+                    f"not allowed: line {node.lineno} takes from {source} ({name}); "
+                    "build the model yourself"
                 )
 
 
@@ -308,7 +350,9 @@ def names_taken(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Attribute):
         return [_dotted(node)]
     if isinstance(node, ast.Call) and _dotted(node.func).endswith(("import_module", "__import__")):
-        return [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        return [
+            a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
+        ]
     return []
 
 
@@ -323,7 +367,9 @@ def _dotted(node: ast.expr) -> str:
 
 
 def lock_doors() -> None:
-    """The same rule for what the source does not show. It stops the idle, not the determined: see the docs."""
+    """The same rule for what the source does not show. It stops the idle, not the determined: see
+    the docs.
+    """
 
     def guard(event: str, args: tuple) -> None:
         if event == "open" and isinstance(args[0], (str, bytes)):
@@ -331,7 +377,9 @@ def lock_doors() -> None:
             if LESSON_FILE.fullmatch(name):
                 raise PermissionError(f"not allowed: a submission may not read {name}")
         elif event in ("os.kill", "os.killpg") and args[0] != os.getpid():
-            raise PermissionError("not allowed: a submission may not send signals to other processes")
+            raise PermissionError(
+                "not allowed: a submission may not send signals to other processes"
+            )
 
     sys.addaudithook(guard)
     locked = sys.modules["torchvision.models"] = _Locked("torchvision.models")
@@ -348,7 +396,7 @@ class _Locked(types.ModuleType):
 
 
 def definitions(body: list[ast.stmt]) -> dict[str, ast.stmt]:
-    """Name -> statement for the classes, functions and assignments of a module's or class's body."""
+    """Name -> statement, for what the body of a module or class defines or assigns."""
     found: dict[str, ast.stmt] = {}
     for node in body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
@@ -376,13 +424,15 @@ def require_parts(tree: ast.Module, parts: list[str], filename: str) -> None:
             raise Trouble(f"missing: {name} is not defined in {filename}{guess}")
 
 
-def borrowed_imports(tree: ast.Module, imports: str) -> dict[str, Any]:
-    """The reference's imports, for the grafted definitions, less the names that the submission itself forgot.
+def borrowed_imports(nodes: list[ast.AST], imports: str) -> dict[str, Any]:
+    """The reference's imports, for the grafted definitions, less the names that the submission
+    itself forgot.
 
-    Otherwise a submission without `import torch.nn.functional as F` would work here and nowhere else.
+    Otherwise a submission without `import torch.nn.functional as F` would work here and nowhere
+    else.
     """
     used, bound = set(), set(dir(builtins))
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Name):
             (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -401,8 +451,9 @@ def graft(
 ) -> Iterator[tuple[types.CodeType, bool]]:
     """The submission statement by statement, with the reference's in place of those to be replaced.
 
-    Statement by statement, because each code object carries one file name: no message shall quote grafted text
-    as the student's. With each comes whether it belongs to the submission, or stands in for what it lacks.
+    Statement by statement, because each code object carries one file name: no message shall quote
+    grafted text as the student's. With each comes whether it belongs to the submission, or stands
+    in for what it lacks.
     """
     own = definitions(tree.body)
     for name, text in replace.items():
@@ -422,7 +473,9 @@ def graft(
         return (code(node, "<reference>", future) for node in ast.parse(text).body)
 
     imports = 0
-    while imports < len(tree.body) and isinstance(tree.body[imports], (ast.Expr, ast.Import, ast.ImportFrom)):
+    while imports < len(tree.body) and isinstance(
+        tree.body[imports], (ast.Expr, ast.Import, ast.ImportFrom)
+    ):
         imports += 1
     for node in tree.body[:imports]:
         yield code(node, filename, future * declared), True
@@ -446,7 +499,11 @@ def outputs(result: object) -> list[Tensor]:
         return [result]
     if isinstance(result, dict):
         result = list(result.values())
-    if isinstance(result, (list, tuple)) and result and all(r is None or isinstance(r, Tensor) for r in result):
+    if (
+        isinstance(result, (list, tuple))
+        and result
+        and all(r is None or isinstance(r, Tensor) for r in result)
+    ):
         return [r for r in result if r is not None]
     raise Trouble(f"forward gives {_a(result)}, where a tensor is expected")
 
@@ -459,20 +516,26 @@ def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b))
 
 
-def in_order_of_use(
-    module: nn.Module, forward: Callable[[], list[Tensor]]
-) -> tuple[list[tuple[str, nn.Module]], Exception | None]:
-    """The layers that hold parameters, as a forward pass meets them, then those it never meets.
-
-    And the error, if the pass fails.
-    """
-    layers = {
+def layers_of(module: nn.Module) -> dict[nn.Module, str]:
+    """Layer -> its name, for the layers that hold parameters, as they were registered."""
+    return {
         layer: name or "(the module itself)"
         for name, layer in module.named_modules()
         if layer._parameters or isinstance(layer, NORMS)
     }
+
+
+def in_order_of_use(
+    module: nn.Module, forward: Callable[[], list[Tensor]]
+) -> tuple[dict[nn.Module, str], Exception | None]:
+    """The same as a forward pass meets them, and behind them those that it doesn't; and its error,
+    if it fails.
+    """
+    layers = layers_of(module)
     met: dict[nn.Module, None] = {}
-    hooks = [layer.register_forward_pre_hook(lambda layer, _: met.setdefault(layer)) for layer in layers]
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, _: met.setdefault(layer)) for layer in layers
+    ]
     module.eval()
     error = None
     try:
@@ -481,22 +544,33 @@ def in_order_of_use(
         error = failure
     for hook in hooks:
         hook.remove()
-    order = [*met, *(layer for layer in layers if layer not in met)]
-    return [(layers[layer], layer) for layer in order], error
+    return {layer: layers[layer] for layer in [*met, *layers]}, error
 
 
-def own_parameters(layer: nn.Module) -> int:
-    return sum(p.numel() for p in layer._parameters.values() if p is not None)
+def _listing(module: nn.Module, layers: dict[nn.Module, str]) -> dict[str, Any]:
+    """Number of parameters in all, and the name and description of each layer."""
+    return {
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "layers": [[name, what(layer)] for layer, name in layers.items()],
+    }
 
 
 def what(layer: nn.Module) -> str:
-    """A layer in words, the same words for a 1x1 convolution and the linear layer that computes the same."""
+    """A layer in words, the same words for a 1x1 convolution and the linear layer that computes the
+    same.
+    """
     bias = "" if getattr(layer, "bias", None) is None else ", bias"
     if isinstance(layer, nn.Linear):
-        return f"1x1 convolution or linear {layer.in_features} -> {layer.out_features}{bias or ', no bias'}"
+        channels = f"{layer.in_features} -> {layer.out_features}"
+        return f"1x1 convolution or linear {channels}{bias or ', no bias'}"
     if isinstance(layer, nn.Conv2d):
         kernel, channels = layer.kernel_size, f"{layer.in_channels} -> {layer.out_channels}"
-        if kernel == (1, 1) and layer.stride == (1, 1) and layer.groups == 1 and not _padding(layer):
+        if (
+            kernel == (1, 1)
+            and layer.stride == (1, 1)
+            and layer.groups == 1
+            and not _padding(layer)
+        ):
             return f"1x1 convolution or linear {channels}{bias or ', no bias'}"
         details = [
             f", {word} {value}"
@@ -508,7 +582,9 @@ def what(layer: nn.Module) -> str:
             )
             if value != usual
         ]
-        text = f"{kernel[0]}x{kernel[1]} convolution {channels}{''.join(details)}{bias or ', no bias'}"
+        text = (
+            f"{kernel[0]}x{kernel[1]} convolution {channels}{''.join(details)}{bias or ', no bias'}"
+        )
         return re.sub(r"\((\d+), \1\)", r"\1", text)
     if isinstance(layer, NORMS):
         size = getattr(layer, "num_features", None) or getattr(layer, "normalized_shape", "")
@@ -529,10 +605,13 @@ def _padding(layer: nn.Conv2d) -> tuple[int, ...] | int:
 
 @torch.no_grad()
 def fill(module: nn.Module, layers: list[nn.Module], seed: int, zero: bool = False) -> None:
-    """Random parameters and running statistics by the rule above; with `zero`, zeros and fresh statistics.
+    """Random parameters and running statistics by the rule above; with `zero`, zeros and fresh
+    statistics.
 
-    A norm is known by the layer that ran before it: two branches may run in either order. A bias in front of a
-    norm stays zero: the norm would take it away again, and who left one on shall lose the points for that alone.
+    A norm is known by the layer that ran before it: two branches may run in either order. A bias in
+    front of a
+    norm stays zero: the norm would take it away again, and who left one on shall lose the points
+    for that alone.
     """
     counts: Counter[tuple] = Counter()
     previous: tuple = ()
@@ -566,7 +645,7 @@ def fill(module: nn.Module, layers: list[nn.Module], seed: int, zero: bool = Fal
             elif role == "weight" and p.dim() > 1:
                 p.copy_(noise * (2 / p[0].numel()) ** 0.5)
             else:
-                p.copy_(0.3 * noise)
+                p.copy_(0.2 + 0.3 * noise.abs())  # positive, so that few ReLUs are dead
         for role, buffer in layer._buffers.items():
             if norm and buffer is not None:
                 noise = draw(key, role, buffer)

@@ -1,7 +1,8 @@
 """`pytest tests/grading --submission DIR_OR_FILE`: one test for each line of the table of points.
 
-Nothing that decides about a score happens in a test: the tests only show what `common.grade` found out. So
-`--grade-json` and the summary have a line for every line of the table also where a test did not run.
+Nothing that decides about a score happens in a test: the tests only show what `common.grade` found
+out. So `--grade-json` and the summary have a line for every line of the table also where a test did
+not run.
 """
 
 from __future__ import annotations
@@ -22,14 +23,31 @@ LESSONS = Path(__file__).parent.parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("marking")
-    group.addoption("--submission", type=Path, default=LESSONS, help="file or folder to mark (default: the lessons)")
-    group.addoption("--lessons", metavar="NN,NN", help="what the assignment consists of (default: all, of a file its own)")
-    group.addoption("--grade-json", type=Path, metavar="FILE", help="write Gradescope's results.json")
-    group.addoption("--time-limit", type=float, default=Limits().case_seconds, help="seconds of computing, per import and per case")
+    group.addoption(
+        "--submission",
+        type=Path,
+        default=LESSONS,
+        help="file or folder to mark (default: the lessons)",
+    )
+    group.addoption(
+        "--lessons",
+        metavar="NN,NN",
+        help="what the assignment consists of (default: all, of a file its own)",
+    )
+    group.addoption(
+        "--grade-json", type=Path, metavar="FILE", help="write Gradescope's results.json"
+    )
+    group.addoption(
+        "--time-limit",
+        type=float,
+        default=Limits().case_seconds,
+        help="seconds of computing, per import and per case",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The options are unknown where a run of the whole suite finds this file late: then the defaults hold.
+    # The options are unknown where a run of the whole suite finds this file late: then the defaults
+    # hold.
     path = config.getoption("--submission", LESSONS)
     try:
         require_platform()
@@ -76,17 +94,19 @@ def grader(pytestconfig: pytest.Config) -> Iterator[grade.Grader]:
 
 
 @pytest.fixture
-def result(
-    row: Worth, request: pytest.FixtureRequest, grader: grade.Grader
-) -> grade.Result:
-    """The mark, and its copy in the test's report, from where the summary, results.json and JUnit's XML have it."""
+def result(row: Worth, request: pytest.FixtureRequest, grader: grade.Grader) -> grade.Result:
+    """The mark, and its copy in the test's report, from where the summary, results.json and JUnit's
+    XML have it.
+    """
     found = request.config.stash[_MARKING].result(grader, row)
     request.node.user_properties += asdict(found).items()
     return found
 
 
 class Report:
-    """Collects the results from the test reports, so that it works across pytest-xdist's processes too."""
+    """Collects the results from the test reports, so that it works across pytest-xdist's processes
+    too.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
         self.marking = config.stash[_MARKING]
@@ -96,7 +116,9 @@ class Report:
         self.save()  # so that the file is there and valid, with no points, if we are killed
 
     def complete(self) -> list[grade.Result]:
-        return [self.results.get((r.exercise, r.check)) or grade.not_run(r) for r in self.marking.rows]
+        return [
+            self.results.get((r.exercise, r.check)) or grade.not_run(r) for r in self.marking.rows
+        ]
 
     def save(self) -> None:
         if self.json_path:

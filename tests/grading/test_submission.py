@@ -1,4 +1,6 @@
-"""One test for each line of common/exercises/points.csv: `pytest tests/grading --submission DIR_OR_FILE`."""
+"""One test for each line of common/exercises/points.csv: `pytest tests/grading --submission
+DIR_OR_FILE`.
+"""
 
 import pytest
 
