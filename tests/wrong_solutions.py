@@ -474,4 +474,32 @@ WRONG = (
         "values unseen",
         "none is negative",
     ),
+    Wrong(
+        "weights frozen, BatchNorm's statistics not",
+        "8.1",
+        "freeze",
+        """
+        def freeze(part):
+            for parameter in part.parameters():
+                parameter.requires_grad_(False)
+        """,
+        "result unseen",
+        "that_move(frozen(0)): expected ['1.1.running_mean'",
+    ),
+    Wrong(
+        "the first part learns fastest",
+        "8.2",
+        "discriminative_groups",
+        """
+        def discriminative_groups(parts, lr, decay, weight_decay):
+            groups = []
+            for distance, part in enumerate(parts):
+                for group in parameter_groups(part, weight_decay):
+                    if group["params"]:
+                        groups.append({**group, "lr": lr / decay**distance})
+            return groups
+        """,
+        "result unseen",
+        "rates(0.1, 2.0, 0.0): expected",
+    ),
 )
