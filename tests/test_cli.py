@@ -192,3 +192,16 @@ def test_ctrl_c_before_and_after_training(
         patch.setattr(module, "draw_figures", interrupt)
         code, _, err = cli("01", *flags)
         assert code == 130 and "--resume" in err
+
+
+def test_an_elastic_restart_goes_on_with_its_own_run(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun starts its processes again with the flags of the first time."""
+    flags = ["--dataset", "digits", "--model", "resnet20", "--device", "cpu", "--smoke"]
+    assert cli("01", *flags)[0] == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    code, out, _ = cli("01", *flags)
+    assert code == 0 and "resume     after 1 epochs" in out
+    assert cli("01", *flags, "--seed", "1")[0] == 0, "another setting is another run"
+    assert len(list((tmp_path / "runs" / "01_resnet_beginner").iterdir())) == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -287,3 +289,13 @@ def test_an_imagenet_shaped_folder_trains_through_the_real_path(
     per_class = json.loads(result.read_text())["per_class"]
     assert [c["support"] for c in per_class] == [10, 10, 10]
     assert per_class[1]["name"] == "n02 Hühnchen"
+
+
+def test_a_worker_that_dies_is_one_line(image_folder: Callable) -> None:
+    data = load_data(folder_config(image_folder(size=100), workers=1), CPU)
+    batches = data.train.batches(0)
+    next(batches)
+    for worker in data.train.workers._iterator._workers:
+        os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="worker process that decodes images died"):
+        list(batches)
