@@ -17,6 +17,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from common import pretrained
 from common.pretrained import load_torchvision_state
 from common.profiling import count_macs, count_parameters, macs_by_module
 from tests.parity import PUBLISHED, largest_difference, torchvision_twin
@@ -107,6 +108,18 @@ def test_a_checkpoint_without_auxiliary_heads_fits_a_model_without(twin: nn.Modu
     load_torchvision_state(build_empty(twin.name, aux=False), bare)
     with pytest.raises(ValueError, match="aux_heads"):
         load_torchvision_state(build_empty(twin.name, aux=True), bare)
+
+
+def test_pretrained_path_rescales_and_keeps_ten_classes(
+    twin: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `--pretrained` does, with the twin's weights in place of a download."""
+    monkeypatch.setattr(pretrained, "official_state", lambda name: twin.state_dict())
+    ours = pretrained.load_pretrained(build_empty(twin.name, num_classes=10), twin.name)
+    assert ours.transform_input
+    assert {head[-1].out_features for head in (ours.head, *ours.aux_heads.values())} == {10}
+    first = next(iter(twin.state_dict().values()))
+    assert torch.equal(next(ours.parameters()), first)
 
 
 @torch.no_grad()
