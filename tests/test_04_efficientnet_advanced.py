@@ -388,19 +388,29 @@ def test_gene_worth_by_hand() -> None:
 )
 def test_scaling_verdict(compound: list[float], sentence: str) -> None:
     scores = {"start": [0.5, 0.5], "depth": [0.6, 0.6], "width": [0.95, 0.95], "compound": compound}
-    assert any(line.startswith(sentence) for line in lesson.scaling_verdict(scores))
+    assert any(
+        line.startswith(sentence)
+        for line in lesson.scaling_verdict(scores, dict.fromkeys(scores, 0.1))
+    )
 
 
 def test_scaling_verdict_tells_chance_from_a_gap() -> None:
-    scores = {"start": [0.5, 0.5], "width": [0.90, 0.90]}
-    sure = lesson.scaling_verdict({**scores, "compound": [0.95, 0.951]})
-    unsure = lesson.scaling_verdict({**scores, "compound": [0.85, 0.97]})
-    assert not any("chance" in line for line in sure)
-    assert any("chance could turn it" in line for line in unsure)
-    one = lesson.scaling_verdict(
-        {name: values[:1] for name, values in scores.items()} | {"compound": [0.9]}
-    )
-    assert any("one seed" in line for line in one)
+    def verdict(compound: list[float], seeds: int = 2) -> str:
+        scores = {"start": [0.5, 0.5], "width": [0.90, 0.90], "compound": compound}
+        return "\n".join(lesson.scaling_verdict({n: v[:seeds] for n, v in scores.items()}, losses))
+
+    losses = {"start": 0.1, "width": 0.1, "compound": 0.1}
+    assert "chance" not in verdict([0.95, 0.951])
+    assert "chance could turn it" in verdict([0.85, 0.97])
+    assert "one seed" in verdict([0.95], seeds=1)
+
+
+def test_scaling_verdict_names_nets_that_are_not_trained_yet() -> None:
+    scores = {"start": [0.5], "width": [0.9], "depth": [0.2], "compound": [0.95]}
+    losses = {"start": 0.15, "width": 0.1, "depth": 1.9, "compound": 0.2}
+    assert lesson.scaling_verdict(scores, losses)[-1].startswith("depth: training loss still over")
+    level = lesson.scaling_verdict(scores, dict.fromkeys(scores, 0.1))
+    assert not any("training loss" in line for line in level)
 
 
 def test_search_verdict_goes_both_ways() -> None:
