@@ -1139,7 +1139,7 @@ if in_notebook():
 #   pay, two of them 0.3. The validation loss is that of the last one alone.
 # - The first validation losses can be absurd while training goes well: in eval mode BatchNorm uses
 #   running averages, and these lag behind weights that move fast.
-# - BatchNorm gives every channel about the same scale, so a branch's share of the output follows its
+# - BatchNorm gives every channel about the same scale: a branch's share of the output follows its
 #   share of the channels (`branches`). The gradient and the silenced branch say more.
 # - Auxiliary heads hold almost half of GoogLeNet's 13 million parameters, and none of them is there
 #   when it predicts (`--no-aux --summary` beside `--summary`).

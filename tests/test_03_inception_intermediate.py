@@ -361,7 +361,7 @@ def test_bottleneck_by_hand(cli: Callable, tmp_path: Path) -> None:
 def test_experiment_in_miniature(
     cli: Callable, tmp_path: Path, experiment: str, flags: tuple[str, ...]
 ) -> None:
-    common = ("--dataset", "digits", "--smoke", "--device", "cpu")
+    common = ("--dataset", "digits", "--smoke", "--batch-size", "16", "--device", "cpu")
     code, out, err = cli("03", "--experiment", experiment, *common, *flags)
     assert code == 0, err
     (outcome,) = tmp_path.rglob("experiment.json")
