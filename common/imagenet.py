@@ -9,8 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import InterpolationMode, v2
 
 from common.data import IMAGENET_MEAN, IMAGENET_STD, num_workers
 from common.errors import UserError
@@ -19,6 +17,8 @@ from common.progress import Bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torchvision.datasets import ImageFolder
 
     from common.config import TrainConfig
 
@@ -89,6 +89,8 @@ def evaluate_imagenet(model: nn.Module, name: str, config: TrainConfig) -> tuple
     Raises:
         UserError: no such folder, not the model's classes, or a broken image, which is named.
     """
+    from torchvision.transforms import InterpolationMode, v2
+
     protocol = PUBLISHED[name]
     device = next(model.parameters()).device
     mode = InterpolationMode.BICUBIC if protocol.bicubic else InterpolationMode.BILINEAR
@@ -124,6 +126,8 @@ def evaluate_imagenet(model: nn.Module, name: str, config: TrainConfig) -> tuple
 
 def class_folders(folder: str, classes: int, transform: Callable[..., Tensor]) -> ImageFolder:
     """The images below DIR/val or DIR, if there is a folder for each class."""
+    from torchvision.datasets import ImageFolder
+
     root = Path(folder) / "val" if (Path(folder) / "val").is_dir() else Path(folder)
     if not root.is_dir():
         raise UserError(f"--eval-imagenet {folder}: no such folder")
