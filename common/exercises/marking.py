@@ -293,6 +293,8 @@ def observe(
             return Observed(seen)
     except WorkerLost as lost:
         message = str(lost) if loaded else f"while it was imported: {lost}"
+        if lost.kind == "death" and worker.text().strip():
+            message += f"; the last it printed: {_clean(worker.text().strip())[-200:]}"
         seen += [{"error": message}] * (len(cases) - len(seen))
         return Observed(seen, hopeless="" if loaded else message)
 
