@@ -252,19 +252,27 @@ def test_compound_scaling_by_one_step_gives_b2() -> None:
     ) == pytest.approx(1.0 / 0.39, rel=0.05)
 
 
-def test_stretch_to_meets_the_budget_and_leaves_the_other_axes_alone() -> None:
-    base, options = lesson.Size(0.25, 0.3, 16), {"small_input": True, "num_classes": 10}
-    target = 3 * lesson.macs_of_size(base, **options)
-    found = {
-        name: lesson.stretch_to(target, base, direction, **options)
-        for name, direction in lesson.DIRECTIONS.items()
-    }
-    for name, size in found.items():
-        assert lesson.macs_of_size(size, **options) == pytest.approx(target, rel=0.1), name
-    assert found["depth"]._replace(depth_mult=0.3) == base
-    assert found["width"]._replace(width_mult=0.25) == base
-    assert found["resolution"]._replace(image_size=16) == base
-    assert all(after > before for after, before in zip(found["compound"], base))
+def test_stretch_to_meets_a_real_budget() -> None:
+    start, options = lesson.Size(0.25, 0.25, 12), {"small_input": True, "num_classes": 10}
+    target = 5 * lesson.macs_of_size(start, **options)
+    size = lesson.stretch_to(target, start, lesson.DIRECTIONS["width"], **options)
+    assert lesson.macs_of_size(size, **options) == pytest.approx(target, rel=0.05)
+
+
+@pytest.mark.parametrize("name", lesson.DIRECTIONS)
+def test_stretch_to_leaves_the_other_axes_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the cost of the paper's formula, where only pixels are rounded."""
+
+    def cost(size: lesson.Size) -> float:
+        return size.depth_mult * size.width_mult**2 * size.image_size**2
+
+    monkeypatch.setattr(lesson, "macs_of_size", cost)
+    start, direction = lesson.Size(0.25, 0.25, 96), lesson.DIRECTIONS[name]
+    size = lesson.stretch_to(4 * cost(start), start, direction)
+    assert cost(size) == pytest.approx(4 * cost(start), rel=0.05)
+    assert size.depth_mult / 0.25 == pytest.approx(direction.depth**2, rel=0.1)
+    assert size.width_mult / 0.25 == pytest.approx(direction.width**2, rel=0.1)
+    assert size.image_size / 96 == pytest.approx(direction.resolution**2, rel=0.1)
 
 
 # -- the search
@@ -467,13 +475,13 @@ def test_compound_scaling_through_the_command_line(cli: Callable, tmp_path: Path
 
 
 def test_search_through_the_command_line(cli: Callable, tmp_path: Path) -> None:
-    flags = ("--seeds", "1", "--nets", "10", "--proxy-epochs", "1")
+    flags = ("--seeds", "1", "--nets", "9", "--proxy-epochs", "1")
     code, _, errors = cli("04", *TINY, "--experiment", "search", *flags)
     assert code == 0, errors
     folder, result = outcome(tmp_path, "experiment.json")
     assert [row["net"] for row in result["rows"]] == ["evolution", "random", "B0's rows"]
     losses = result["proxy_losses"]
-    assert len(losses["evolution"]) == len(losses["random"]) == 10
+    assert len(losses["evolution"]) == len(losses["random"]) == 9
     assert losses["evolution"][: lesson.POPULATION] == losses["random"][: lesson.POPULATION]
     assert (folder / "search.png").stat().st_size > 10_000
 
