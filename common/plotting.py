@@ -92,10 +92,10 @@ def learning_curves(history: Sequence[EpochRecord]) -> Figure:
     """Loss, accuracy and learning rate, epoch by epoch, with the best validation epoch marked."""
     figure, (loss, accuracy, rate) = panels(3, widths=(3, 3, 2), size=(5.0, 4.2))
     epochs = [r.epoch for r in history]
-    curves(
-        {"train": [r.train_loss for r in history], "validation": [r.val_loss for r in history]},
-        "epoch", "loss", "Loss", x=epochs, ax=loss,
-    )  # fmt: skip
+    losses = {"train": [r.train_loss for r in history], "validation": [r.val_loss for r in history]}
+    # While BatchNorm's statistics settle, a first validation loss can be 50 and flatten the rest.
+    spiked = np.nanmax([*losses["validation"], 0]) > 3 * np.nanmax([*losses["train"], 0])
+    curves(losses, "epoch", "loss", "Loss", x=epochs, log_y=bool(spiked), ax=loss)
     val_top1 = np.array([r.val_top1 for r in history], dtype=float)
     title = "Accuracy"
     if np.isfinite(val_top1).any():

@@ -110,10 +110,11 @@ def layer_table(model: nn.Module, input_size: tuple[int, int, int]) -> list[Laye
         children = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
         own_macs = total.get(name, 0) - sum(total.get(child, 0) for child in children)
         params = sum(p.numel() for p in own_parameters)
-        if name in shapes and (params or own_macs or not children):
-            kind = type(module).__name__
+        # What holds parameters is listed even if it runs in training only (auxiliary heads).
+        if params or own_macs or (name in shapes and not children):
+            kind, shape = type(module).__name__, shapes.get(name, ())
             records.append(
-                LayerRecord(name or root, kind, shapes[name], params, own_macs, name.count("."))
+                LayerRecord(name or root, kind, shape, params, own_macs, name.count("."))
             )
     return records
 

@@ -464,7 +464,7 @@ def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -
         f"{'MACs':>15}"
     )
     for r in rows:
-        shape = " x ".join(map(str, r.output_shape[1:]))
+        shape = " x ".join(map(str, r.output_shape[1:])) if r.output_shape else "in training only"
         print(f"{r.name:<{width}}  {r.kind:<{kind}}  {shape:>18}  {r.params:>12,}  {r.macs:>15,}")
     params, macs = count_parameters(model), count_macs(model, size)
     print(f"\n{'total':<{width}}  {'':<{kind}}  {'':>18}  {params:>12,}  {macs:>15,}")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lesson
 from torch import nn
 
 from common.profiling import count_macs, count_parameters
+from tests.conftest import lesson
 from tests.parity import PUBLISHED, largest_difference, torchvision_twin
 
 resnet = lesson("01")

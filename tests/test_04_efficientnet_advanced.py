@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import lesson as find_lesson
 from torch import nn
 from torchvision.models.efficientnet import MBConv as TorchvisionMBConv
 
 from common.errors import UserError
 from common.profiling import count_macs, count_parameters, macs_by_module
+from tests.conftest import lesson as find_lesson
 from tests.parity import PUBLISHED, largest_difference, torchvision_twin
 
 lesson = find_lesson("04")

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import lesson as find_lesson
-from parity import PUBLISHED, largest_difference, torchvision_twin
 from torch import nn
 
 from common.errors import UserError
 from common.profiling import count_macs, count_parameters
+from tests.conftest import lesson as find_lesson
+from tests.parity import PUBLISHED, largest_difference, torchvision_twin
 
 lesson = find_lesson("05")
 IN_TORCHVISION = [name for name in lesson.MODELS if name in PUBLISHED]

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import lesson
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.profiling import count_macs, count_parameters
+from tests.conftest import lesson
 
 densenet = lesson("06")
 MODELS = densenet.MODELS

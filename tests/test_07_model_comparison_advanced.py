@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
+from common.cli import parse_flags
 from common.comparison import Training, parse_budget, summarise
 from common.data import load_data
 from common.errors import UserError
@@ -265,7 +267,9 @@ def folder_of(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_comparison_from_start_to_report_and_on_with_more_seeds(tmp_path: Path) -> None:
+def test_a_comparison_from_start_to_report_and_on_with_more_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny = ["--model", "lenet5,vit_xs_16", "--epochs", "1", "--seeds", "1", "--pass-limit", "0.01"]
     done = command(tmp_path, *tiny)
     assert done.returncode == 0, done.stderr
@@ -278,9 +282,10 @@ def test_a_comparison_from_start_to_report_and_on_with_more_seeds(tmp_path: Path
     assert len(first) == 2
 
     # One more seed: what is there stays to the last digit, what is missing is made.
-    more = command(tmp_path, "--resume", str(folder), "--seeds", "2", "--choose", "params<100K")
-    assert more.returncode == 0, more.stderr
-    assert "2 results read from trainings.json" in more.stdout
+    resume = ["--resume", str(folder), "--seeds"]
+    lesson.run(parse_flags(lesson.Config, [*resume, "2", "--choose", "params<100K"]))
+    said = capsys.readouterr().out
+    assert "2 results read from trainings.json" in said
     second = json.loads((folder / "trainings.json").read_text(encoding="utf-8"))
     assert len(second) == 4 and {k: second[k] for k in first} == first
     table = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["tables"][-1]
@@ -290,18 +295,41 @@ def test_a_comparison_from_start_to_report_and_on_with_more_seeds(tmp_path: Path
     for candidate in table["candidates"]:
         assert candidate["top1"] == pytest.approx(mean(by_hand[candidate["model"]]))
         assert candidate["top1_std"] == pytest.approx(stdev(by_hand[candidate["model"]]))
-    assert "params<100K: " in more.stdout and "  1. lenet5" in more.stdout
+    assert "params<100K: " in said and "  1. lenet5" in said
 
     # Results of other settings are never mixed in: they are made again.
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings["weight_decay"] = 0.123
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    other = command(tmp_path, "--resume", str(folder), "--seeds", "1")
-    assert other.returncode == 0, other.stderr
-    assert "4 in trainings.json are of other settings: made again" in other.stdout
+    lesson.run(parse_flags(lesson.Config, [*resume, "1"]))
+    assert "4 in trainings.json are of other settings: made again" in capsys.readouterr().out
     third = json.loads((folder / "trainings.json").read_text(encoding="utf-8"))
     assert len(third) == 2
     assert all(kept["settings"]["weight_decay"] == 0.123 for kept in third.values())
+
+
+def test_a_stopped_comparison_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
+    script = str(Path(lesson.__file__))
+    flags = ["--dataset", "digits", "--device", "cpu", "--model", "lenet5,vit_xs_16"]
+    flags += ["--epochs", "10", "--seeds", "1", "--pass-limit", "0.001", "--run-dir", str(tmp_path)]
+    running = subprocess.Popen(
+        [sys.executable, script, *flags],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+    deadline = time.monotonic() + 150
+    while not list(tmp_path.glob("*/*/trainings.json")):  # the first of two is done
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    running.terminate()
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 143
+    assert f"--resume {folder_of(tmp_path)}" in said and said.count("\n") == 1
+    kept = json.loads((folder_of(tmp_path) / "trainings.json").read_text(encoding="utf-8"))
+    assert [k["result"]["model"] for k in kept.values()] == ["lenet5"]
 
 
 @pytest.mark.parametrize(

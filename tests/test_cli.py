@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LESSONS, ROOT, lesson
+
+from tests.conftest import LESSONS, ROOT, lesson
 
 STANDARD_FLAGS = (
     "--model --dataset --data-dir --epochs --batch-size --lr --device --no-amp --compile --seed "

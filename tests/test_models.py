@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LESSONS, lesson
 from torch import nn
 
 from common.profiling import count_macs, count_parameters
+from tests.conftest import LESSONS, lesson
 
 ENTRIES = [
     (name[:2], model)
