@@ -455,7 +455,7 @@ def serve(control: socket.socket, preload: list[str]) -> None:
             __import__(name)
     gc.collect()
     gc.freeze()  # the collector of a worker need not touch, and so copy, the pages shared with us
-    user = _spare_user()
+    user, folder = _spare_user(), ""
     try:
         while True:
             message, fds, _, _ = socket.recv_fds(control, 1 << 16, 2)
@@ -463,6 +463,7 @@ def serve(control: socket.socket, preload: list[str]) -> None:
                 break
             request = json.loads(message)
             if "folder" in request:
+                folder = request["folder"]
                 pid = os.fork()
                 if pid == 0:
                     control.close()
@@ -482,6 +483,7 @@ def serve(control: socket.socket, preload: list[str]) -> None:
         for process in _descendants(os.getpid()):
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)  # left behind if the parent was killed
 
 
 def _reap(pid: int) -> int:

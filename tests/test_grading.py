@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -483,12 +483,12 @@ def test_results_json_is_valid_after_the_grader_was_killed(tmp_path: Path) -> No
     submission, results = tmp_path / file_name("05"), tmp_path / "results.json"
     submission.write_text(LESSON_5 + "\nwhile True:\n    pass\n")
     command = [sys.executable, "-m", "common.grade", submission, "--grade-json", results]
-    process = subprocess.Popen(command, cwd=ROOT)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TMPDIR": str(scratch)})
     try:
-        deadline = time.monotonic() + 60
-        while not results.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(1)
+        wait_until(results.exists)
+        wait_until(lambda: any(scratch.iterdir()))  # now a worker runs the endless loop
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -496,6 +496,14 @@ def test_results_json_is_valid_after_the_grader_was_killed(tmp_path: Path) -> No
     assert max_score(tests) == sum(row.points for row in worth(("05",)))
     assert not any(test["score"] for test in tests)
     assert not list(tmp_path.glob(".results*"))
+    wait_until(lambda: not any(scratch.iterdir()))  # the orphans end by themselves and clean up
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_bad_input_is_exit_code_2_and_one_line(
