@@ -147,14 +147,17 @@ def mark_class(
     from tqdm import tqdm
 
     submissions = [
-        Submission(path.stem if path.is_file() else path.name, path)
+        Submission(_name(path), path)
         for path in sorted(folder.iterdir())
         if not is_hidden(Path(path.name)) and (path.is_dir() or path.suffix == ".py")
     ]
     rules = _rules_digest(lessons)
     digests = {s.name: f"{s.digest(lessons)}-{rules}" for s in submissions}
     if len(digests) < len(submissions):
-        raise ValueError("two submissions have the same name")
+        names = [s.name for s in submissions]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two submissions are called {twice}")
+    rows = worth(lessons)
     numbers = [number for lesson in lessons for number in exercises(lesson)]
     done: dict[str, list[Grade]] = {}
     for grade in _read_grades(out):
@@ -174,10 +177,16 @@ def mark_class(
             local.grader = Grader(lessons, limits, references)
             with lock:
                 graders.append(local.grader)
-        return [
-            _grade(submission.name, group, digests[submission.name])
-            for group in local.grader.mark(submission)
-        ]
+        digest = digests[submission.name]
+        try:
+            return [
+                _grade(submission.name, group, digest) for group in local.grader.mark(submission)
+            ]
+        except RuntimeError:
+            raise  # nobody can be marked
+        except Exception as error:  # whatever it is, the others get their marks
+            lost = by_exercise(not_run(row, f"the grader failed: {error!r}") for row in rows)
+            return [_grade(submission.name, group, digest="again") for group in lost.values()]
 
     bar = tqdm(total=len(submissions), initial=len(done), unit="student", disable=quiet)
     pool = ThreadPoolExecutor(max_workers=jobs)
@@ -194,6 +203,12 @@ def mark_class(
         bar.close()
     _write_grades(out, done)
     return [grade for student in sorted(done) for grade in done[student]]
+
+
+def _name(path: Path) -> str:
+    """What a student is called in the table: of a name that is no text, its bytes."""
+    name = path.name if path.is_dir() else path.stem
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _grade(student: str, group: list[Result], digest: str) -> Grade:

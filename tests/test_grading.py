@@ -532,6 +532,33 @@ def test_without_a_warm_host_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert grader.host.preload == () and all(r.passed for r in results), results
 
 
+def test_a_fault_of_the_grader_costs_one_student_and_only_until_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "class", tmp_path / "grades.csv"
+    (folder / os.fsdecode(b"caf\xe9")).mkdir(parents=True)  # a name that is no UTF-8
+    (folder / "beta").mkdir()
+    (folder / "gamma").symlink_to(ROOT)  # a link to the solutions
+    mark_one = grade.Grader.mark
+
+    def fail(self: grade.Grader, submission: grade.Submission) -> Iterator[list[grade.Result]]:
+        if submission.name == "beta":
+            raise KeyError("a bug")
+        return mark_one(self, submission)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grade.Grader, "mark", fail)
+        first = grade.mark_class(folder, out, ("05",), jobs=2, limits=Limits(), quiet=True)
+    second = grade.mark_class(folder, out, ("05",), jobs=2, limits=Limits(), quiet=True)
+    for grades, says in ((first, "the grader failed: KeyError('a bug')"), (second, "missing file")):
+        messages = {line.student: line.message for line in grades}
+        assert set(messages) == {"beta", "caf\\xe9", "gamma"}
+        assert says in messages["beta"] and "links are not followed" in messages["gamma"]
+        total = sum(row.points for row in worth(("05",)))
+        assert sum(line.max_score for line in grades) == 3 * total
+        assert sum(line.score for line in grades) == 0
+
+
 def test_a_formula_in_a_message_stays_text(tmp_path: Path) -> None:
     line = grade.Grade(
         "=1+1", "05", "5.1", "t", "beginner", 0.0, 1.0, "shape", "@SUM(A1)", 0.1, "d"

@@ -79,6 +79,8 @@ class Submission:
             taken.
         """
         wanted = file_name(lesson)
+        if self.path.is_symlink():
+            raise ValueError(f"{self.path.name} is a link; links are not followed")
         if self.path.resolve() == ROOT:  # the lessons themselves
             return wanted, lesson_path(lesson).read_bytes()
         if not self.path.is_dir():
@@ -372,19 +374,17 @@ def _result(exercise: Exercise, row: Worth, message: str, seconds: float = 0.0) 
         score=0.0 if message else row.points,
         max_score=row.points,
         visibility=row.visibility,
-        message=message[:MESSAGE_LIMIT],
+        message=_clean(message),
         seconds=round(seconds, 3),
     )
 
 
 def _clean(text: object) -> str:
-    """A worker's words, fit to print: no control characters, no escape sequences for a terminal."""
+    """Words of a submission, fit to print: no escape sequences, nothing that UTF-8 can't hold."""
     return "".join(c if c.isprintable() else " " for c in str(text))[:MESSAGE_LIMIT]
 
 
-def not_run(row: Worth) -> Result:
+def not_run(row: Worth, why: str = "the grader was stopped before, or told to skip it") -> Result:
     """The result of a line of the table that nothing was found out about."""
     exercise = exercises(row.lesson)[row.exercise]
-    return _result(
-        exercise, row, "not marked: the grader was stopped before, or was told to leave it out"
-    )
+    return _result(exercise, row, f"not marked: {why}")
