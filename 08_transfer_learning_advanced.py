@@ -64,7 +64,7 @@ class Config(TrainConfig):
     )
     fraction: float | None = knob(None, "share of the target's training labels to use", low=0)
     rate_decay: float = knob(
-        2.6, "how many times slower each part learns than the part after it", low=1
+        1.6, "how many times slower each part learns than the part after it", low=1
     )
     unfreeze_by: float = knob(
         0.5, "share of the epochs after which progressive unfreezing has reached the stem", low=0
@@ -75,19 +75,28 @@ class Config(TrainConfig):
 
     predict: str = knob("", "images to classify afterwards; with --from, without training")
     export: bool = knob(False, "write torch.export, TorchScript and ONNX files, and check them")
+    adapt_epochs: int | None = knob(
+        None, "epochs of each training of --experiment domain-adaptation", low=1
+    )
     target_dir: str = knob("", "folder of the other domain for --experiment domain-adaptation")
     imbalance: float = knob(
         30.0, "images of the largest class for one of the smallest, --experiment imbalance", low=1
     )
 
     RECIPES = {
-        "digits": {"fraction": 0.05, "compare": True, "source_epochs": 12, "base_lr": 0.5},
-        "mnist": {"fraction": 0.01, "source_epochs": 3, "base_lr": 0.2},
-        "fashion_mnist": {"fraction": 0.01, "source_epochs": 10, "base_lr": 0.2},
-        "cifar10": {"fraction": 0.1, "source_epochs": 30, "base_lr": 0.2},
-        "cifar100": {"fraction": 0.1, "source_epochs": 40, "base_lr": 0.2},
-        "folder": {"fraction": 1.0, "source_epochs": 30, "base_lr": 0.05},
-        "imagenet": {"fraction": 1.0, "source_epochs": 90},
+        "digits": {
+            "fraction": 0.05,
+            "compare": True,
+            "source_epochs": 12,
+            "base_lr": 1.6,
+            "adapt_epochs": 6,
+        },
+        "mnist": {"fraction": 0.01, "source_epochs": 3, "base_lr": 0.2, "adapt_epochs": 3},
+        "fashion_mnist": {"fraction": 0.01, "source_epochs": 10, "base_lr": 0.2, "adapt_epochs": 5},
+        "cifar10": {"fraction": 0.1, "source_epochs": 30, "base_lr": 0.2, "adapt_epochs": 15},
+        "cifar100": {"fraction": 0.1, "source_epochs": 40, "base_lr": 0.2, "adapt_epochs": 20},
+        "folder": {"fraction": 1.0, "source_epochs": 30, "base_lr": 0.1, "adapt_epochs": 15},
+        "imagenet": {"fraction": 1.0, "source_epochs": 90, "adapt_epochs": 30},
     }
 
 
@@ -390,8 +399,8 @@ class Size(NamedTuple):
 
 
 SMALL_DATA = (
-    Size(100, "full", 16, 120, "small batches, or there would be one step an epoch"),
-    Size(1_000, "full", 32, 320, "enough labels that the body may learn, slowly"),
+    Size(100, "full", 16, 40, "small batches, or there would be one step an epoch"),
+    Size(1_000, "full", 32, 200, "enough labels that the body may learn, slowly"),
     Size(20_000, "full", 64, 3_000, "the body adapts; scratch begins to catch up"),
     Size(math.inf, "full", 128, 10_000, "as a training from scratch, but shorter"),
 )
@@ -501,11 +510,11 @@ def pretrain(
     return Origin("pretraining", trial.model, (data.mean, data.std), names, trial.test_top1)
 
 
-def source_recipe(config: Config) -> TrainConfig:
+def source_recipe(config: Config, **changes: float) -> TrainConfig:
     """The other lessons' recipe for the dataset, with as many epochs as `--source-epochs` says."""
     shared = ("image_size", "augment", "seed", "device", "amp", "workers", "skip_broken", "smoke")
     same = {name: getattr(config, name) for name in shared}
-    recipe = TrainConfig(dataset=config.dataset, epochs=config.source_epochs, **same)
+    recipe = TrainConfig(dataset=config.dataset, epochs=config.source_epochs, **same, **changes)
     return recipe.resolve(config.dataset)
 
 
@@ -1057,14 +1066,16 @@ def shifted(pictures: Pictures, kind: str, seed: int) -> Pictures:
 
 
 METHODS = ("source only", "AdaBN", "Deep CORAL", "DANN", "oracle")
-CORAL_WEIGHT = 30.0  # so that both losses end at about one size, as the paper asks (sec. 4.2)
+CORAL_WEIGHT = 10.0  # so that both losses end at about one size, as the paper asks (sec. 4.2)
 
 
 def domain_adaptation(config: Config) -> dict[str, object]:
     """Three methods between source only and oracle, on every target domain and with every seed."""
     config, device = prepare(locate(config))
     source = load_source(config)
-    recipe = source_recipe(config)
+    # Covariances and critics have gradients with spikes: hence the limit, for all methods alike.
+    recipe = source_recipe(config, base_lr=config.base_lr / 2, clip=1.0)
+    recipe = replace(recipe, epochs=1 if config.smoke else config.adapt_epochs)
     run = Run.open(replace(config, experiment="domain-adaptation"), LESSON)
     targets = target_domains(source, config)
     top1: dict[str, dict[str, list[float]]] = {t: {m: [] for m in METHODS} for t in targets}
@@ -1130,7 +1141,7 @@ def adaptation_verdict(target: str, stats: dict[str, tuple[float, float]], seeds
         told = f"{method} {word} source only on {target}: {100 * gap:+.1f} points"
         if seeds > 1:
             told += f", {size} than the seeds' spread ({100 * noise:.1f})"
-        if room > 0:
+        if room > 0 and gap > 0:
             told += f", {gap / room:.0%} of the way to the oracle"
         verdict.append(told)
     return verdict

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import lesson
 from torch import nn
 
 from common import embedding, transfer_flags
@@ -24,6 +23,7 @@ from common.pretrained import load_torchvision_state
 from common.sources import Pictures, load_digits
 from common.training import fit, make_schedule
 from common.transfer import Catalogue, Origin, TorchvisionModel, choose_classes, few_labels
+from tests.conftest import lesson
 
 transfer = lesson("08")
 CPU = torch.device("cpu")
@@ -457,7 +457,7 @@ def test_official_weights_into_a_model_for_ones_own_classes(
         ("fractions", ["--fractions", "0.05,0.2"], 4),
         ("schedules", [], 3),
         ("imbalance", [], 4),
-        ("domain-adaptation", ["--source-epochs", "1"], 3),
+        ("domain-adaptation", ["--adapt-epochs", "1"], 3),
     ],
 )
 def test_experiments_in_miniature(
