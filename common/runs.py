@@ -127,7 +127,8 @@ class Run:
             path = Path(config.resume)
             return str(path if path.is_dir() else path.parent), True
         parent = Path(config.run_dir) / lesson
-        stem = f"{config.experiment or config.model}-{config.dataset}-s{config.seed}"
+        model = config.model.replace(":", "-")  # torchvision:NAME; Windows has no colon in names
+        stem = f"{config.experiment or model}-{config.dataset}-s{config.seed}"
         # torchrun starts its processes again after a fault, with the flags of the first time.
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
             for earlier in sorted(parent.glob(f"{stem}-*"), reverse=True):
