@@ -583,6 +583,10 @@ def seeds_of(config: Config) -> range:
     return range(config.seed, config.seed + config.seeds)
 
 
+def of_seeds(count: int) -> str:
+    return f"mean and deviation of {count} seeds" if count > 1 else "one seed"
+
+
 # %% [markdown]
 # ## All strategies under one budget
 #
@@ -610,7 +614,7 @@ def compare(task: Task) -> dict[str, object]:
     plotting.bars(
         {k: m for k, (m, _) in stats.items()},
         "test top-1",
-        f"Test accuracy, mean and deviation of {config.seeds} seeds",
+        f"Test accuracy, {of_seeds(config.seeds)}",
         {k: s for k, (_, s) in stats.items()},
         percent=True,
         colors=plotting.PALETTE,
@@ -698,7 +702,7 @@ def label_fractions(task: Task) -> dict[str, object]:
         {name: list(zip(*values)) for name, values in top1.items()},
         "labelled training images",
         "test top-1",
-        f"What labels are worth; bars: deviation of {config.seeds} seeds",
+        f"What labels are worth: {of_seeds(config.seeds)}",
         x=labels,
         percent=True,
         ax=ax,
@@ -876,7 +880,7 @@ def imbalance(config: Config) -> dict[str, object]:
         torch.stack([t.mean(0) for t in table.values()]).numpy(),
         list(table),
         columns,
-        f"Recall of each class, mean of {config.seeds} seeds",
+        "Recall of each class" + (f", mean of {config.seeds} seeds" if config.seeds > 1 else ""),
         xlabel="class (its training images)",
         percent=True,
         limits=(0, 1),
@@ -1114,7 +1118,7 @@ def domain_adaptation(config: Config) -> dict[str, object]:
         plotting.bars(
             {m: average for m, (average, _) in stats.items()},
             "test top-1 on the target",
-            f"{name}, {config.seeds} seeds",
+            f"{name}, {of_seeds(config.seeds)}",
             {m: spread for m, (_, spread) in stats.items()},
             percent=True,
             colors=plotting.PALETTE,

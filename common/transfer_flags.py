@@ -48,12 +48,13 @@ def spell_out(argv: list[str]) -> list[str]:
 
 
 def locate(config: ConfigT) -> ConfigT:
-    """A `--dataset` that is a path as a folder of images; a `torchvision:` model as pretrained.
+    """A `--dataset` that is a path as a folder of images; a `torchvision:` model as pretrained,
+    unless it is to be trained from scratch.
 
     Raises:
         UserError: neither a dataset's name nor a folder.
     """
-    if config.model.startswith(EXTERNAL):
+    if config.model.startswith(EXTERNAL) and config.strategy != "scratch":
         config = dataclasses.replace(config, pretrained=True)
     if config.pretrained and config.image_size is None and config.model.startswith("vit"):
         config = dataclasses.replace(config, image_size=224)  # their positions fit no other size
