@@ -53,7 +53,7 @@ class Config(TrainConfig):
     match_to: str = knob("", "the size to match, such as 0.3M (default: 0.3M parameters)")
     eval_imagenet: str = knob("", "folder of ImageNet's validation images, DIR/CLASS/*")
     pass_limit: float | None = knob(
-        None, "GMACs that a timed pass may cost, 0: any (default: 4 on a CPU)", low=0
+        None, "GMACs that a timed pass may cost, 0: any (default: 5 on a CPU)", low=0
     )
 
     # One recipe for all, gentle enough for nets without BatchNorm.
@@ -760,8 +760,13 @@ def small_entries(config: Config, num_classes: int) -> list[Entry]:
 
 def small_build(name: str, config: Config, num_classes: int) -> Callable[..., nn.Module]:
     """The builder told what the dataset asks for."""
-    build = partial(get_model(name), num_classes=num_classes, small_input=config.small_input)
-    # Auxiliary heads have a loss of their own; here all share one.
+    options = {"num_classes": num_classes, "small_input": config.small_input}
+    return partial(without_aux(get_model(name)), **options)
+
+
+def without_aux(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """No auxiliary heads: they have a loss of their own, where all others share one, and are idle
+    afterwards."""
     return partial(build, aux=False) if "aux" in inspect.signature(build).parameters else build
 
 
@@ -863,8 +868,10 @@ def front_verdict(rows: list[Candidate]) -> str:
     costs = {"macs": "multiply-adds", "params": "parameters", "latency_ms": "latency here"}
     fronts = {words: {c.model for c in pareto_front(rows, cost)} for cost, words in costs.items()}
     fronts = {words: names for words, names in fronts.items() if names}
+    scored = [c for c in rows if c.top1 is not None]
+    known = {words: sum(getattr(c, k) is not None for c in scored) for k, words in costs.items()}
     always = set.intersection(*fronts.values()) if fronts else set()
-    told = [f"{len(names)} by {words}" for words, names in fronts.items()]
+    told = [f"{len(names)} of {known[words]} by {words}" for words, names in fronts.items()]
     named = ", ".join(c.model for c in rows if c.model in always)
     return f"on the Pareto front: {', '.join(told)}; on every front: {named or 'none'}"
 
@@ -931,6 +938,7 @@ def imagenet_entries(names: list[str], bar: Bar) -> list[Entry]:
         build = get_model(name)
         crop = PUBLISHED[name].crop if name in PUBLISHED else 224
         if name in PUBLISHED or not is_small(build):
+            build = without_aux(build)
             entries.append(entry("ImageNet", name, build, crop))
             bar.advance(1, name)
         else:
@@ -986,7 +994,7 @@ def compare(
         run.folder / "trainings.json", {**setup, **fixed, "data": source.fingerprint}, run.resumed
     )
     seeds = 0 if config.profile_only else config.seeds
-    limit = config.pass_limit if config.pass_limit is not None else 4.0 if cpu else 0.0
+    limit = config.pass_limit if config.pass_limit is not None else 5.0 if cpu else 0.0
     limit = 1e7 if smoke else 1e9 * limit or math.inf
 
     everyone = [] if config.experiment else chosen_names(config, list(all_models()))
@@ -998,7 +1006,7 @@ def compare(
         bench = Bench(config, device, profiles, bar, large_batch=8 if cpu else 64, limit=limit)
         large_rows, large_order = bench.two_sweeps(large)
         ways = bench.all_ways([e for e in large if e.candidate.model in shown])
-        rows, order = bench._replace(large_batch=256).two_sweeps(small)
+        rows, order = bench._replace(large_batch=128, limit=4 * limit).two_sweeps(small)
         trainings = train_all(small, config, device, results, bar) if seeds else []
 
     where = f"Latency is of one image, on {machine}, torch {torch.__version__}"
@@ -1048,7 +1056,7 @@ def reproduce(config: Config, device: torch.device, run: Run) -> list[Table]:
         if store.get(name) is None:
             model = load_official(get_model(name)(), name).to(device)
             top1, top5, images = evaluate_imagenet(model, name, config)
-            counts = entry("ImageNet", name, get_model(name), published.crop).candidate
+            counts = entry("ImageNet", name, without_aux(get_model(name)), published.crop).candidate
             source = f"measured on {images:,} images"
             store.put(name, replace(counts, top1=top1, top5=top5, source=source))
         rows.append(Candidate(**store.get(name)))

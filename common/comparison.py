@@ -287,6 +287,7 @@ COLUMNS: list[Column] = [
     Column("IQR ms", lambda c: decimal(c.latency_iqr_ms), lambda c: c.latency_iqr_ms),
     Column("images/s", lambda c: decimal(c.images_per_second), lambda c: c.images_per_second),
     Column("at batch", lambda c: str(c.batch_size or ""), lambda c: c.batch_size),
+    Column("format", lambda c: c.dtype, lambda c: c.dtype or None),
     Column("peak MB", lambda c: decimal(c.memory_mb), lambda c: c.memory_mb),
     Column("epochs", lambda c: str(c.epochs or ""), lambda c: c.epochs),
     Column("training s", lambda c: decimal(c.train_seconds), lambda c: c.train_seconds),
