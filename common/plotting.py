@@ -99,7 +99,11 @@ def learning_curves(history: Sequence[EpochRecord]) -> Figure:
     val_top1 = np.array([r.val_top1 for r in history], dtype=float)
     title = "Accuracy"
     if np.isfinite(val_top1).any():
-        best = int(np.nanargmax(val_top1))
+        # As `fit` chooses: the lower loss where two epochs are equally accurate.
+        best = max(
+            range(len(history)),
+            key=lambda i: (np.nan_to_num(val_top1[i], nan=-1.0), -history[i].val_loss),
+        )
         title = f"Accuracy: best on validation {val_top1[best]:.1%}, epoch {epochs[best]}"
     curves(
         {"train": [r.train_top1 for r in history], "validation": val_top1},
