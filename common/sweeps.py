@@ -52,8 +52,8 @@ class Way(NamedTuple):
 def usual_way(config: TrainConfig, device: torch.device, image_size: int) -> Way:
     """channels_last where it pays, mixed precision on a GPU, compiled if asked.
 
-    On a CPU always float32, so that machines with and without AMX measure the same thing; `all_ways`
-    shows what bfloat16 gives.
+    On a CPU always float32, so that machines with and without AMX measure the same thing;
+    `all_ways` shows what bfloat16 gives.
     """
     amp = runtime.amp_dtype(device, config.amp and device.type != "cpu", image_size)
     return Way(amp, runtime.memory_format(image_size) is torch.channels_last, config.compile)
