@@ -132,7 +132,7 @@ from common.evaluation import evaluate
 from common.experiments import Trial, mean_and_spread, train_trial
 from common.export import export_model
 from common.embedding import feature_map
-from common.prediction import predict_files
+from common.prediction import find_images, predict_files
 from common.pretrained import load_pretrained
 from common.profiling import count_macs, profile
 from common.runs import Run, banner, draw_figures, prepare
@@ -352,6 +352,13 @@ class ClassifierOnFeatures(nn.Module):
 STRATEGIES = ("scratch", "features", "last-stage", "full", "progressive")
 
 
+def sgd(groups: list[dict[str, object]], config: TrainConfig) -> SGD:
+    """The optimizer of all lessons, for groups that may have rates of their own."""
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    nesterov = config.momentum > 0
+    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
+
+
 def set_up(
     strategy: str, model: nn.Module, config: Config, loader: Loader
 ) -> tuple[Optimizer, Schedule]:
@@ -372,7 +379,7 @@ def set_up(
         groups = parameter_groups(model, config.weight_decay)
     else:
         groups = discriminative_groups(parts, config.lr, config.rate_decay, config.weight_decay)
-    optimizer = SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    optimizer = sgd(groups, config)
     if strategy != "progressive":
         return optimizer, make_schedule(optimizer, config, loader)
     steps = len(loader) // loader.accumulate
@@ -461,6 +468,8 @@ def build(config: Config, num_classes: int) -> nn.Module:
 def open_task(config: Config) -> Task:
     """Read the target's images and find, or make, the weights to start from."""
     asked = locate(config)
+    if asked.fractions:
+        parse_fractions(asked.fractions)  # a slip is told before anything is trained
     past = open_run(asked.from_run, sys.modules[__name__]) if asked.from_run else None
     if past:
         size = asked.image_size or past.config.image_size
@@ -1110,8 +1119,7 @@ def domain_adaptation(config: Config) -> dict[str, object]:
                     loss_fn = dann_loss
                 else:
                     learner, loss_fn = DeepCoral(model), CoralLoss(CORAL_WEIGHT)
-                groups = parameter_groups(learner, sized.weight_decay)
-                optimizer = SGD(groups, lr=sized.lr, momentum=sized.momentum, nesterov=True)
+                optimizer = sgd(parameter_groups(learner, sized.weight_decay), sized)
                 schedule = make_schedule(optimizer, sized, both.train)
                 fit(learner, both, loss_fn, optimizer, schedule, sized, label=f"{method} {name}")
                 models[method] = model
@@ -1192,6 +1200,8 @@ def target_domains(source: Source, config: Config) -> dict[str, Source]:
 # %%
 def run(config: Config) -> dict[str, object] | None:
     """Compare where that is asked for, train by one strategy, test once, draw, save, predict."""
+    if config.predict:
+        find_images(config.predict.split(os.pathsep))  # now, and not after the training
     if config.from_run and (config.predict or config.export):
         return use(config)
     task = open_task(config)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import embedding, transfer_flags
+from common import embedding, plotting, transfer_flags
 from common.config import TrainConfig
 from common.data import make_data
 from common.errors import UserError
@@ -41,6 +41,14 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
 def changed(before: dict[str, torch.Tensor], model: nn.Module) -> set[str]:
     """The tensors that are no longer what they were."""
     return {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of a short run's time, and other tests draw them."""
+    for module in (transfer, lesson("01")):
+        monkeypatch.setattr(module, "draw_figures", lambda *parts: None)
+    monkeypatch.setattr(transfer, "feature_map", lambda *parts: plotting.panels(1)[0])
 
 
 def few_digits(**options: object) -> tuple[object, TrainConfig]:
@@ -386,7 +394,7 @@ def test_default_run_compares_trains_and_is_found_again(cli: Callable, tmp_path:
 
 
 def test_own_folder_from_a_run_of_lesson_1(
-    cli: Callable, image_folder: Callable, tmp_path: Path
+    cli: Callable, image_folder: Callable, tmp_path: Path, no_figures: None
 ) -> None:
     code, _, err = cli("01", "--smoke", "--model", "resnet20", "--dataset", "digits")
     assert code == 0, err
@@ -408,7 +416,7 @@ def test_own_folder_from_a_run_of_lesson_1(
         (["--model", "torchvision:resnet19"], "unknown torchvision model"),
         (["--from", "runs/none"], "no run folder"),
         (["--fractions", "0.1,2"], "--fractions 0.1,2"),
-        (["--predict", "none.jpg", "--from", "runs/none"], "no run folder"),
+        (["--predict", "none.jpg"], "--predict none.jpg: no such file"),
         (["--source-classes", "9"], "two must stay"),
     ],
 )
@@ -417,7 +425,9 @@ def test_bad_input_is_one_line(argv: list[str], said: str, cli: Callable) -> Non
     assert code == 2 and said in err and err.count("\n") == 1
 
 
-def test_a_folder_needs_weights_to_start_from(cli: Callable, image_folder: Callable) -> None:
+def test_a_folder_needs_weights_to_start_from(
+    cli: Callable, image_folder: Callable, no_figures: None
+) -> None:
     images = str(image_folder())
     code, _, err = cli("08", "--dataset", images, "--smoke")
     assert code == 2 and "--pretrained, or --from RUN" in err and err.count("\n") == 1
@@ -428,7 +438,7 @@ def test_a_folder_needs_weights_to_start_from(cli: Callable, image_folder: Calla
 
 
 def test_official_weights_into_a_model_for_ones_own_classes(
-    cli: Callable, image_folder: Callable, monkeypatch: pytest.MonkeyPatch
+    cli: Callable, image_folder: Callable, monkeypatch: pytest.MonkeyPatch, no_figures: None
 ) -> None:
     """The download replaced by a checkpoint of torchvision's own making."""
     from torchvision import models
