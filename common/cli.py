@@ -93,8 +93,10 @@ def _resumed(config_class: type[ConfigT], given: dict[str, Any]) -> ConfigT:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {path}: config.json can't be read ({error})") from None
-    lesson, here = saved.pop("lesson", None), Path(sys.argv[0]).stem
-    if lesson is not None and sys.argv[0].endswith(".py") and lesson != here:
+    lesson, here = saved.pop("lesson", None), config_class.__module__
+    if here == "__main__":
+        here = Path(sys.argv[0]).stem
+    if lesson != here:
         raise UserError(
             f"--resume {path}: a run of {lesson}, not of {here}; use python {lesson}.py"
         )

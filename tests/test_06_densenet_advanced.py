@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.profiling import count_macs, count_parameters
 from tests.conftest import lesson
+from tests.parity import PUBLISHED, largest_difference, torchvision_twin
 
 densenet = lesson("06")
 MODELS = densenet.MODELS
@@ -36,6 +37,16 @@ def test_doctests() -> None:
 
 
 # Against the paper's tables and a hand count
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name in PUBLISHED])
+def test_torchvision_and_the_published_table_agree(name: str) -> None:
+    """Parameters, multiply-adds, and the logits of the same weights."""
+    net, row = on_meta(name), PUBLISHED[name]
+    assert count_parameters(net) == int(row["params"])
+    published = pytest.approx(1e9 * float(row["gmacs"]), rel=0.005)
+    assert count_macs(net, (3, 224, 224)) == published
+    assert largest_difference(net.to_empty(device="cpu"), torchvision_twin(name)) < 1e-4
 
 
 def hand_count(
