@@ -475,42 +475,47 @@ def _check_files(
 def _read_all(
     splits: dict[str, Pictures], config: TrainConfig, transform: object, keep: bool
 ) -> tuple[dict[str, Pictures], int]:
-    skipped, out = 0, {}
-    with Bar(
-        sum(len(p) for p in splits.values()), "reading images", "img", show=runtime.is_main()
-    ) as bar:
+    skipped, out, together = 0, {}, 256
+    total = sum(len(p) for p in splits.values())
+    with Bar(total, "reading images", "img", show=runtime.is_main()) as bar:
         for name, pictures in splits.items():
             files = _Files(pictures.paths, pictures.labels.tolist(), transform)
-            rows = [
-                [(i, 0) for i in range(a, min(a + 256, len(files)))]
-                for a in range(0, len(files), 256)
-            ]
+            starts = range(0, len(files), together)
             loader = DataLoader(
                 files,
-                batch_sampler=rows,
+                batch_sampler=[
+                    [(i, 0) for i in range(a, min(a + together, len(files)))] for a in starts
+                ],
                 num_workers=num_workers(config) if len(files) > 2000 else 0,
-                collate_fn=list,
+                collate_fn=_whole_and_broken,
                 worker_init_fn=_leave_ctrl_c_to_the_main_process,
                 generator=torch.Generator(),
             )
-            images: list[Tensor | str] = []
-            for items in loader:
-                images += [image for image, _ in items]
-                bar.advance(len(items))
-                broken = [image for image in images[-len(items) :] if isinstance(image, str)]
+            pixels, good = [], []
+            for start, (images, whole, broken) in zip(starts, loader):
                 if broken and not config.skip_broken:
                     raise UserError(broken[0])
-            good = torch.tensor(
-                [i for i, image in enumerate(images) if not isinstance(image, str)],
-                dtype=torch.long,
-            )
-            skipped += len(images) - len(good)
-            if len(good) == 0:
-                raise UserError(f"none of the {len(images)} {name} images can be read")
-            out[name] = pictures.take(good)
+                # A tensor that a worker sent holds a file handle as long as it lives: keep a copy.
+                pixels += [images.clone()] if keep and whole else []
+                good += [start + i for i in whole]
+                skipped += len(broken)
+                bar.advance(len(whole) + len(broken))
+            if not good:
+                raise UserError(f"none of the {len(files)} {name} images can be read")
+            out[name] = pictures.take(torch.tensor(good))
             if keep:
-                out[name].pixels = torch.stack([images[i] for i in good.tolist()])
+                out[name].pixels = torch.cat(pixels)
     return out, skipped
+
+
+def _whole_and_broken(
+    items: list[tuple[Tensor | str, int]],
+) -> tuple[Tensor, list[int], list[str]]:
+    """The images that could be read, which they are, and what is wrong with the others."""
+    images = [image for image, _ in items]
+    whole = [i for i, image in enumerate(images) if not isinstance(image, str)]
+    stacked = torch.stack([images[i] for i in whole]) if whole else torch.empty(0)
+    return stacked, whole, [image for image in images if isinstance(image, str)]
 
 
 def _mean_std(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -299,3 +299,22 @@ def test_a_worker_that_dies_is_one_line(image_folder: Callable) -> None:
         os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(UserError, match="worker process that decodes images died"):
         list(batches)
+
+
+def test_more_files_than_the_system_lets_a_process_hold_open(
+    image_folder: Callable, tmp_path: Path
+) -> None:
+    """Thousands of images from workers, with the limit of open files far below their number."""
+    resource = pytest.importorskip("resource")
+    folder = image_folder(per_class=1100, size=4, classes=("cat", "dog"))
+    (folder / "cat" / "torn.png").write_bytes(b"nonsense")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(128, hard), hard))
+    try:
+        config = folder_config(folder, image_size=4, workers=2, skip_broken=True)
+        data = load_data(config, CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sum(len(d.labels) for d in data.splits().values()) == 2200 and data.skipped == 1
+    brightest = data.val.pixels.float().mean((2, 3)).argmax(1)
+    assert torch.equal(brightest, data.val.labels), "each image still has its own label"
