@@ -319,22 +319,19 @@ class Watch:
             self.sums_at_step.copy_(state["sums"])
 
     def _announce(self) -> None:
-        """Once, from the first steps: how long all of it
-        will take. A GPU runs behind the host: see `fit`.
+        """Once, from the first steps: how long all of it will take.
+
+        The very first pay for set-up and don't count. An epoch too short to tell is waited for, and
+        so is a GPU, which runs behind the host: see `fit`.
         """
-        first, last = 2, 10
-        if (
-            self.announced
-            or self.run is None
-            or not self.show
-            or self.finite.asynchronous
-            or self.epoch > 0
-        ):
+        wanted = self.run is not None and self.show and not self.announced and self.epoch == 0
+        if not wanted or self.finite.asynchronous:
             return
+        first, least, now = 5, 10, time.monotonic()
         if self.batch == first:
-            self.since = time.monotonic()
-        elif self.batch == min(last, self.batches) and self.since:
-            per_batch = (time.monotonic() - self.since) / (self.batch - first)
+            self.since = now
+        elif self.since and self.batch >= first + least and now > self.since + 1:
+            per_batch = (now - self.since) / (self.batch - first)
             announce_time(per_batch * self.batches * self.config.epochs, self.config.epochs)
             self.announced = True
 
