@@ -147,6 +147,19 @@ def test_the_shortcut_is_there_where_shapes_allow() -> None:
     assert torch.equal(block(x), x)
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small"])
+def test_blocks_with_a_shortcut_start_as_the_identity(name: str) -> None:
+    model = lesson.MODELS[name](num_classes=10, small_input=True, width_mult=0.25)
+    blocks = [m for m in model.modules() if isinstance(m, lesson.InvertedResidual)]
+    for block in blocks:
+        first = next(m for m in block.modules() if isinstance(m, nn.Conv2d))
+        x = torch.randn(2, first.in_channels, 6, 6)
+        if block.has_shortcut:
+            assert torch.equal(block(x), x)
+        else:
+            assert block(x).std() > 0.1
+
+
 def test_the_gate_scales_whole_channels_between_zero_and_one() -> None:
     x = torch.rand(2, 16, 5, 5) + 0.5
     ratio = lesson.SqueezeExcitation(16)(x) / x
@@ -178,6 +191,10 @@ def test_the_small_form_halves_three_times_and_not_five(name: str) -> None:
 @pytest.mark.parametrize("name", lesson.MODELS)
 def test_small_images_train(name: str, image_size: int) -> None:
     model = lesson.MODELS[name](num_classes=10, small_input=True, width_mult=0.25)
+    # A norm that starts at zero holds back the gradient of what lies before it, at first.
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
     logits = model(torch.randn(4, 3, image_size, image_size))
     assert logits.shape == (4, 10)
     nn.functional.cross_entropy(logits, torch.arange(4)).backward()
@@ -431,15 +448,13 @@ def test_multipliers_verdict(thin: float, small: float, expected: str) -> None:
     assert len(lines) == 4 and lines[3].startswith("best is width 1 at 8 px")
 
 
-@pytest.mark.parametrize(
-    ("per_tensor", "expected"), [(0.90, "pays"), (0.99, "does not pay"), (0.95, "no difference")]
-)
+@pytest.mark.parametrize(("per_tensor", "expected"), [(0.2, "pays"), (0.05, "does not pay")])
 def test_quantize_verdict(per_tensor: float, expected: str) -> None:
     rows = [
-        {"weights": name, "MB": mb, "test top-1": top1, "answers changed": 3}
-        | {"ms, one image": ms, "ms, 224 px": ms}
-        for name, mb, top1, ms in zip(
-            lesson.PRECISIONS, (4, 4, 1, 1), (0.95, 0.95, per_tensor, 0.95), (10, 8, 5, 20)
+        {"weights": name, "MB": mb, "test top-1": 0.95, "answers changed": 3}
+        | {"ms, one image": ms, "ms, 224 px": ms, "logits moved": moved}
+        for name, mb, ms, moved in zip(
+            lesson.PRECISIONS, (4, 4, 1, 1), (10, 8, 5, 20), (0, 0, per_tensor, 0.1)
         )
     ]
     errors = {name: {"stem.0": 0.01, "stages.0": 0.03} for name in lesson.PRECISIONS[2:]}
@@ -447,4 +462,4 @@ def test_quantize_verdict(per_tensor: float, expected: str) -> None:
     assert "4.0 times smaller; 2.0 times the speed" in lines[1]
     assert "0.5 times the speed" in lines[2]
     assert "median layer" in lines[3] and "stages.0" in lines[3]
-    assert expected in lines[4]
+    assert f"a scale per channel {expected} here" in lines[4]
