@@ -125,9 +125,10 @@ def thop_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """
     import thop
 
-    copy = deepcopy(model).to_empty(device="cpu").eval()  # thop leaves its counters in the modules
+    copy = deepcopy(model).to("meta").eval()  # thop leaves its counters in the modules
     with torch.no_grad():
-        macs, _ = thop.profile(copy, (torch.zeros(1, *input_size),), verbose=False)
+        image = torch.zeros(1, *input_size, device="meta")
+        macs, _ = thop.profile(copy, (image,), verbose=False)
     return int(macs)
 
 
