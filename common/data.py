@@ -277,7 +277,11 @@ class MemoryLoader(Loader):
 
     def take(self, rows: np.ndarray) -> Tensor:
         index = torch.from_numpy(np.asarray(rows)).to(self.device)
-        return self._finish(self.pixels[index], self.labels_there[index], 0, 0)[0]
+        edge = (self.pixels.shape[2] - self.size[0]) // 2  # of the padding that training carries
+        inner = slice(edge, edge + self.size[0]), slice(edge, edge + self.size[1])
+        return self._finish(
+            self.pixels[index][:, :, inner[0], inner[1]], self.labels_there[index], 0, 0
+        )[0]
 
     def _augment(self, index: Tensor, draws: Tensor, draws_there: Tensor) -> Tensor:
         x = augmentation.random_crop(self.pixels, index, self.size, draws_there)

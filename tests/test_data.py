@@ -316,5 +316,6 @@ def test_more_files_than_the_system_lets_a_process_hold_open(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert sum(len(d.labels) for d in data.splits().values()) == 2200 and data.skipped == 1
+    assert data.train.take(np.arange(3)).shape == (3, 3, 4, 4), "no padding"
     brightest = data.val.pixels.float().mean((2, 3)).argmax(1)
     assert torch.equal(brightest, data.val.labels), "each image still has its own label"
