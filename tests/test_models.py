@@ -50,16 +50,13 @@ SMALL = [e for e in ENTRIES if e[0] != "07" and not e[1].startswith("efficientne
 SMALL += [("04", "efficientnet_b0")]
 
 
-@pytest.mark.parametrize("side", [32, 8])
 @pytest.mark.parametrize(("number", "model"), SMALL)
-def test_small_form_takes_32_and_8_pixels(number: str, model: str, side: int) -> None:
+def test_small_form_takes_32_and_8_pixels(number: str, model: str) -> None:
     with torch.device("meta"):
-        net = builder(number, model)(num_classes=10, small_input=True)
-        x = torch.zeros(2, 3, side, side)
-    net.eval()
-    assert net(x).shape == (2, 10)
-    features = net.forward_features(x)
-    assert features.dim() == 4 and features.shape[0] == 2
+        net = builder(number, model)(num_classes=10, small_input=True).eval()
+        assert net(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
+        features = net.forward_features(torch.zeros(2, 3, 32, 32))
+    assert features.dim() == 4 and features.shape[0] == 2 and features.shape[2] >= 1
 
 
 # One of each kind is trained for real; the rest differ from these in depth and width only.
