@@ -8,6 +8,13 @@ output, and a network of a hundred layers trains as easily as one of ten.
     python 01_resnet_beginner.py                               # trains: digits, on a GPU CIFAR-10
     python 01_resnet_beginner.py --experiment skip-connections # the paper's claim, measured
     python 01_resnet_beginner.py --model resnet50 --summary    # what is inside
+
+Measured on two cores of an Intel Xeon with AMX, torch 2.15, seed 0:
+
+    default, resnet18            digits at 8 px, 12 epochs: test 98.61%, 34 s of training
+    skip-connections             the same, 56 layers: plain 25.35%, residual 98.05%, pre-activation
+                                 98.61%; all six nets in 72 s
+    resnet20, CIFAR-10           JPEG copy, 8 epochs, bfloat16: test 80.53%, 380 s of training
 """
 
 # %% [markdown]

@@ -13,7 +13,7 @@ as much as one 7x7, with fewer weights and a ReLU after each, so build everythin
 
 Measured on digits (16 px, 10 epochs, seed 0, torch 2.15, float32 on a CPU):
 
-    default, vgg11_bn    test 99.16%, validation 99.30%
+    default, vgg11_bn    test 99.16%, 29 s of training on two cores of an Intel Xeon
     batch-norm           test at lr 0.01: 96.94% without, 98.89% with; at lr 0.1: 50.70% and 99.16%
     receptive-field      measured and computed field agree in all 13 layers of vgg11_bn, up to 150
                          pixels; 95% of the gradient lies within 122

@@ -12,8 +12,8 @@ its width and its input resolution in fixed proportion instead of one of them al
     python 04_efficientnet_advanced.py --model efficientnet_b0 --summary
 
 Measured: efficientnet_mini (our own small member of the family) on digits at 16 px, 8 epochs, seed
-0, reached 99.16% test accuracy, 3 of 359 images wrong, in 49 s of processor time for the whole
-command (one thread of an Intel Xeon, torch 2.15).
+0, torch 2.15, two cores of an Intel Xeon: test 98.33%, 21 s of training. On one thread, which adds
+in another order, 99.16%: three images of 359.
 """
 
 # %% [markdown]

@@ -14,7 +14,7 @@ needs to add only a few of its own.
 
 Measured on digits (8 px, 10 epochs, seed 0, torch 2.15, float32 on a CPU):
 
-    default, densenet40_k12     test 99.72%
+    default, densenet40_k12     test 99.72%, 28 s of training on two cores of an Intel Xeon
     reuse                       99.72%; the least read source of a layer has 0.90 of the average
                                 weight; blocks 2 and 3 read their input 0.09 below the average
     growth-rate, 6 epochs, two  final training loss for k = 6, 12, 24: 0.061, 0.032, 0.020 at equal
