@@ -163,6 +163,10 @@ def exit_codes() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    finally:
+        data = sys.modules.get("common.data")
+        if data:
+            data.close_workers()
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:

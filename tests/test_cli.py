@@ -206,3 +206,13 @@ def test_an_elastic_restart_goes_on_with_its_own_run(
     assert code == 0 and "resume     after 1 epochs" in out
     assert cli("01", *flags, "--seed", "1")[0] == 0, "another setting is another run"
     assert len(list((tmp_path / "runs" / "01_resnet_beginner").iterdir())) == 2
+
+
+def test_a_run_with_workers_ends_in_silence(image_folder: Callable, tmp_path: Path) -> None:
+    """Workers that Python has to end at its exit delay it and leave a traceback behind."""
+    done = python(
+        "01_resnet_beginner.py", "--dataset", "folder", "--data-dir", str(image_folder(size=80)),
+        "--image-size", "72", "--model", "resnet20", "--batch-size", "8", "--workers", "2",
+        "--device", "cpu", "--smoke", "--run-dir", str(tmp_path / "runs"),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
