@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -350,27 +351,45 @@ class FileLoader(Loader):
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self.plan.epoch, self.plan.start = epoch, start
         self.waited, began = 0.0, time.monotonic()
-        try:
-            for batch, (x, y) in enumerate(self.workers, start):
-                self.waited += time.monotonic() - began
-                if isinstance(x, str):
-                    raise UserError(x)
-                x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
-                if self.train and self.config.cutout:
-                    generator = torch.Generator().manual_seed(
-                        runtime.mixed_seed(self.config.seed, epoch, batch, 4)
-                    )
-                    draws = torch.rand(len(x), augmentation.DRAWS, generator=generator)
-                    x = augmentation.cutout(x, self.config.cutout, draws.to(self.device))
-                yield self._finish(x, y, epoch, batch)
-                began = time.monotonic()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                "a worker process that decodes images died, most likely for want of memory: "
-                "try --workers 0 or a smaller --batch-size"
-            ) from None
+        for batch, (x, y) in enumerate(from_workers(self.workers), start):
+            self.waited += time.monotonic() - began
+            if isinstance(x, str):
+                raise UserError(x)
+            x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
+            if self.train and self.config.cutout:
+                generator = torch.Generator().manual_seed(
+                    runtime.mixed_seed(self.config.seed, epoch, batch, 4)
+                )
+                draws = torch.rand(len(x), augmentation.DRAWS, generator=generator)
+                x = augmentation.cutout(x, self.config.cutout, draws.to(self.device))
+            yield self._finish(x, y, epoch, batch)
+            began = time.monotonic()
+
+
+def from_workers(loader: DataLoader) -> Iterator[Any]:
+    """The batches of `loader`, with one line here, and nowhere else, for a worker that died.
+
+    torch's handler of a child's death raises wherever the main thread happens to be, in the middle
+    of a save too. It is set aside: the loader looks after its workers by itself every 5 seconds.
+
+    Raises:
+        UserError: a worker process is gone.
+    """
+    child_died = getattr(signal, "SIGCHLD", None)  # Windows has none, and no handler either
+    before = child_died and signal.getsignal(child_died)
+    try:
+        batches = iter(loader)
+        if child_died and signal.getsignal(child_died) != before:
+            signal.signal(child_died, before or signal.SIG_DFL)
+        yield from batches
+    # ConnectionError, EOFError: it died between the message that a batch is done and its handing over.
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a worker process that decodes images died, most likely for want of memory: "
+            "try --workers 0 or a smaller --batch-size"
+        ) from None
 
 
 class _Plan(Sampler):
@@ -510,7 +529,7 @@ def _read_all(
                 generator=torch.Generator(),
             )
             pixels, good = [], []
-            for start, (images, whole, broken) in zip(starts, loader):
+            for start, (images, whole, broken) in zip(starts, from_workers(loader)):
                 if broken and not config.skip_broken:
                     raise UserError(broken[0])
                 # A tensor that a worker sent holds a file handle as long as it lives: keep a copy.

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.data import IMAGENET_MEAN, IMAGENET_STD, num_workers
+from common.data import IMAGENET_MEAN, IMAGENET_STD, from_workers, num_workers
 from common.errors import UserError
 from common.pretrained import load_torchvision_state, official_state
 from common.progress import Bar
@@ -111,7 +111,7 @@ def evaluate_imagenet(model: nn.Module, name: str, config: TrainConfig) -> tuple
     model.eval()
     try:
         with Bar(len(images), name, "img") as bar:
-            for x, y in loader:
+            for x, y in from_workers(loader):
                 x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
                 # In float32: mixed precision would move the third digit.
                 guesses = model(x).topk(min(5, len(images.classes))).indices  # (N, 5)
