@@ -382,7 +382,7 @@ def from_workers(loader: DataLoader) -> Iterator[Any]:
         if child_died and signal.getsignal(child_died) != before:
             signal.signal(child_died, before or signal.SIG_DFL)
         yield from batches
-    # ConnectionError, EOFError: it died between the message that a batch is done and its handing over.
+    # ConnectionError, EOFError: it died after saying that a batch is done, before handing it over.
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise

@@ -90,3 +90,66 @@ def test_thop_counts_batchnorm_too_and_leaves_no_trace() -> None:
     before = set(net.state_dict())
     assert thop_macs(net, (3, 16, 16)) > MACS
     assert set(net.state_dict()) == before
+
+
+def with_statistics(net: nn.Module) -> nn.Module:
+    """BatchNorms as training leaves them, not as they are born."""
+    torch.manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean):
+                tensor.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return net.eval()
+
+
+def test_folded_weights_are_those_of_the_formula() -> None:
+    net = with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)))
+    conv, norm = net
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    (folded,) = profiling.fold_batchnorm(net).children()
+    assert torch.allclose(folded.weight, conv.weight * scale[:, None, None, None], atol=1e-6)
+    assert torch.allclose(folded.bias, norm.bias - norm.running_mean * scale, atol=1e-6)
+    assert isinstance(net[1], nn.BatchNorm2d), "the model itself keeps its norm"
+
+
+@pytest.mark.parametrize(
+    ("number", "model", "kept"),
+    [
+        ("01", "resnet20", 0),
+        (
+            "01",
+            "preact_resnet18",
+            9,
+        ),  # the first norm of 8 blocks, and the one in front of the head
+        ("02", "vgg11_bn", 0),
+        ("03", "googlenet", 0),
+        ("04", "efficientnet_mini", 0),
+        ("05", "mobilenet_v3_small", 0),
+        ("06", "densenet40_k12", 39),
+    ],
+)
+def test_folding_keeps_the_logits(number: str, model: str, kept: int) -> None:
+    net = lesson(number).MODELS[model](num_classes=10, small_input=True)
+    net = with_statistics(net).double()
+    folded = profiling.fold_batchnorm(net)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == kept
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = net(x)
+        assert torch.allclose(folded(x), expected, atol=1e-9 * expected.abs().max().item())
+
+
+def test_a_fold_that_changes_the_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.fx.experimental import optimization
+
+    monkeypatch.setattr(optimization, "fuse_conv_bn_eval", lambda conv, norm: conv)
+    with pytest.raises(ValueError, match="without its BatchNorms gives logits that are"):
+        profiling.fold_batchnorm(with_statistics(nn.Sequential(*list(small_net())[:2])))
+
+
+def test_a_folded_profile_has_the_counts_of_the_model() -> None:
+    net = with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    plain, folded = (profile(net, (3, 96, 96), seconds=0, fold=fold) for fold in (False, True))
+    assert (folded.params, folded.macs) == (plain.params, plain.macs)
+    assert folded.peak_memory_mb < plain.peak_memory_mb, "no output of a norm is held"
