@@ -1,5 +1,5 @@
 """How fast, beside the loop that everyone writes: `python -m tests.bench
-[input|parts|epoch|accuracy]`.
+[input|parts|epoch|files|utilisation|profile|accuracy]`.
 
 The same model, batch, images and augmentation, in one process, in turns. The plain side is PIL
 transforms in a DataLoader, float32, NCHW, SGD as it comes, and `loss.item()` at every step; the
@@ -30,6 +30,7 @@ from common import runtime
 from common.config import TrainConfig
 from common.data import IMAGENET_MEAN, IMAGENET_STD, Data, load_data, make_data
 from common.lessons import load_lesson
+from common.profiling import count_macs
 from common.progress import Bar
 from common.sources import Pictures, Source, load_source
 from common.training import Watch, make_optimizer, make_schedule, score, train_one_epoch
@@ -124,6 +125,16 @@ class Ours:
             self.watch,
         )
         self.watch.epoch += 1
+
+
+def plain_side(
+    config: TrainConfig, data: Data, device: torch.device
+) -> tuple[nn.Module, torch.optim.SGD]:
+    """The same model as it comes from its builder, with the optimizer as it comes."""
+    torch.manual_seed(0)
+    model = load_lesson("01").MODELS[config.model](num_classes=data.num_classes, small_input=True)
+    model = model.to(device)
+    return model, torch.optim.SGD(model.parameters(), config.lr, 0.9, weight_decay=5e-4)
 
 
 class First:
@@ -237,13 +248,13 @@ def bench_files(
             for _ in ours.train.batches(0):
                 pass
 
-        def plain_side() -> None:
+        def plain_epoch_of_files() -> None:
             for _ in first(plain, count):
                 pass
 
-        our_side(), plain_side()
+        our_side(), plain_epoch_of_files()
         seconds = in_turns(
-            {"plain": plain_side, "ours": our_side}, args.rounds, torch.device("cpu")
+            {"plain": plain_epoch_of_files, "ours": our_side}, args.rounds, torch.device("cpu")
         )
     torch.set_num_threads(threads)
     images = count * 32
@@ -261,20 +272,18 @@ def bench_epoch(
 ) -> None:
     """Whole steps, data and logging included."""
     ours = Ours(config, data, device)
-    plain_model = Ours(config, data, torch.device("cpu")).model
-    plain_model = plain_model.to(device, memory_format=torch.contiguous_format)
-    optimizer = torch.optim.SGD(plain_model.parameters(), config.lr, 0.9, weight_decay=5e-4)
+    model, optimizer = plain_side(config, data, device)
     loader = plain_loader(pictures, data, config, workers=args.workers)
     few = min(args.steps, len(data.train))
 
-    def plain_side() -> None:
-        plain_epoch(plain_model, first(loader, few), optimizer, device)
+    def plain() -> None:
+        plain_epoch(model, first(loader, few), optimizer, device)
 
     def our_side() -> None:
         ours.epoch(First(data.train, few))
 
-    our_side(), plain_side()  # warm up: algorithms are searched, workers start
-    seconds = in_turns({"plain": plain_side, "ours": our_side}, args.rounds, device)
+    our_side(), plain()  # warm up: algorithms are searched, workers start
+    seconds = in_turns({"plain": plain, "ours": our_side}, args.rounds, device)
     images = few * config.batch_size
     report(
         f"training, {config.model}", "images/s", images / seconds["plain"], images / seconds["ours"]
@@ -307,8 +316,8 @@ def _parts(
     side = Ours(config, data, device)
     model, optimizer, amp = side.model.train(), side.optimizer, side.amp
     if not ours:
-        model, amp = model.to(memory_format=torch.contiguous_format), None
-        optimizer = torch.optim.SGD(model.parameters(), config.lr, 0.9, weight_decay=5e-4)
+        (model, optimizer), amp = plain_side(config, data, device), None
+        model.train()
     batches = iter(
         First(data.train, 10**9).batches(0) if ours else plain_loader(pictures, data, config, 0)
     )
@@ -341,6 +350,78 @@ def _parts(
         optimizer.zero_grad()
         measure("logging", log)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def bench_utilisation(
+    pictures: Pictures,
+    data: Data,
+    config: TrainConfig,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """What share of the chip's multiply-adds the training step uses.
+
+    The chip's rate is that of one large matrix product in the same number format, measured in turns
+    with the steps. A step is three forward passes' worth: the backward pass computes two gradients,
+    of the inputs and of the weights, for each product of the forward pass.
+    """
+    ours, few = Ours(config, data, device), min(args.steps, len(data.train))
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=device, dtype=ours.amp or torch.float32)
+    products = 20 if device.type == "cuda" else 2
+
+    def product() -> None:
+        for _ in range(products):
+            a @ b
+
+    def steps() -> None:
+        ours.epoch(First(data.train, few))
+
+    product(), steps()
+    seconds = in_turns({"product": product, "steps": steps}, args.rounds, device)
+    peak = products * side**3 / seconds["product"]
+    macs = 3 * count_macs(ours.model, data.input_size) * few * config.batch_size
+    used = macs / seconds["steps"]
+    print(
+        f"{config.model}: {2e-12 * used:.2f} of {2e-12 * peak:.2f} TFLOP/s in "
+        f"{str(a.dtype).removeprefix('torch.')} (a product of {side} x {side} matrices): "
+        f"{used / peak:.1%} utilisation",
+        flush=True,
+    )
+
+
+def bench_profile(
+    pictures: Pictures,
+    data: Data,
+    config: TrainConfig,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Where the time of our epoch goes: the operators that take most of it, by their own time.
+
+    On a GPU the kernels' time, and how long the device had nothing to do.
+    """
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    ours, few = Ours(config, data, device), min(args.steps, len(data.train))
+    on_gpu = device.type == "cuda"
+    timed(lambda: ours.epoch(First(data.train, few)), device)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with record(activities=activities, acc_events=True) as trace:
+        seconds = timed(lambda: ours.epoch(First(data.train, few)), device)
+
+    def own_time(event: object) -> float:  # microseconds
+        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+    events = sorted(trace.key_averages(), key=own_time, reverse=True)
+    if on_gpu:  # the same time would count twice: with the operator and with its kernel
+        events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(map(own_time, events))
+    print(f"{few} steps in {seconds:.2f} s", end="")
+    print(f", the device idle for {1 - total / 1e6 / seconds:.1%} of them" if on_gpu else "")
+    for event in events[:12]:
+        print(f"  {own_time(event) / total:6.1%}  {event.count:>6} x {event.key[:80]}", flush=True)
 
 
 def bench_accuracy(
@@ -393,7 +474,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("input", "parts", "epoch", "files", "accuracy")
+    parts = ("input", "parts", "epoch", "files", "utilisation", "profile", "accuracy")
     parser.add_argument(
         "what", nargs="*", default=["input", "parts", "epoch", "files"], choices=[*parts, []]
     )
@@ -431,6 +512,8 @@ def main() -> None:
         "parts": bench_parts,
         "epoch": bench_epoch,
         "files": bench_files,
+        "utilisation": bench_utilisation,
+        "profile": bench_profile,
     }
     for what in args.what:
         if what in benches:
