@@ -98,7 +98,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import plotting, runtime
+from common import plotting
 from common.data import Loader, load_data
 from common.errors import UserError
 from common.evaluation import evaluate
@@ -1185,9 +1185,8 @@ def run(config: Config) -> dict[str, object]:
     """
     config, device = prepare(config)
     data = load_data(config, device)
-    model = build(config, data.num_classes).to(
-        device, memory_format=runtime.memory_format(config.image_size)
-    )
+    # A pixel's channels side by side: a CPU's depthwise convolutions are then twice as fast.
+    model = build(config, data.num_classes).to(device, memory_format=torch.channels_last)
     if config.pretrained:
         load_pretrained(model, config.model)
 

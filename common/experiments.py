@@ -68,7 +68,8 @@ def train_trial(
         loss_fn: cross-entropy with the config's label smoothing by default.
     """
     runtime.set_up_torch(device, config.seed, config.deterministic)
-    model = build().to(device, memory_format=runtime.memory_format(config.image_size))
+    model = build()
+    model = model.to(device, memory_format=runtime.memory_format(config.image_size, model))
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, data.train)
     loss_fn = loss_fn or nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)

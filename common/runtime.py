@@ -109,11 +109,15 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def memory_format(image_size: int) -> torch.memory_format:
-    """channels_last, except for images so small that
-    reordering costs more than it saves (at 8 px: 1.17x).
+def memory_format(image_size: int, model: nn.Module | None = None) -> torch.memory_format:
+    """The layout that a CPU trains fastest in, and a GPU in mixed precision too.
+
+    channels_last, except for images so small that reordering costs more than it saves (at 8 px:
+    1.17x). Depthwise convolutions want it at any size: a MobileNet trains 1.5 to 2 times as fast.
     """
-    return torch.channels_last if image_size >= 32 else torch.contiguous_format
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)] if model else []
+    depthwise = any(1 < m.groups == m.in_channels for m in convolutions)
+    return torch.channels_last if image_size >= 32 or depthwise else torch.contiguous_format
 
 
 def set_up_torch(device: torch.device, seed: int, deterministic: bool = False) -> None:
