@@ -83,7 +83,7 @@ from torch import Tensor, nn
 
 from common import plotting, runtime
 from common.data import load_data
-from common.errors import UserError
+from common.errors import Diverged
 from common.evaluation import evaluate
 from common.experiments import Trial, train_trial
 from common.inspection import to_images
@@ -549,6 +549,7 @@ class Outcome(NamedTuple):
     name: str
     batch_norm: bool
     lr: float
+    losses: list[float]  # at every step that was finite
     trial: Trial | None
 
     @property
@@ -583,17 +584,16 @@ def batch_norm(config: Config) -> dict[str, object]:
             try:
                 build_it = partial(build, setting, data.num_classes)
                 trial = train_trial(name, build_it, data, setting, device)
-            except UserError as error:
-                if "no longer finite" not in str(error):
-                    raise
-                trial = None
+                losses = trial.loss
+            except Diverged as error:
+                trial, losses = None, error.losses
                 print(f"{name:<24} {error}", flush=True)
-            outcomes.append(Outcome(name, model != plain, lr, trial))
+            outcomes.append(Outcome(name, model != plain, lr, losses, trial))
 
     figure, (loss, accuracy, final) = plotting.panels(
         3, f"BatchNorm in {plain}, at one learning rate and at ten times as much"
     )
-    losses = {o.name: o.trial.loss if o.trial else [] for o in outcomes}
+    losses = {o.name: o.losses for o in outcomes}
     smooth = max(1, len(data.train) // 2)
     plotting.curves(losses, "step", "loss", "Training loss", smooth=smooth, ax=loss)
     levels = {o.name: [r.val_top1 for r in o.trial.history] if o.trial else [] for o in outcomes}

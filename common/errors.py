@@ -1,5 +1,5 @@
-"""The two ways a run ends early on purpose. No
-torch here: flags are checked before it is imported.
+"""The ways a run ends early on purpose. No torch
+here: flags are checked before it is imported.
 """
 
 from __future__ import annotations
@@ -10,6 +10,14 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """Bad input or a missing thing: one line that says what, where and what to do. Exit code 2."""
+
+
+class Diverged(UserError):
+    """The loss or its gradient is no longer finite. `losses` are those of the steps before, where
+    they were kept.
+    """
+
+    losses: list[float] = []
 
 
 class Interrupted(Exception):

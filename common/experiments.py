@@ -14,6 +14,7 @@ from torch import nn
 from common import runtime
 from common.config import TrainConfig
 from common.data import Data
+from common.errors import Diverged
 from common.profiling import count_macs, count_parameters
 from common.records import EpochRecord
 from common.training import fit, make_optimizer, make_schedule, score
@@ -66,6 +67,9 @@ def train_trial(
         config: resolved; a trial that differs from the others differs in
             `dataclasses.replace(config, ...)`.
         loss_fn: cross-entropy with the config's label smoothing by default.
+
+    Raises:
+        Diverged: the loss is no longer finite; with the losses of the steps that were.
     """
     runtime.set_up_torch(device, config.seed, config.deterministic)
     model = build()
@@ -75,7 +79,11 @@ def train_trial(
     loss_fn = loss_fn or nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     trace: dict[str, list[torch.Tensor]] = {"loss": [], "first_layer_gradient": []}
     began = time.monotonic()
-    history = fit(model, data, loss_fn, optimizer, schedule, config, label=name, trace=trace)
+    try:
+        history = fit(model, data, loss_fn, optimizer, schedule, config, label=name, trace=trace)
+    except Diverged as error:
+        error.losses = [float(loss) for loss in trace["loss"]]
+        raise
     seconds = time.monotonic() - began
     _, top1 = score(model, data.test, runtime.amp_dtype(device, config.amp, config.image_size))
     last = history[-1]

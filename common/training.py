@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from common import runtime
 from common.config import TrainConfig
 from common.data import Data, Loader, num_workers
-from common.errors import Interrupted, UserError
+from common.errors import Diverged, Interrupted, UserError
 from common.progress import Bar
 from common.records import EpochRecord
 
@@ -339,7 +339,7 @@ class Watch:
         lr = self.schedule.optimizer.param_groups[0]["lr"]
         where = f"epoch {self.epoch + 1}, step {self.finite.at}, learning rate {lr:.3g}"
         kept = f"; the last good state is in {self.run.folder}" if self.run else ""
-        raise UserError(
+        raise Diverged(
             f"the loss or its gradient is no longer finite ({where}){kept}: try --lr "
             f"{lr / 10:.2g}, "
             "--clip 1 or a longer --warmup"
@@ -399,7 +399,8 @@ def fit(
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, after the step in hand is finished and saved.
-        UserError: the loss is no longer finite, the disk is full, memory is out.
+        Diverged: the loss is no longer finite.
+        UserError: the disk is full, memory is out.
     """
     device = next(model.parameters()).device
     amp = runtime.amp_dtype(device, config.amp, config.image_size)

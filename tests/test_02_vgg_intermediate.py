@@ -239,7 +239,7 @@ def outcome(batch_norm: bool, lr: float, top1: float, val: list[float]) -> objec
             self.epoch, self.val_top1 = epoch, val_top1
 
     history = [Epoch(i, v) for i, v in enumerate(val, 1)]
-    return vgg.Outcome("", batch_norm, lr, vgg.Trial("", 0, 0, top1, 0.0, history))
+    return vgg.Outcome("", batch_norm, lr, [], vgg.Trial("", 0, 0, top1, 0.0, history))
 
 
 # Test accuracy, and validation accuracy after each of two epochs.

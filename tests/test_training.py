@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from common import training
 from common.config import TrainConfig
 from common.data import Data, make_data
-from common.errors import UserError
+from common.errors import Diverged, UserError
+from common.experiments import train_trial
 from common.sources import Pictures, Source
 from common.training import Schedule, fit, make_optimizer, make_schedule, parameter_groups
 
@@ -202,22 +203,35 @@ def test_early_stopping_waits_for_patience() -> None:
     assert len(history) < 30 and len(history) - 1 - losses.index(min(losses)) == 2
 
 
+class Poison(nn.CrossEntropyLoss):
+    """Not a number at the fourth batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(logits, y) * (math.nan if self.calls == 4 else 1)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
-    class Poison(nn.CrossEntropyLoss):
-        calls = 0
-
-        def forward(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            Poison.calls += 1
-            return super().forward(logits, y) * (math.nan if Poison.calls == 4 else 1)
-
     data, config = colours()
     net = make_net()
     optimizer = make_optimizer(net, config)
     schedule = make_schedule(optimizer, config, data.train)
-    with pytest.raises(UserError, match=r"epoch 1, step 4, learning rate .* try --lr"):
+    with pytest.raises(Diverged, match=r"epoch 1, step 4, learning rate .* try --lr"):
         fit(net, data, Poison(), optimizer, schedule, config)
     assert all(p.isfinite().all() for p in net.parameters())
     assert schedule.taken == 3
+
+
+def test_a_trial_that_diverges_keeps_the_losses_so_far() -> None:
+    data, config = colours()
+    with pytest.raises(Diverged) as caught:
+        train_trial("poisoned", make_net, data, config, torch.device("cpu"), Poison())
+    *before, last = caught.value.losses
+    assert len(before) == 3 and all(map(math.isfinite, before)) and math.isnan(last)
 
 
 def test_clip_limits_the_gradient() -> None:
