@@ -1,0 +1,220 @@
+"""The course's own weights: a finished run made into a small file that travels with the course.
+
+    python -m common.bundle runs/01_resnet_beginner/NAME --trained-on CIFAR-10
+
+writes common/weights/MODEL.pt, which `--pretrained --model MODEL` takes before it asks the network
+for official weights, and MODEL.json beside it: how the weights came about and how good they are.
+The same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import checkpoint
+from common.cli import exit_codes
+from common.errors import UserError
+from common.profiling import count_parameters
+from common.records import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from common.config import TrainConfig
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass
+class Bundle:
+    """Weights with what it takes to use them.
+
+    Attributes:
+        name: the model's, as in its lesson's MODELS.
+        trained_on: in words.
+        top1: accuracy on the test images of what it was trained on.
+        class_names: that its classifier tells apart, in the order of its logits.
+        mean: (3,), of pixels in [0, 1], what its inputs were normalised with; so is `std`.
+        image_size: side in pixels of its inputs.
+        state: in float32.
+    """
+
+    name: str
+    trained_on: str
+    top1: float
+    class_names: list[str]
+    mean: Tensor
+    std: Tensor
+    image_size: int
+    state: dict[str, Tensor]
+
+    def describe(self) -> str:
+        return (
+            f"{self.name} of the course, trained on {self.trained_on}: {len(self.class_names)} "
+            f"classes at {self.image_size} px, test top-1 {self.top1:.2%}"
+        )
+
+
+def find_bundle(name: str) -> Bundle | None:
+    """The course's own weights of a model, or None where it has none.
+
+    Raises:
+        UserError: the file is damaged, or is another kind of file.
+    """
+    path = WEIGHTS / f"{name}.pt"
+    if not path.is_file():
+        return None
+    try:
+        saved = checkpoint.load(path)
+    except UserError as error:
+        raise UserError(f"{error}: get it anew, for example by git checkout -- {path}") from None
+    names = [spec.name for spec in dataclasses.fields(Bundle)]
+    if missing := [n for n in names if n not in saved]:
+        raise UserError(f"{path} has no {missing[0]}: it was not made by python -m common.bundle")
+    return Bundle(**{n: saved[n] for n in names})
+
+
+def pack(run: str | Path, trained_on: str = "") -> Path:
+    """Write MODEL.pt and MODEL.json from the best weights of a finished run; returns the first.
+
+    Args:
+        run: a run folder of lessons 1 to 6.
+        trained_on: the data in words; by default the name of the run's dataset.
+
+    Raises:
+        UserError: it is no run folder, the run isn't finished, or its parts don't fit together.
+    """
+    folder = Path(run)
+    saved = _read(folder, "config.json", "it is no run folder")
+    result = _read(folder, "result.json", "the run isn't finished (or was an experiment)")
+    best = checkpoint.load(folder / "best.pt")
+    if saved["smoke"]:
+        raise UserError(f"{folder}: a smoke run, which has learned nothing")
+    if best["best"]["epoch"] != result["best_epoch"] or best["config"]["model"] != saved["model"]:
+        raise UserError(f"{folder}: best.pt and result.json are of two different runs")
+
+    from common.lessons import load_lesson  # lessons stand above the services
+
+    lesson = load_lesson(saved.pop("lesson"))
+    config = lesson.Config(**saved)
+    state = {
+        name: value.detach().float().clone() if value.is_floating_point() else value.clone()
+        for name, value in best["model"].items()
+    }
+    model = lesson.build(config, len(best["class_names"]))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(
+            f"{folder}: {config.model} has another form today than in best.pt"
+        ) from None
+
+    bundle = Bundle(
+        config.model,
+        trained_on or config.dataset,
+        result["test_top1"],
+        list(best["class_names"]),
+        best["mean"].float().cpu(),
+        best["std"].float().cpu(),
+        config.image_size,
+        state,
+    )
+    WEIGHTS.mkdir(exist_ok=True)
+    path = WEIGHTS / f"{bundle.name}.pt"
+    checkpoint.save(path, vars(bundle))
+    told = (
+        "test_top1 val_top1 epochs best_epoch seed train_seconds images_per_second device hardware "
+        "amp torch_version"
+    )
+    record = {
+        "model": bundle.name,
+        "trained_on": bundle.trained_on,
+        "command": command(lesson.__name__, config),
+        "parameters": count_parameters(model),
+        "sha256": digest(state),
+        **{name: result[name] for name in told.split()},
+        "image_size": bundle.image_size,
+        "class_names": bundle.class_names,
+        "mean": bundle.mean.tolist(),
+        "std": bundle.std.tolist(),
+    }
+    write_json(path.with_suffix(".json"), record)
+    return path
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and values: the same in whatever kind of file they lie."""
+    sha = hashlib.sha256()
+    for name, value in state.items():
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def command(lesson: str, config: TrainConfig) -> str:
+    """The shortest command line that comes out as `config`, its data folder called DIR.
+
+    A saved config has everything filled in; a flag that the recipe fills in by itself is left out.
+    """
+    kind = type(config)
+    here = {"data_dir", *kind.FREE_ON_RESUME}  # where it ran, not what was computed
+    defaults = kind()
+
+    def same(given: dict[str, Any]) -> bool:
+        again = kind(**given).resolve(config.dataset).to_dict()
+        return all(again[n] == v for n, v in config.to_dict().items() if n not in here)
+
+    given = {
+        n: v for n, v in config.to_dict().items() if n not in here and v != getattr(defaults, n)
+    }
+    for name in list(given):
+        rest = {n: v for n, v in given.items() if n != name}
+        if name not in ("model", "dataset") and same(rest):
+            given = rest
+    words = ["python", f"{lesson}.py"]
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    if config.dataset in ("folder", "imagenet"):
+        words += ["--data-dir", "DIR"]
+    return " ".join(words)
+
+
+def _read(folder: Path, name: str, otherwise: str) -> dict[str, Any]:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {name}: {otherwise}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / name} can't be read ({error})") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m common.bundle", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", help="folder of a finished run of lessons 1 to 6")
+    parser.add_argument("--trained-on", default="", help="its data in words, for the record")
+    flags = parser.parse_args(argv)
+    with exit_codes():
+        path = pack(flags.run, flags.trained_on)
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        print(
+            f"{path}: {record['model']}, {record['parameters']:,} parameters, test top-1 "
+            f"{record['test_top1']:.2%}, {path.stat().st_size:,} bytes"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
