@@ -602,7 +602,7 @@ def run(config: Config) -> dict[str, object]:
         device, memory_format=runtime.memory_format(config.image_size)
     )
     if config.pretrained:
-        load_pretrained(model, config.model)
+        load_pretrained(model, config.model, data.class_names)
 
     loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = make_optimizer(model, config)

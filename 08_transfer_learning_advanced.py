@@ -141,7 +141,6 @@ from common.experiments import Trial, mean_and_spread, train_trial
 from common.export import export_model
 from common.embedding import feature_map
 from common.prediction import find_images, predict_files
-from common.pretrained import load_pretrained
 from common.profiling import count_macs, profile
 from common.runs import Run, banner, draw_figures, prepare
 from common.sources import Pictures, Source, load_source
@@ -153,8 +152,8 @@ from common.transfer import (
     choose_classes,
     few_labels,
     in_chunks,
-    load_external,
     open_run,
+    trained_origin,
     with_features,
 )
 
@@ -455,9 +454,15 @@ def settings_for(asked: Config, config: Config, images: int) -> Config:
 # %% [markdown]
 # ## Where the weights come from
 #
-# Three sources, in this order: a run of this course (`--from`), official weights (`--pretrained`),
+# Three sources, in this order: a run of this course (`--from`), trained weights (`--pretrained`),
 # or, with no network and no weights at hand, a small but honest pretraining of our own: the first
 # half of the classes teaches the net, the second half is the new task, whose labels are few.
+#
+# `--pretrained` means the official weights of ImageNet, downloaded once. One net travels with the
+# course and needs no network: resnet20, trained on CIFAR-10 at 32 px (`common/weights/`).
+#
+# A classifier belongs to its classes and not to their number: it is kept if the new classes have
+# the same names, and drawn anew otherwise.
 
 
 # %%
@@ -507,8 +512,7 @@ def open_task(config: Config) -> Task:
     if past:
         make, origin = past.build, past.origin
     elif asked.pretrained:
-        make_origin = load_external if ":" in config.model else load_pretrained
-        origin = Origin(f"official weights of {config.model}", make_origin(make(2), config.model))
+        origin = trained_origin(config.model, make)
     else:
         origin = Origin("random weights")
     if halves:
@@ -521,10 +525,14 @@ def open_task(config: Config) -> Task:
         needed = config.strategy != "scratch" or config.compare or config.fractions
         if config.resume and kept.is_file():
             origin = Origin.load(kept, make)
-            origin.model.to(device)
         elif origin.model is None and needed:
             origin = pretrain(choose_classes(target, range(count)), config, device, make)
         target = choose_classes(target, range(count, classes))
+    if origin.model is not None:
+        origin.model.to(device)
+    seen = [name for name in target.class_names if name in (origin.class_names or ())]
+    if seen and runtime.is_main():
+        print(f"note       {origin.name} was trained on the class {seen[0]} already", flush=True)
     labels = len(few_labels(target, config.fraction, config.seed).train)
     config = settings_for(asked, config, labels)
     if config.strategy != "scratch" and origin.model is None:
@@ -558,13 +566,17 @@ def source_recipe(config: Config, **changes: float) -> TrainConfig:
 
 # %%
 def start(task: Task, strategy: str, num_classes: int, seed: int) -> nn.Module:
-    """The source's model with a new classifier, or for `scratch` an untrained one."""
+    """The source's model with a new classifier, or for `scratch` an untrained one.
+
+    The same classes in the same order, as in pictures of another kind, keep the classifier.
+    """
     runtime.set_up_torch(task.device, seed, task.config.deterministic)
     if strategy == "scratch":
         model = task.build(num_classes)
     else:
         model = deepcopy(task.origin.model)
-        model.reset_classifier(num_classes)
+        if task.origin.class_names != task.target.class_names:
+            model.reset_classifier(num_classes)
     return model.to(task.device, memory_format=runtime.memory_format(task.config.image_size))
 
 

@@ -5,6 +5,8 @@ What happens to an image follows from (seed, epoch, position in the epoch) and f
 not from the batch size, the number of worker processes or GPUs, nor from how often the run was
 stopped. So a run goes on within an epoch by starting at a later position, and there is no random
 state to lose.
+
+Another service is asked for one thing: what the course's own weights are normalised with.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common import augmentation, runtime
+from common.bundle import find_bundle
 from common.config import TrainConfig
 from common.errors import UserError
 from common.progress import Bar
@@ -79,8 +82,9 @@ def load_data(
     """The dataset of a resolved config, split, measured and cut into batches.
 
     Args:
-        mean_std: of pixels in [0, 1], to normalise with; by default ImageNet's for official weights
-            and for images that stay in files, else those of the training images.
+        mean_std: of pixels in [0, 1], to normalise with; by default what trained weights are used
+            to (ImageNet's for official ones), ImageNet's for images that stay in files, else those
+            of the training images.
 
     Raises:
         UserError: the dataset is missing, broken, or smaller than one optimizer step.
@@ -111,7 +115,10 @@ def make_data(
             splits, skipped = _check_files(splits, config)
     in_memory = splits["train"].pixels is not None
     if mean_std is None:
-        if in_memory and not config.pretrained:
+        bundle = find_bundle(config.model) if config.pretrained else None
+        if bundle:
+            mean_std = bundle.mean, bundle.std
+        elif in_memory and not config.pretrained:
             mean_std = _mean_std(splits["train"].pixels)
         else:
             mean_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)

@@ -1,4 +1,6 @@
-"""Official weights in our own models: copied tensor by tensor, in order, or refused by name."""
+"""Trained weights in our own models: official ones copied tensor by tensor, in order, or refused by
+name, and the course's own.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint
+from common import runtime
+from common.bundle import find_bundle
 from common.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from common.bundle import Bundle
 
 
 def load_torchvision_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
@@ -66,44 +71,62 @@ def _role(name: str) -> str:
 # -------------------------------------------------------------------------- where weights come from
 
 
-def bundled_weights(name: str) -> Path | None:
-    """The file of a network that travels with the course, or None."""
-    path = Path(__file__).parent / "weights" / f"{name}.pt"
-    return path if path.exists() else None
-
-
-def load_pretrained(model: nn.Module, name: str) -> nn.Module:
+def load_pretrained(model: nn.Module, name: str, class_names: list[str] | None = None) -> nn.Module:
     """Put trained weights into `model`, whose classifier may have any number of classes.
 
     The course's own weights where it has some for `name`, which needs no network; else
-    torchvision's official ones, downloaded once. A classifier of another size than theirs is left
-    as it was initialised.
+    torchvision's official ones, downloaded once. Official weights bring their classifier where it
+    is of the same size. The course's bring theirs only for `class_names` equal to those that it was
+    trained on, in the same order: ten digits are not ten animals. Otherwise the classifier is new.
 
     Raises:
-        UserError: there are no weights for `name`, they can't be downloaded, or they don't fit the
-            model.
+        UserError: there are no weights for `name`, they can't be downloaded, are damaged, or don't
+            fit the model.
     """
+    bundle = find_bundle(name)
+    if bundle:
+        return _load_bundle(model, bundle, class_names)
     num_classes = model.get_classifier().out_features
-    path = bundled_weights(name)
-    state = checkpoint.load(path)["model"] if path else official_state(name)
+    state = official_state(name)
     theirs = next(reversed(state.values())).shape[0]  # the classifier's bias comes last
     if theirs != num_classes:
         model.reset_classifier(theirs)
     try:
-        if path:
-            model.load_state_dict(state)
-        else:
-            load_torchvision_state(model, state)
-            if hasattr(model, "transform_input"):
-                model.transform_input = True  # their inputs are scaled to [-1, 1]
-    except (ValueError, RuntimeError) as error:
+        load_torchvision_state(model, state)
+    except ValueError as error:
         raise UserError(
-            f"--pretrained {name}: the weights don't fit this form of the model "
-            f"({str(error).splitlines()[0]}); "
+            f"--pretrained {name}: the weights don't fit this form of the model ({error}); "
             "official weights are for images of 96 px and more"
         ) from None
+    if hasattr(model, "transform_input"):
+        model.transform_input = True  # their inputs are scaled to [-1, 1]
     if theirs != num_classes:
         model.reset_classifier(num_classes)
+    return model
+
+
+def _load_bundle(model: nn.Module, bundle: Bundle, class_names: list[str] | None) -> nn.Module:
+    num_classes, theirs = model.get_classifier().out_features, len(bundle.class_names)
+    if theirs != num_classes:
+        model.reset_classifier(theirs)
+    ours = {name: value.shape for name, value in model.state_dict().items()}
+    odd = {name: value.shape for name, value in bundle.state.items()}.items() ^ ours.items()
+    if odd:
+        raise UserError(
+            f"--pretrained {bundle.name}: the weights don't fit this form of the model "
+            f"({min(name for name, _ in odd)} differs); they are for the one that its lesson "
+            f"builds by default for {bundle.image_size} px"
+        )
+    model.load_state_dict(bundle.state)
+    same = class_names == bundle.class_names
+    if not same:
+        model.reset_classifier(num_classes)
+    if runtime.is_main():
+        print(
+            f"weights    {bundle.describe()}; its classifier is "
+            f"{'kept: the classes are the same' if same else 'new'}",
+            flush=True,
+        )
     return model
 
 
@@ -123,7 +146,8 @@ def official_state(name: str) -> dict[str, Tensor]:
         weights = models.get_model_weights(name).IMAGENET1K_V1
     except (ValueError, AttributeError):
         raise UserError(
-            f"--pretrained {name}: torchvision has no weights for it; leave out --pretrained"
+            f"--pretrained {name}: neither the course (common/weights) nor torchvision has "
+            "weights for it; leave out --pretrained"
         ) from None
     try:
         return models.get_model(name, weights=weights, **options).state_dict()

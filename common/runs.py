@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from common import checkpoint, inspection, plotting, report, runtime, sources
+from common.bundle import find_bundle
 from common.config import TrainConfig
 from common.data import Data
 from common.errors import UserError
@@ -46,10 +47,10 @@ def prepare(config: ConfigT) -> tuple[ConfigT, torch.device]:
     image_size = None
     if name == "folder":
         image_size = _size_of_folder(config.data_dir)
-    if config.pretrained and not _has_own_weights(config.model):
+    if config.pretrained:
         # The stems of official weights are made for large images; below about 96 px little is left
         # of them.
-        image_size = 224 if device.type == "cuda" else 96
+        image_size = _size_for_weights(config, 224 if device.type == "cuda" else 96)
     config = config.resolve(name, image_size, runtime.world_size())
     if why and runtime.is_main():
         print(f"dataset    {why}", flush=True)
@@ -62,10 +63,21 @@ def _size_of_folder(data_dir: str) -> int:
     return side if side <= 64 else 224
 
 
-def _has_own_weights(model: str) -> bool:
-    from common.pretrained import bundled_weights
+def _size_for_weights(config: TrainConfig, official: int) -> int:
+    """The side in pixels that trained weights are made for: the course's own say it.
 
-    return bundled_weights(model) is not None
+    Raises:
+        UserError: --image-size is beyond the 32x32 form, and the course's own weights are of it.
+    """
+    bundle = find_bundle(config.model)
+    if bundle is None:
+        return official
+    if config.image_size is not None and not config.small_input:
+        raise UserError(
+            f"--pretrained {config.model} --image-size {config.image_size}: these weights are for "
+            f"{bundle.image_size} px; leave out --image-size"
+        )
+    return bundle.image_size
 
 
 def banner(
@@ -450,8 +462,8 @@ def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -
     if name == "folder":
         image_size = _size_of_folder(config.data_dir)
         classes = len(sources.load_folder(config.data_dir, seed=0).class_names)
-    if config.pretrained and not _has_own_weights(config.model):
-        image_size = 224
+    if config.pretrained:
+        image_size = _size_for_weights(config, 224)
     config = config.resolve(name, image_size)
     with torch.device("meta"):
         model = build(config, classes)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint
+from common import checkpoint, pretrained
+from common.bundle import find_bundle
 from common.data import Data, Loader
 from common.errors import UserError, unknown
 from common.lessons import lesson_names, load_lesson
@@ -235,16 +236,33 @@ def open_run(path: str, here: ModuleType | None = None) -> PastRun:
     return PastRun(folder, config, origin, partial(module.build, config))
 
 
+def trained_origin(name: str, build: Callable[[int], nn.Module]) -> Origin:
+    """What `--pretrained` starts from: the course's own weights of a model, or official ones.
+
+    Args:
+        build: the model, untrained, for so many classes.
+
+    Raises:
+        UserError: there are none, they can't be had, or they don't fit what `build` makes.
+    """
+    bundle = find_bundle(name)
+    if bundle:
+        names = bundle.class_names
+        model = pretrained.load_pretrained(build(len(names)), name, names)
+        mean_std = bundle.mean, bundle.std
+        return Origin(f"the course's own {name}", model, mean_std, names, bundle.top1)
+    load = load_external if name.startswith(EXTERNAL) else pretrained.load_pretrained
+    return Origin(f"official weights of {name}", load(build(2), name))
+
+
 def load_external(model: TorchvisionModel, name: str) -> TorchvisionModel:
     """Put torchvision's official weights into a `TorchvisionModel`; its classifier stays.
 
     Raises:
         UserError: there are none, or they can't be downloaded.
     """
-    from common.pretrained import official_state
-
     classes = model.get_classifier().out_features
-    state = official_state(name.removeprefix(EXTERNAL))
+    state = pretrained.official_state(name.removeprefix(EXTERNAL))
     model.reset_classifier(next(reversed(state.values())).shape[0])
     model.net.load_state_dict(state)
     model.reset_classifier(classes)
