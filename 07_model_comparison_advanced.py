@@ -60,6 +60,9 @@ class Config(TrainConfig):
     pass_limit: float | None = knob(
         None, "GMACs that a timed pass may cost, 0: any (default: 5 on a CPU)", low=0
     )
+    fold: bool = knob(
+        False, "time networks with BatchNorm folded into the convolutions, as they are deployed"
+    )
 
     # One recipe for all, gentle enough for nets without BatchNorm.
     clip: float = knob(1.0, "largest gradient norm; 0: no limit", low=0)
@@ -69,7 +72,8 @@ class Config(TrainConfig):
     }
 
     # A stopped comparison may go on with more seeds or other models, and be asked other questions.
-    FREE_ON_RESUME = TrainConfig.FREE_ON_RESUME | {"model", "seeds", "choose", "profile_only"}
+    MAY_CHANGE = {"model", "seeds", "choose", "profile_only", "fold"}
+    FREE_ON_RESUME = TrainConfig.FREE_ON_RESUME | MAY_CHANGE
 
 
 config = parse_flags(Config) if __name__ == "__main__" else Config()
@@ -124,7 +128,7 @@ from common.progress import Bar
 from common.records import write_atomically
 from common.runs import Run, prepare
 from common.sources import Source, load_source
-from common.sweeps import Bench, Entry
+from common.sweeps import FOLDED, MOST_WAYS, Bench, Entry
 from common.training import fit, make_optimizer, make_schedule
 
 LESSON = "07_model_comparison_advanced"
@@ -1005,10 +1009,12 @@ def compare(
     everyone = [] if config.experiment else chosen_names(config, list(all_models()))
     small = small_entries(config, len(source.class_names))
     shown = [name for name in SHOWN_WAYS if name in everyone]
-    steps = 3 * len(everyone) + 2 * len(shown) + 2 * len(small) + TRAINING * len(small) * seeds
+    steps = 3 * len(everyone) + MOST_WAYS * len(shown) + (2 + TRAINING * seeds) * len(small)
     with Bar(steps, "comparison", "steps", seconds=15) as bar:
         large = imagenet_entries(everyone, bar)
-        bench = Bench(config, device, profiles, bar, large_batch=8 if cpu else 64, limit=limit)
+        bench = Bench(
+            config, device, profiles, bar, 8 if cpu else 64, limit=limit, fold=config.fold
+        )
         large_rows, large_order = bench.two_sweeps(large)
         ways = bench.all_ways([e for e in large if e.candidate.model in shown])
         rows, order = bench._replace(large_batch=128, limit=4 * limit).two_sweeps(small)
@@ -1040,7 +1046,8 @@ def compare(
         verdicts.append(matched_verdict(rows, config))
     tables.append(Table(f"{config.dataset}, {config.image_size} px", note, rows))
     if ways:
-        tables.append(Table("The same network, several ways", f"{where}.", ways))
+        note = f"{where}. Where it says folded, {FOLDED}."
+        tables.append(Table("The same network, several ways", note, ways))
 
     choices = []
     for table in tables:

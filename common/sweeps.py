@@ -14,7 +14,8 @@ from torch import nn
 from common import runtime
 from common.comparison import Candidate, Store
 from common.config import TrainConfig
-from common.profiling import profile
+from common.errors import UserError
+from common.profiling import fold_batchnorm, profile
 from common.progress import Bar
 
 # The fields of a candidate that depend on the machine.
@@ -29,6 +30,14 @@ MEASURED = (
 )
 
 
+MOST_WAYS = 5  # in which `Bench.all_ways` runs a network
+
+FOLDED = (  # ends a sentence of a table's note
+    "BatchNorm is folded into the convolution before it, and was checked, in float64, to leave the "
+    "logits as they were; a norm in front of a convolution stays"
+)
+
+
 class Entry(NamedTuple):
     """A model to compare: how to build it, and what is known of it so far."""
 
@@ -37,43 +46,81 @@ class Entry(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How a network is run: its number format, its layout in memory, compiled or not."""
+    """How a network is run: its number format, with BatchNorm or without, its layout in memory,
+    compiled or not.
+
+    >>> str(Way(channels_last=True, folded=True))
+    'float32, folded, channels_last'
+    """
 
     amp: torch.dtype | None = None  # reduced precision, or None for float32
     channels_last: bool = False
     compiled: bool = False
+    folded: bool = False  # BatchNorm folded into the convolutions in front of it
 
     def __str__(self) -> str:
         words = [str(self.amp or torch.float32).removeprefix("torch.")]
+        words += ["folded"] * self.folded
         words += ["channels_last"] * self.channels_last + ["compiled"] * self.compiled
         return ", ".join(words)
 
 
-def usual_way(config: TrainConfig, device: torch.device, image_size: int) -> Way:
-    """channels_last where it pays, mixed precision on a GPU, compiled if asked.
+def usual_way(config: TrainConfig, device: torch.device, image_size: int, fold: bool) -> Way:
+    """channels_last where it pays, mixed precision on a GPU, compiled and folded if asked.
 
     On a CPU always float32, so that machines with and without AMX measure the same thing;
     `all_ways` shows what bfloat16 gives.
     """
     amp = runtime.amp_dtype(device, config.amp and device.type != "cpu", image_size)
-    return Way(amp, runtime.memory_format(image_size) is torch.channels_last, config.compile)
+    channels_last = runtime.memory_format(image_size) is torch.channels_last
+    return Way(amp, channels_last, config.compile, fold)
 
 
 def with_weights(model: nn.Module, device: torch.device) -> nn.Module:
     """A model from the meta device with random weights that keep the activations' scale.
 
     The models' own initialisation would take longer than all measurements. Zeros would not do: a
-    chip that multiplies zeros draws less power, and may run faster for it.
+    chip that multiplies zeros draws less power, and may run faster for it. Nor would norms that do
+    nothing: no one would see that one was folded wrongly. Variances are 1/fan-in; He's 2/fan-in
+    doubles what a residual block adds to, and after the 55 blocks of EfficientNet-B7 the last bit
+    of the input decides the logits.
     """
     model = model.to_empty(device=device)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.dim() > 1:
-                bound = (6 / tensor[0].numel()) ** 0.5
+                bound = (3 / tensor[0].numel()) ** 0.5
                 tensor.uniform_(-bound, bound)
+            elif tensor.is_floating_point():
+                tensor.uniform_(0.9, 1.1)
             else:
                 tensor.fill_(1)
     return model.eval()
+
+
+def prepared(entry: Entry, device: torch.device, way: Way) -> nn.Module:
+    """The model with random weights, ready to be run that way.
+
+    Raises:
+        UserError: it should be folded, and can't be, or is not the same afterwards.
+    """
+    with torch.device("meta"):
+        model = entry.build()
+    model = with_weights(model, device)
+    # Folding makes new weights, so the layout comes after it; what is compiled is the outcome.
+    if way.folded:
+        try:
+            model = fold_batchnorm(model)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"{entry.candidate.model} can't be timed with BatchNorm folded ({error}): leave "
+                "out --fold, or this model"
+            ) from error
+    if way.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if way.compiled:
+        model.compile()
+    return model
 
 
 def measure(
@@ -89,13 +136,7 @@ def measure(
     candidate = entry.candidate
     if candidate.macs > limit:
         return candidate
-    with torch.device("meta"):
-        model = entry.build()
-    model = with_weights(model, device)
-    if way.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if way.compiled:
-        model.compile()
+    model = prepared(entry, device, way)
     size = (3, candidate.input_px, candidate.input_px)
     one = profile(model, size, 1, way.amp, way.channels_last, seconds)
     candidate = replace(
@@ -124,9 +165,14 @@ class Bench(NamedTuple):
     large_batch: int
     limit: float = math.inf  # multiply-adds of one timed pass
     seconds: float = 0.3  # of one measurement
+    fold: bool = False  # time networks with BatchNorm folded into the convolutions
 
     def measure(self, entry: Entry, sweep: str, way: Way, large_batch: int) -> Candidate:
-        """The candidate with its times, from the store if they are there."""
+        """The candidate with its times, from the store if they are there.
+
+        Args:
+            sweep: names the measurement in the store; two ways of running need two names.
+        """
         c = entry.candidate
         key = f"{c.task}, {c.model}, {c.params} parameters, {c.input_px} px, {sweep}"
         if self.store.get(key) is None:
@@ -137,29 +183,46 @@ class Bench(NamedTuple):
         return replace(c, **{name: self.store.get(key)[name] for name in MEASURED})
 
     def two_sweeps(self, entries: Sequence[Entry]) -> tuple[list[Candidate], str]:
-        """All models, twice over; of the two latencies the lower, and how far the sweeps agree.
+        """All models, twice over; of the two latencies the lower, and in words how far the sweeps
+        agree, and what was folded.
 
         Whatever else the machine did in the slower sweep, it did not make the model faster.
         """
-        ways = [usual_way(self.config, self.device, e.candidate.input_px) for e in entries]
-        first = [self.measure(e, "sweep 1", w, self.large_batch) for e, w in zip(entries, ways)]
-        second = [self.measure(e, "sweep 2", w, 0) for e, w in zip(entries, ways)]
-        return [faster(a, b) for a, b in zip(first, second)], agreement(first, second)
+        ways = [
+            usual_way(self.config, self.device, e.candidate.input_px, self.fold) for e in entries
+        ]
+        one, two = (f"sweep {n}{', folded' if self.fold else ''}" for n in (1, 2))
+        first = [self.measure(e, one, w, self.large_batch) for e, w in zip(entries, ways)]
+        second = [self.measure(e, two, w, 0) for e, w in zip(entries, ways)]
+        told = agreement(first, second) + f"; in all of them {FOLDED}" * self.fold
+        return [faster(a, b) for a, b in zip(first, second)], told
+
+    def ways(self, entry: Entry) -> list[Way]:
+        """Every way that this device has, MOST_WAYS at most: plain, with BatchNorm folded where
+        there is one, then each with what came before; compiled only if the config says so.
+        """
+        amp = runtime.amp_dtype(self.device, True, entry.candidate.input_px)
+        ways = [Way(), Way(folded=True), Way(channels_last=True, folded=self.fold)]
+        ways += [Way(amp, True, folded=self.fold)] * (amp is not None)
+        ways += [Way(amp, True, True, self.fold)] * self.config.compile
+        with torch.device("meta"):
+            foldable = any(isinstance(m, nn.BatchNorm2d) for m in entry.build().modules())
+        if not foldable:
+            ways = list(dict.fromkeys(way._replace(folded=False) for way in ways))
+        return ways
 
     def all_ways(self, entries: Sequence[Entry]) -> list[Candidate]:
-        """Each network in every way that this device has; compiled only if the config says so."""
+        """Each network in every way."""
         rows = []
         for entry in entries:
-            amp = runtime.amp_dtype(self.device, True, entry.candidate.input_px)
-            ways = [Way(), Way(channels_last=True)]
-            ways += [Way(amp, True)] * (amp is not None)
-            ways += [Way(amp, True, compiled=True)] * self.config.compile
+            ways = self.ways(entry)
             for way in ways:
                 row = self.measure(entry, str(way), way, self.large_batch)
                 name = f"{row.model}: {way}"
                 rows.append(
                     replace(row, model=name, thop_macs=None, thop_note="", top1=None, top5=None)
                 )
+            self.bar.advance(MOST_WAYS - len(ways))
         return rows
 
 

@@ -78,6 +78,86 @@ def test_what_is_measured_is_kept_and_counts_are_not(
     assert other.latency_ms != first.latency_ms
 
 
+def norms_of(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    # By hand: in DenseNet the norm in front of each of the 6 + 12 + 24 + 16 layers stays, and those
+    # in front of 3 transitions and the head.
+    [("resnet20", 0), ("mobilenet_v2", 0), ("densenet121", 58 + 3 + 1), ("vit_xs_16", 0)],
+)
+def test_a_folded_way_runs_without_the_norms_that_follow_a_convolution(
+    name: str, kept: int
+) -> None:
+    entry = Entry(partial(get_model(name), num_classes=10, small_input=True), candidate(name))
+    device = torch.device("cpu")
+    folded = sweeps.prepared(entry, device, Way(channels_last=True, folded=True))
+    assert norms_of(folded) == kept
+    # Folding made these weights; the layout that was asked for has to come after it.
+    convolutions = [m.weight for m in folded.modules() if isinstance(m, nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
+    assert norms_of(sweeps.prepared(entry, device, Way())) == norms_of(entry.build())
+
+
+def test_a_wrong_fold_is_seen_with_the_weights_that_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If every norm were the identity, leaving them all out would pass the check."""
+    from torch.fx.experimental import optimization
+
+    from common.errors import UserError
+
+    monkeypatch.setattr(optimization, "fuse_conv_bn_eval", lambda conv, norm: conv)
+    entry = Entry(partial(get_model("resnet20"), num_classes=10), candidate("resnet20"))
+    with pytest.raises(UserError, match=r"resnet20 can't be timed with BatchNorm folded \(ResNet "):
+        sweeps.prepared(entry, torch.device("cpu"), Way(folded=True))
+
+
+def test_times_of_folded_nets_are_kept_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = Entry(partial(get_model("resnet20"), num_classes=10), candidate("resnet20"))
+
+    def bench(fold: bool) -> Bench:
+        bar = Bar(100, "test", show=False)
+        store = Store(tmp_path / "profiles.json", {})
+        return Bench(TrainConfig(), torch.device("cpu"), store, bar, 0, seconds=0.0, fold=fold)
+
+    def norms_as_ms(entry: Entry, device: torch.device, way: Way, *rest: object) -> Candidate:
+        """A clock that can't be disturbed: the latency is the number of norms."""
+        norms = norms_of(sweeps.prepared(entry, device, way))
+        return candidate("resnet20", latency_ms=norms)
+
+    monkeypatch.setattr(sweeps, "measure", norms_as_ms)
+    monkeypatch.setattr(sweeps, "agreement", lambda *_: "alike")  # zeros have no logarithm
+    for _ in range(2):  # measured, then read back
+        for fold, norms in ((False, 19), (True, 0)):
+            [row], told = bench(fold).two_sweeps([entry])
+            assert row.latency_ms == norms
+            assert ("a norm in front of a convolution stays" in told) == fold
+        rows = {row.model: row.latency_ms for row in bench(False).all_ways([entry])}
+        assert rows["resnet20: float32"] == rows["resnet20: float32, channels_last"] == 19
+        assert rows["resnet20: float32, folded"] == 0
+
+
+def test_no_folded_row_without_batchnorm(tmp_path: Path) -> None:
+    bar, counted = Bar(100, "test", show=False), []
+    store = Store(tmp_path / "profiles.json", {})
+    for name in ("vit_xs_16", "resnet20"):
+        entry = Entry(partial(get_model(name), num_classes=10), candidate(name))
+        for fold in (False, True):
+            bench = Bench(TrainConfig(), torch.device("cpu"), store, bar, 0, limit=1, fold=fold)
+            names = [row.model for row in bench.all_ways([entry])]
+            assert len(set(names)) == len(names)
+            assert any("folded" in n for n in names) == (name == "resnet20")
+            assert any("folded" not in n for n in names)
+            counted.append(bar.done)
+    # However many ways a net has, the bar advances by as much.
+    assert counted == [sweeps.MOST_WAYS * n for n in (1, 2, 3, 4)]
+
+
 def test_a_pass_above_the_limit_is_not_timed() -> None:
     def unbuildable() -> nn.Module:
         raise AssertionError("should not be built")
