@@ -282,12 +282,25 @@ def bench_epoch(
     def our_side() -> None:
         ours.epoch(First(data.train, few))
 
-    our_side(), plain()  # warm up: algorithms are searched, workers start
+    plain()  # warm up: algorithms are searched, workers start
+    startup = timed(our_side, device)
     seconds = in_turns({"plain": plain, "ours": our_side}, args.rounds, device)
     images = few * config.batch_size
     report(
         f"training, {config.model}", "images/s", images / seconds["plain"], images / seconds["ours"]
     )
+    if config.compile:
+        eager = Ours(dataclasses.replace(config, compile=False), data, device)
+        without = timed(lambda: eager.epoch(First(data.train, few)), device)
+        sides = {"eager": lambda: eager.epoch(First(data.train, few)), "compiled": our_side}
+        each = in_turns(sides, args.rounds, device)
+        saved, cost = each["eager"] - each["compiled"], startup - without
+        pays = f"pays after {cost / saved * images:,.0f} images" if saved > 0 else "never pays here"
+        print(
+            f"  --compile: {each['eager'] / each['compiled']:.2f} times as fast as ours without, "
+            f"{cost:.0f} s to start, {pays}",
+            flush=True,
+        )
 
 
 def bench_parts(
