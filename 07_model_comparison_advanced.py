@@ -92,40 +92,38 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from common import runtime
+from common.candidates import chosen_names, imagenet_entries, small_build
 from common.comparison import (
-    Budget,
     Candidate,
     Constraint,
-    Store,
     Table,
     Training,
-    choose,
-    describe_choice,
-    markdown_table,
     pareto_front,
     parse_budget,
     parse_constraints,
     parse_size,
-    percent,
     si,
     summarise,
-    tied_with_best,
-    write_tables,
 )
 from common.comparison_figures import cost_figure, curves_figure, timeline_figure
-from common.comparison_page import comparison_page
-from common.data import Data, load_data
+from common.comparison_report import (
+    front_verdict,
+    matched_verdict,
+    present,
+    reproduce,
+    trained_verdict,
+)
+from common.comparison_training import TRAINING, open_stores, train_all
+from common.data import Data
 from common.errors import Interrupted, UserError
 from common.evaluation import evaluate
-from common.imagenet import PUBLISHED, evaluate_imagenet, load_official
+from common.imagenet import PUBLISHED
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.profiling import count_macs, count_parameters
 from common.progress import Bar
-from common.records import write_atomically
 from common.runs import Run, prepare
 from common.sources import Source, load_source
 from common.sweeps import FOLDED, MOST_WAYS, Bench, Entry
@@ -669,15 +667,6 @@ def entry(task: str, name: str, build: Callable[[], nn.Module], image_size: int)
     return Entry(build, candidate)
 
 
-def is_small(build: Callable[..., nn.Module]) -> bool:
-    """Whether a net's two forms are one: it was made for small images, not for ImageNet."""
-    with torch.device("meta"):
-        large, small = (build(num_classes=10, small_input=s) for s in (False, True))
-    size = (3, 128, 128)
-    same_size = count_parameters(large) == count_parameters(small)
-    return same_size and count_macs(large, size) == count_macs(small, size)
-
-
 # %% [markdown]
 # ## The families, and how to make each as large as the others
 #
@@ -750,7 +739,7 @@ def small_entries(config: Config, num_classes: int) -> list[Entry]:
     families = {default_model(family): family for family in FAMILIES}
     builds = {
         name: small_build(name, config, num_classes)
-        for name in chosen_names(config, list(families))
+        for name in chosen_names(config.model, list(families))
     }
     if config.experiment == "matched-size":
         size = (3, config.image_size, config.image_size)
@@ -765,18 +754,6 @@ def small_entries(config: Config, num_classes: int) -> list[Entry]:
             width = matched_width(build, families[name], size_of, target)
             builds[name] = partial(build, **families[name].widened(width))
     return [entry(config.dataset, name, build, config.image_size) for name, build in builds.items()]
-
-
-def small_build(name: str, config: Config, num_classes: int) -> Callable[..., nn.Module]:
-    """The builder told what the dataset asks for."""
-    options = {"num_classes": num_classes, "small_input": config.small_input}
-    return partial(without_aux(get_model(name)), **options)
-
-
-def without_aux(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """No auxiliary heads: they have a loss of their own, where all others share one, and are idle
-    afterwards."""
-    return partial(build, aux=False) if "aux" in inspect.signature(build).parameters else build
 
 
 def match_target(config: Config, num_classes: int) -> float:
@@ -831,128 +808,11 @@ def train_once(entry: Entry, data: Data, config: Config, device: torch.device) -
     )
 
 
-def epochs_within(
-    budget: Budget, entry: Entry, data: Data, config: Config, device: torch.device
-) -> int:
-    """The whole epochs that fit the budget, from the time of one on a throw-away copy."""
-    if budget.epochs:
-        return budget.epochs
-    trial = train_once(entry, data, replace(config, epochs=1, warmup=0), device)
-    return max(1, int(budget.seconds / trial.seconds))
-
-
-def train_all(
-    entries: list[Entry], config: Config, device: torch.device, store: Store, bar: Bar
-) -> list[Training]:
-    """Every model with every seed, from the store where it is there.
-
-    Seed by seed: a comparison that is stopped early has compared like with like.
-    """
-    budget = parse_budget(config.budget) if config.budget else Budget(epochs=config.epochs)
-    epochs: dict[str, int] = {}
-    trainings = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        seeded, data = replace(config, seed=seed), None
-        for e in entries:
-            name = e.candidate.model
-            key = f"{name}, {e.candidate.params} parameters, seed {seed}"
-            if store.get(key) is None:
-                data = data or load_data(seeded, device)
-                if name not in epochs:
-                    epochs[name] = epochs_within(budget, e, data, seeded, device)
-                store.put(key, train_once(e, data, replace(seeded, epochs=epochs[name]), device))
-            training = Training(**store.get(key))
-            epochs[name] = training.epochs  # the same for all seeds, however busy the machine
-            trainings.append(training)
-            bar.advance(TRAINING, f"{name}, seed {seed}")
-    return trainings
-
-
-TRAINING = 8  # units of the progress bar; a measurement is 1
-SHOWN_WAYS = ("resnet18", "mobilenet_v2", "vit_b_32")  # run in every format and layout
-
-
-def front_verdict(rows: list[Candidate]) -> str:
-    """Which networks are beaten by no other, by each cost that is known."""
-    costs = {"macs": "multiply-adds", "params": "parameters", "latency_ms": "latency here"}
-    fronts = {words: {c.model for c in pareto_front(rows, cost)} for cost, words in costs.items()}
-    fronts = {words: names for words, names in fronts.items() if names}
-    scored = [c for c in rows if c.top1 is not None]
-    known = {words: sum(getattr(c, k) is not None for c in scored) for k, words in costs.items()}
-    always = set.intersection(*fronts.values()) if fronts else set()
-    told = [f"{len(names)} of {known[words]} by {words}" for words, names in fronts.items()]
-    named = ", ".join(c.model for c in rows if c.model in always)
-    return f"on the Pareto front: {', '.join(told)}; on every front: {named or 'none'}"
-
-
-def trained_verdict(rows: list[Candidate]) -> str:
-    """Who won, by how much, and whether the seeds allow to say so."""
-    tied = tied_with_best(rows)
-    if not tied:
-        return "every training failed; try a smaller --lr"
-    best = tied[0]
-    told = [f"{best.model} has the highest mean, {percent(best.top1)}"]
-    if best.top1_std is None:
-        told[0] += ", by one seed, which says nothing of chance: use --seeds 3"
-    elif len(tied) == 1:
-        told[0] += ", more than two standard errors above every other"
-    else:
-        told[0] += (
-            f", but {best.seeds} seeds can't tell it from {', '.join(c.model for c in tied[1:])}"
-        )
-        thrifty = min(tied, key=lambda c: c.macs)
-        if thrifty is not best:
-            told.append(
-                f"the cheapest of these is {thrifty.model}: {si(thrifty.macs)} multiply-adds "
-                f"against {si(best.macs)}"
-            )
-    told.append(front_verdict(rows))
-    if failed := [c.model for c in rows if c.top1 is None]:
-        told.append(f"failed under this recipe, which is no verdict on them: {', '.join(failed)}")
-    return "; ".join(told)
-
-
-def matched_verdict(rows: list[Candidate], config: Config) -> str:
-    """How equal the sizes are, where they should be."""
-    if config.experiment != "matched-size":
-        return ""
-    sizes = {c.model: c.params if config.match == "params" else c.macs for c in rows}
-    least, most = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
-    what = "parameters" if config.match == "params" else "multiply-adds"
-    return (
-        f"matched by {what}: from {si(sizes[least])} ({least}) to {si(sizes[most])} ({most}), "
-        "as near as whole channels allow"
-    )
-
-
 # %% [markdown]
 # ## One comparison, from the counts to the report
 
-
 # %%
-def chosen_names(config: Config, default: list[str]) -> list[str]:
-    """The models that `--model` names, each known, or the default for "all"."""
-    if config.model == "all":
-        return default
-    names = [name.strip() for name in config.model.split(",")]
-    for name in names:
-        get_model(name)
-    return names
-
-
-def imagenet_entries(names: list[str], bar: Bar) -> list[Entry]:
-    """The models that have an ImageNet form, at the size that the published accuracy is for."""
-    entries = []
-    for name in names:
-        build = get_model(name)
-        crop = PUBLISHED[name].crop if name in PUBLISHED else 224
-        if name in PUBLISHED or not is_small(build):
-            build = without_aux(build)
-            entries.append(entry("ImageNet", name, build, crop))
-            bar.advance(1, name)
-        else:
-            bar.advance(3)  # it won't be measured either
-    return entries
+SHOWN_WAYS = ("resnet18", "mobilenet_v2", "vit_b_32")  # run in every format and layout
 
 
 def run(config: Config) -> list[Table]:
@@ -973,7 +833,7 @@ def run(config: Config) -> list[Table]:
     config, device = prepare(config)
     if runtime.world_size() > 1:
         raise UserError("the comparison runs in one process: start it with python, not torchrun")
-    chosen_names(config, [])
+    chosen_names(config.model, [])
     source = None if config.eval_imagenet else load_source(config)
     run = Run.open(config, LESSON)
     print(
@@ -981,7 +841,7 @@ def run(config: Config) -> list[Table]:
     )
     try:
         if config.eval_imagenet:
-            return reproduce(config, device, run)
+            return reproduce(config, device, run, entry)
         return compare(config, device, source, run, constraints)
     except KeyboardInterrupt:
         raise Interrupted(signal.SIGINT, run.farewell()) from None
@@ -993,34 +853,25 @@ def compare(
     config: Config, device: torch.device, source: Source, run: Run, constraints: list[Constraint]
 ) -> list[Table]:
     """Count, measure, train, draw, choose."""
-    cpu, smoke = device.type == "cpu", config.smoke
-    machine = runtime.describe(device)
-    setup = {"device": machine, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    speed = {"amp": config.amp, "compile": config.compile, "pass_limit": config.pass_limit}
-    fixed = {k: v for k, v in config.to_dict().items() if k not in Config.FREE_ON_RESUME}
-    profiles = Store(run.folder / "profiles.json", {**setup, **speed}, tell=run.resumed)
-    results = Store(
-        run.folder / "trainings.json", {**setup, **fixed, "data": source.fingerprint}, run.resumed
-    )
+    cpu = device.type == "cpu"
+    profiles, results = open_stores(config, run, device, source.fingerprint)
     seeds = 0 if config.profile_only else config.seeds
     limit = config.pass_limit if config.pass_limit is not None else 5.0 if cpu else 0.0
-    limit = 1e7 if smoke else 1e9 * limit or math.inf
+    limit = 1e7 if config.smoke else 1e9 * limit or math.inf
 
-    everyone = [] if config.experiment else chosen_names(config, list(all_models()))
+    everyone = [] if config.experiment else chosen_names(config.model, list(all_models()))
     small = small_entries(config, len(source.class_names))
     shown = [name for name in SHOWN_WAYS if name in everyone]
     steps = 3 * len(everyone) + MOST_WAYS * len(shown) + (2 + TRAINING * seeds) * len(small)
     with Bar(steps, "comparison", "steps", seconds=15) as bar:
-        large = imagenet_entries(everyone, bar)
-        bench = Bench(
-            config, device, profiles, bar, 8 if cpu else 64, limit=limit, fold=config.fold
-        )
+        large = imagenet_entries(everyone, entry, bar)
+        bench = Bench(config, device, profiles, bar, 8 if cpu else 64, limit, fold=config.fold)
         large_rows, large_order = bench.two_sweeps(large)
         ways = bench.all_ways([e for e in large if e.candidate.model in shown])
         rows, order = bench._replace(large_batch=128, limit=4 * limit).two_sweeps(small)
-        trainings = train_all(small, config, device, results, bar) if seeds else []
+        trainings = train_all(train_once, small, config, device, results, bar) if seeds else []
 
-    where = f"Latency is of one image, on {machine}, torch {torch.__version__}"
+    where = f"Latency is of one image, on {runtime.describe(device)}, torch {torch.__version__}"
     tables, verdicts, figures = [], [], {}
     if large:
         note = f"Accuracy as published (torchvision, IMAGENET1K_V1). {where}; {large_order}."
@@ -1043,68 +894,12 @@ def compare(
         figures["trained_cost"] = cost_figure(rows, f"{config.dataset}: one recipe for all")
         figures["training_curves"] = curves_figure(trainings)
     if config.experiment:
-        verdicts.append(matched_verdict(rows, config))
+        verdicts.append(matched_verdict(rows, config.match))
     tables.append(Table(f"{config.dataset}, {config.image_size} px", note, rows))
     if ways:
         note = f"{where}. Where it says folded, {FOLDED}."
         tables.append(Table("The same network, several ways", note, ways))
-
-    choices = []
-    for table in tables:
-        if constraints and any(c.top1 is not None for c in table.candidates):
-            told = describe_choice(choose(table.candidates, constraints))
-            choices.append(f"{config.choose}, {table.title}:\n{told}")
-    return present(config, run, tables, verdicts, choices, figures)
-
-
-def reproduce(config: Config, device: torch.device, run: Run) -> list[Table]:
-    """`--eval-imagenet DIR --pretrained`: official weights in our models, on the real images."""
-    store = Store(run.folder / "imagenet.json", {"folder": config.eval_imagenet}, tell=run.resumed)
-    rows = []
-    for name in chosen_names(config, list(PUBLISHED)):
-        if name not in PUBLISHED:
-            raise UserError(f"--model {name}: torchvision has no weights for it")
-        published = PUBLISHED[name]
-        if store.get(name) is None:
-            model = load_official(get_model(name)(), name).to(device)
-            top1, top5, images = evaluate_imagenet(model, name, config)
-            counts = entry("ImageNet", name, without_aux(get_model(name)), published.crop).candidate
-            source = f"measured on {images:,} images"
-            store.put(name, replace(counts, top1=top1, top5=top5, source=source))
-        rows.append(Candidate(**store.get(name)))
-        print(
-            f"{name:<20} top-1 {percent(rows[-1].top1, 3)} (published {published.top1:.3f} %)  "
-            f"top-5 {percent(rows[-1].top5, 3)} (published {published.top5:.3f} %)",
-            flush=True,
-        )
-    off = {c.model: abs(100 * c.top1 - PUBLISHED[c.model].top1) for c in rows}
-    worst = max(off, key=off.get)
-    verdict = f"the largest distance from the published top-1 is {off[worst]:.3f} points ({worst})"
-    note = f"Official weights in our models, {rows[0].source}, on {runtime.describe(device)}."
-    figures = {"imagenet_cost": cost_figure(rows, "ImageNet, measured")}
-    return present(config, run, [Table("ImageNet, measured", note, rows)], [verdict], [], figures)
-
-
-def present(
-    config: Config,
-    run: Run,
-    tables: list[Table],
-    verdicts: list[str],
-    choices: list[str],
-    figures: dict[str, Figure],
-) -> list[Table]:
-    """Write comparison.md, .csv and .json, the figures and report.html; print what they say."""
-    title = f"Model comparison: {config.experiment or config.dataset}"
-    write_tables(run.folder, title, tables)
-    pictures = {name: run.figure(name, figure).read_bytes() for name, figure in figures.items()}
-    page = comparison_page(title, tables, pictures, "\n\n".join([*verdicts, *choices]))
-    write_atomically(run.folder / "report.html", page)
-    for table in tables:
-        print(f"\n{table.title}. {table.note}\n\n{markdown_table(table.candidates)}")
-    print("", *(f"verdict    {sentence}" for sentence in verdicts), sep="\n")
-    print(*(f"\n{choice}" for choice in choices), sep="\n")
-    print(f"report     {run.folder / 'report.html'}", flush=True)
-    return tables
+    return present(config, run, tables, verdicts, figures, constraints)
 
 
 def build(config: Config, num_classes: int) -> nn.Module:

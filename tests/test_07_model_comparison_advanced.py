@@ -19,8 +19,11 @@ from PIL import Image
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
+from common.candidates import is_small
 from common.cli import parse_flags
 from common.comparison import Training, parse_budget, summarise
+from common.comparison_report import trained_verdict
+from common.comparison_training import epochs_within
 from common.data import load_data
 from common.errors import UserError
 from common.imagenet import PUBLISHED as PUBLISHED_HERE
@@ -241,9 +244,9 @@ def test_matched_sizes_are_about_equal(match: str, models: str) -> None:
 
 def test_cifar_nets_are_not_in_imagenets_table() -> None:
     for name in ("lenet5", "simple_cnn", "resnet20", "densenet40_k12"):
-        assert lesson.is_small(get_model(name))
+        assert is_small(get_model(name))
     for name in ("resnet18", "mobilenet_v1", "vgg11", "densenet121", "vit_xs_16", "inception_v3"):
-        assert not lesson.is_small(get_model(name))
+        assert not is_small(get_model(name))
 
 
 # ----------------------------------------------------------------------- the command, in miniature
@@ -360,7 +363,7 @@ def test_a_failed_training_is_a_result_and_no_mean_hides_it() -> None:
     good = Training("lenet5", 0, 3, 1, 1, 0.9, 1.0, 1.0, [1.0], [0.9])
     bad = Training("lenet5", 1, 3, 1, 1, None, None, 1.0, [], [], "not finite")
     assert summarise(candidate, [good, bad]).top1 is None
-    assert "failed under this recipe" in lesson.trained_verdict(
+    assert "failed under this recipe" in trained_verdict(
         [replace(candidate, model="other", top1=0.5, seeds=1), summarise(candidate, [good, bad])]
     )
 
@@ -370,8 +373,8 @@ def test_a_time_budget_becomes_whole_epochs() -> None:
     device = torch.device("cpu")
     data = load_data(config, device)
     [e] = lesson.small_entries(replace(config, model="lenet5"), 10)
-    assert lesson.epochs_within(parse_budget("7"), e, data, config, device) == 7
-    assert lesson.epochs_within(parse_budget("60s"), e, data, config, device) > 1
+    assert epochs_within(parse_budget("7"), lesson.train_once, e, data, config, device) == 7
+    assert epochs_within(parse_budget("60s"), lesson.train_once, e, data, config, device) > 1
 
 
 def test_verdict_tells_chance_from_lead() -> None:
@@ -381,10 +384,8 @@ def test_verdict_tells_chance_from_lead() -> None:
         replace(base, model="b", top1=0.80, top1_std=0.01, seeds=3),
     ]
     near = [far[0], replace(far[1], top1=0.97, macs=10)]
-    assert "more than two standard errors above every other" in lesson.trained_verdict(far)
-    assert "3 seeds can't tell it from b; the cheapest of these is b" in lesson.trained_verdict(
-        near
-    )
+    assert "more than two standard errors above every other" in trained_verdict(far)
+    assert "3 seeds can't tell it from b; the cheapest of these is b" in trained_verdict(near)
 
 
 # --------------------------------------------------------------------------------- --eval-imagenet

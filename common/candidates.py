@@ -1,0 +1,74 @@
+"""Which models a comparison is about, and the form that each takes part in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from common.config import TrainConfig
+from common.imagenet import PUBLISHED
+from common.lessons import get_model
+from common.profiling import count_macs, count_parameters
+from common.progress import Bar
+from common.sweeps import Entry
+
+
+def chosen_names(model: str, default: list[str]) -> list[str]:
+    """The models that `--model` names, or the default for "all".
+
+    Raises:
+        UserError: one is unknown.
+    """
+    if model == "all":
+        return default
+    names = [name.strip() for name in model.split(",")]
+    for name in names:
+        get_model(name)
+    return names
+
+
+def without_aux(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """No auxiliary heads: they have a loss of their own, where all others share one, and are idle
+    afterwards."""
+    return partial(build, aux=False) if "aux" in inspect.signature(build).parameters else build
+
+
+def small_build(name: str, config: TrainConfig, num_classes: int) -> Callable[..., nn.Module]:
+    """The builder told what the dataset asks for."""
+    options = {"num_classes": num_classes, "small_input": config.small_input}
+    return partial(without_aux(get_model(name)), **options)
+
+
+def is_small(build: Callable[..., nn.Module]) -> bool:
+    """Whether a net's two forms are one: it was made for small images, not for ImageNet."""
+    with torch.device("meta"):
+        large, small = (build(num_classes=10, small_input=s) for s in (False, True))
+    size = (3, 128, 128)
+    same_size = count_parameters(large) == count_parameters(small)
+    return same_size and count_macs(large, size) == count_macs(small, size)
+
+
+def imagenet_entries(
+    names: list[str], entry: Callable[[str, str, Callable[..., nn.Module], int], Entry], bar: Bar
+) -> list[Entry]:
+    """The models that have an ImageNet form, at the size that the published accuracy is for.
+
+    Args:
+        entry: what the lesson can say of a model: of its task, name, builder and image size.
+        bar: advances by three for a model that has none: it won't be measured twice either.
+    """
+    entries = []
+    for name in names:
+        build = get_model(name)
+        crop = PUBLISHED[name].crop if name in PUBLISHED else 224
+        if name in PUBLISHED or not is_small(build):
+            build = without_aux(build)
+            entries.append(entry("ImageNet", name, build, crop))
+            bar.advance(1, name)
+        else:
+            bar.advance(3)
+    return entries
