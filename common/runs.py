@@ -139,7 +139,9 @@ class Run:
             path = Path(config.resume)
             return str(path if path.is_dir() else path.parent), True
         parent = Path(config.run_dir) / lesson
-        model = config.model.replace(":", "-")  # torchvision:NAME; Windows has no colon in names
+        model, *others = config.model.split(",")  # lesson 7 compares many
+        model = model.strip().replace(":", "-")  # torchvision:NAME; Windows has no colon in names
+        model += f"-and-{len(others)}-more" if others else ""
         stem = f"{config.experiment or model}-{config.dataset}-s{config.seed}"
         # torchrun starts its processes again after a fault, with the flags of the first time.
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
