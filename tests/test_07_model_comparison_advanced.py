@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from common.imagenet import evaluate_imagenet, load_official
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.pretrained import load_torchvision_state
 from common.profiling import count_macs, count_parameters
+from common.runs import Run
 from tests.parity import PUBLISHED, largest_difference, torchvision_twin
 
 lesson = load_lesson("07")
@@ -312,6 +314,18 @@ def test_a_comparison_from_start_to_report_and_on_with_more_seeds(
     third = json.loads((folder / "trainings.json").read_text(encoding="utf-8"))
     assert len(third) == 2
     assert all(kept["settings"]["weight_decay"] == 0.123 for kept in third.values())
+
+
+def test_the_folder_of_many_models_has_a_short_name(tmp_path: Path) -> None:
+    """A list of all names would be longer than the 255 bytes that a file system takes."""
+    many = ",".join(all_models())
+    assert len(many) > 255
+    config = lesson.Config(model=many, dataset="digits", run_dir=str(tmp_path))
+    folder = Run.open(config, lesson.LESSON).folder
+    assert re.fullmatch(r"resnet18-and-\d+-more-digits-s0-\d+-\d+", folder.name)
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"] == many
+    one = Run.open(replace(config, model="torchvision:resnet18"), lesson.LESSON).folder
+    assert one.name.startswith("torchvision-resnet18-digits-s0-")
 
 
 def test_a_stopped_comparison_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
