@@ -734,26 +734,26 @@ def matched_width(
     return min(tried, key=tried.get)
 
 
-def small_entries(config: Config, num_classes: int) -> list[Entry]:
+def small_entries(names: list[str], config: Config, num_classes: int, bar: Bar) -> list[Entry]:
     """What is trained: the families, all equally large if the experiment says so."""
     families = {default_model(family): family for family in FAMILIES}
-    builds = {
-        name: small_build(name, config, num_classes)
-        for name in chosen_names(config.model, list(families))
-    }
-    if config.experiment == "matched-size":
-        size = (3, config.image_size, config.image_size)
-        target, size_of = match_target(config, num_classes), count_parameters
-        if config.match == "macs":
-            size_of = partial(count_macs, input_size=size)
-        for name, build in builds.items():
-            if name not in families:
-                raise UserError(
-                    f"--experiment matched-size can scale {', '.join(families)}, not {name}"
-                )
+    entries, matched = [], config.experiment == "matched-size"
+    target = match_target(config, num_classes) if matched else 0.0
+    size_of = count_parameters
+    if config.match == "macs":
+        size_of = partial(count_macs, input_size=(3, config.image_size, config.image_size))
+    for name in names:
+        build = small_build(name, config, num_classes)
+        if matched and name not in families:
+            raise UserError(
+                f"--experiment matched-size can scale {', '.join(families)}, not {name}"
+            )
+        if matched:
             width = matched_width(build, families[name], size_of, target)
-            builds[name] = partial(build, **families[name].widened(width))
-    return [entry(config.dataset, name, build, config.image_size) for name, build in builds.items()]
+            build = partial(build, **families[name].widened(width))
+        entries.append(entry(config.dataset, name, build, config.image_size))
+        bar.advance(1, name)
+    return entries
 
 
 def match_target(config: Config, num_classes: int) -> float:
@@ -860,10 +860,11 @@ def compare(
     limit = 1e7 if config.smoke else 1e9 * limit or math.inf
 
     everyone = [] if config.experiment else chosen_names(config.model, list(all_models()))
-    small = small_entries(config, len(source.class_names))
+    trained = chosen_names(config.model, [default_model(family) for family in FAMILIES])
     shown = [name for name in SHOWN_WAYS if name in everyone]
-    steps = 3 * len(everyone) + MOST_WAYS * len(shown) + (2 + TRAINING * seeds) * len(small)
+    steps = 3 * len(everyone) + MOST_WAYS * len(shown) + (3 + TRAINING * seeds) * len(trained)
     with Bar(steps, "comparison", "steps", seconds=15) as bar:
+        small = small_entries(trained, config, len(source.class_names), bar)
         large = imagenet_entries(everyone, entry, bar)
         bench = Bench(config, device, profiles, bar, 8 if cpu else 64, limit, fold=config.fold)
         large_rows, large_order = bench.two_sweeps(large)

@@ -18,14 +18,14 @@ from common.sweeps import Entry
 
 
 def chosen_names(model: str, default: list[str]) -> list[str]:
-    """The models that `--model` names, or the default for "all".
+    """The models that `--model` names, each once, or the default for "all".
 
     Raises:
         UserError: one is unknown.
     """
     if model == "all":
         return default
-    names = [name.strip() for name in model.split(",")]
+    names = list(dict.fromkeys(name.strip() for name in model.split(",")))
     for name in names:
         get_model(name)
     return names

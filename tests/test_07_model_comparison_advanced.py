@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from common.candidates import is_small
+from common.candidates import chosen_names, is_small
 from common.cli import parse_flags
 from common.comparison import Training, parse_budget, summarise
 from common.comparison_report import trained_verdict
@@ -32,6 +32,7 @@ from common.imagenet import evaluate_imagenet, load_official
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.pretrained import load_torchvision_state
 from common.profiling import count_macs, count_parameters
+from common.progress import Bar
 from common.runs import Run
 from tests.parity import PUBLISHED, largest_difference, torchvision_twin
 
@@ -239,7 +240,11 @@ def test_matched_sizes_are_about_equal(match: str, models: str) -> None:
     config = lesson.Config(dataset="digits", experiment="matched-size", match=match, model=models)
     config = config.resolve("digits")
     target = lesson.match_target(config, 10)
-    for e in lesson.small_entries(config, 10):
+    bar = Bar(0, "test", show=False)
+    names = chosen_names(models, [lesson.default_model(family) for family in lesson.FAMILIES])
+    entries = lesson.small_entries(names, config, 10, bar)
+    assert len(entries) == bar.done == (10 if models == "all" else 3)
+    for e in entries:
         size = e.candidate.params if match == "params" else e.candidate.macs
         assert 0.7 < size / target < 1.4, f"{e.candidate.model}: {size} for {target}"
 
@@ -386,7 +391,7 @@ def test_a_time_budget_becomes_whole_epochs() -> None:
     config = lesson.Config(dataset="digits", epochs=1, smoke=True).resolve("digits")
     device = torch.device("cpu")
     data = load_data(config, device)
-    [e] = lesson.small_entries(replace(config, model="lenet5"), 10)
+    [e] = lesson.small_entries(["lenet5"], config, 10, Bar(0, "test", show=False))
     assert epochs_within(parse_budget("7"), lesson.train_once, e, data, config, device) == 7
     assert epochs_within(parse_budget("60s"), lesson.train_once, e, data, config, device) > 1
 
