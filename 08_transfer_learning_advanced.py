@@ -108,7 +108,8 @@ class Config(TrainConfig):
         "fashion_mnist": {"fraction": 0.01, "source_epochs": 10, "base_lr": 0.4, "adapt_epochs": 5},
         "cifar10": {"fraction": 0.1, "source_epochs": 30, "base_lr": 0.4, "adapt_epochs": 15},
         "cifar100": {"fraction": 0.1, "source_epochs": 40, "base_lr": 0.4, "adapt_epochs": 20},
-        "folder": {"fraction": 1.0, "source_epochs": 30, "base_lr": 0.1, "adapt_epochs": 15},
+        # source_epochs by the number of images
+        "folder": {"fraction": 1.0, "base_lr": 0.1, "adapt_epochs": 15},
         "imagenet": {"fraction": 1.0, "source_epochs": 90, "adapt_epochs": 30},
     }
 
@@ -134,7 +135,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from common import plotting, runtime
-from common.data import Data, Loader, make_data
+from common.data import Data, Loader, make_data, read_once
 from common.errors import UserError
 from common.evaluation import evaluate
 from common.experiments import Trial, mean_and_spread, train_trial
@@ -424,6 +425,7 @@ class Size(NamedTuple):
 SMALL_DATA = (
     Size(100, "full", 16, 40, "small batches, or there would be one step an epoch"),
     Size(1_000, "full", 32, 200, "enough labels that the body may learn, slowly"),
+    Size(5_000, "full", 32, 600, "the same, for longer"),
     Size(20_000, "full", 64, 3_000, "the body adapts; scratch begins to catch up"),
     Size(math.inf, "full", 128, 10_000, "as a training from scratch, but shorter"),
 )
@@ -506,7 +508,7 @@ def open_task(config: Config) -> Task:
     if asked.model not in MODELS:
         raise UserError(f"unknown model {asked.model!r}: a name of the course, or torchvision:NAME")
     config, device = prepare(asked)
-    target = load_source(config)
+    target = read_once(load_source(config), config)
     make = partial(build, config)
 
     if past:
@@ -543,8 +545,13 @@ def open_task(config: Config) -> Task:
 def pretrain(
     source: Source, config: Config, device: torch.device, build: Callable[[int], nn.Module]
 ) -> Origin:
-    """Train on the source's classes, from random weights, by the recipe of the other lessons."""
-    recipe = source_recipe(config)
+    """Train on the source's classes, from random weights, by the recipe of the other lessons.
+
+    A folder's images decide how long: until about 180,000 were seen, in 8 epochs at least and 30 at
+    most.
+    """
+    epochs = config.source_epochs or min(30, max(8, round(180_000 / len(source.train))))
+    recipe = source_recipe(replace(config, source_epochs=epochs))
     data = make_data(source, recipe, device)
     names = source.class_names
     print(f"source     {names[0]} to {names[-1]}: {data.describe()}", flush=True)
@@ -556,6 +563,8 @@ def source_recipe(config: Config, **changes: float) -> TrainConfig:
     """The other lessons' recipe for the dataset, with as many epochs as `--source-epochs` says."""
     shared = ("image_size", "augment", "seed", "device", "amp", "workers", "skip_broken", "smoke")
     same = {name: getattr(config, name) for name in shared}
+    if config.dataset == "folder" and config.small_input:
+        changes = {"base_lr": RATE_OF_SMALL_IMAGES, **changes}
     recipe = TrainConfig(dataset=config.dataset, epochs=config.source_epochs, **same, **changes)
     return recipe.resolve(config.dataset)
 
@@ -1129,7 +1138,8 @@ def domain_adaptation(config: Config) -> dict[str, object]:
     recipe = source_recipe(config, base_lr=config.base_lr / 2, clip=1.0)
     recipe = replace(recipe, epochs=1 if config.smoke else config.adapt_epochs)
     run = Run.open(replace(config, experiment="domain-adaptation"), LESSON)
-    targets = target_domains(source, config)
+    targets = {k: read_once(t, config) for k, t in target_domains(source, config).items()}
+    source = read_once(source, config)
     top1: dict[str, dict[str, list[float]]] = {t: {m: [] for m in METHODS} for t in targets}
     for seed in seeds_of(config):
         sized = replace(recipe, seed=seed)

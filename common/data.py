@@ -16,7 +16,7 @@ import signal
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,20 @@ def make_data(
         skipped=skipped,
         **loaders,
     )
+
+
+def read_once(source: Source, config: TrainConfig) -> Source:
+    """The same images in memory, if they fit: for those who cut a source into batches many times.
+
+    Raises:
+        UserError: an image can't be read, and --skip-broken isn't given.
+    """
+    splits = {"train": source.train, "val": source.val, "test": source.test}
+    splits = {name: part for name, part in splits.items() if part is not None}
+    if source.train.pixels is not None or not _fits_in_memory(splits, config.image_size):
+        return source
+    splits, skipped = _decode(splits, config)
+    return replace(source, **splits, skipped=skipped)
 
 
 # ------------------------------------------------------------------------------------------ loaders

@@ -146,8 +146,8 @@ def official_state(name: str) -> dict[str, Tensor]:
         weights = models.get_model_weights(name).IMAGENET1K_V1
     except (ValueError, AttributeError):
         raise UserError(
-            f"--pretrained {name}: neither the course (common/weights) nor torchvision has "
-            "weights for it; leave out --pretrained"
+            f"--pretrained {name}: torchvision has no weights for it, nor has common/weights; "
+            "leave out --pretrained"
         ) from None
     try:
         return models.get_model(name, weights=weights, **options).state_dict()

@@ -296,7 +296,7 @@ def test_a_damaged_or_missing_file_is_one_line(
     path.unlink()
     monkeypatch.undo()  # torchvision is asked, and knows no resnet20; the network is not needed
     monkeypatch.setattr(bundle, "WEIGHTS", weights)
-    with pytest.raises(UserError, match="neither the course"):
+    with pytest.raises(UserError, match="torchvision has no weights for it, nor"):
         pretrained.load_pretrained(resnet20(), "resnet20")
 
 
