@@ -324,7 +324,11 @@ def extract_features(model: nn.Module, loader: Loader) -> Tensor:
     NOTE: augmentation would give other features in each epoch; without it they can be cached.
     """
     model.eval()
-    return torch.cat([classify_with_features(model, x)[1] for x in in_chunks(loader)])
+    config = loader.config
+    amp = runtime.amp_dtype(loader.device, config.amp, config.image_size)
+    with runtime.autocast(loader.device, amp):
+        features = [classify_with_features(model, x)[1] for x in in_chunks(loader)]
+    return torch.cat(features).float()
 
 
 class ClassifierOnFeatures(nn.Module):
@@ -606,8 +610,8 @@ def transfer(
     optimizer, schedule = set_up(strategy, model, config, data.train)
     learner = model
     if strategy == "features":
-        splits = data.splits().items()
-        data = with_features(data, {name: extract_features(model, s) for name, s in splits})
+        known = {"train": data.train, "val": data.val}  # the test is one of the whole model
+        data = with_features(data, {name: extract_features(model, s) for name, s in known.items()})
         learner = ClassifierOnFeatures(model)
     label = "" if run else strategy
     return fit(learner, data, loss_fn, optimizer, schedule, config, run, label=label)

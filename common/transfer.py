@@ -357,6 +357,7 @@ def in_chunks(loader: Loader, size: int = 256) -> Iterator[Tensor]:
 
 
 def with_features(data: Data, features: dict[str, Tensor]) -> Data:
-    """The dataset with each split's images replaced by their features, (N, D)."""
-    loaders = {name: FeatureLoader(split, features[name]) for name, split in data.splits().items()}
+    """The dataset with the images of the splits in `features` replaced by these, (N, D)."""
+    splits = data.splits()
+    loaders = {name: FeatureLoader(splits[name], rows) for name, rows in features.items()}
     return dataclasses.replace(data, **loaders)
