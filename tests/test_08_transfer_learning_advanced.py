@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import doctest
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checkpoint, embedding, plotting, transfer_flags
+from common import data as data_module
 from common.config import TrainConfig
 from common.data import make_data
 from common.errors import UserError
 from common.export import export_model
-from common.sources import Pictures, load_digits
+from common.sources import Pictures, load_digits, read_image
 from common.training import fit, make_schedule
 from common.transfer import Catalogue, TorchvisionModel, choose_classes, few_labels
 from tests.conftest import lesson
@@ -312,6 +315,46 @@ def test_settings_follow_from_the_size_of_the_data() -> None:
     told = transfer.Config(epochs=3, batch_size=8, lr=0.5, strategy="features")
     same = transfer.settings_for(told, told.resolve("digits"), 30)
     assert (same.epochs, same.batch_size, same.lr, same.strategy) == (3, 8, 0.5, "features")
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(200, 30), (9_000, 20), (22_500, 8), (10**6, 8)])
+def test_source_epochs_follow_from_the_images_and_the_rate_from_their_size(
+    images: int, epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = []
+
+    def note(name: str, build: object, data: object, recipe: TrainConfig, device: object) -> object:
+        recipes.append(recipe)
+        return SimpleNamespace(model=None, test_top1=0.0)
+
+    nothing = SimpleNamespace(describe=str, mean=None, std=None)
+    monkeypatch.setattr(transfer, "make_data", lambda *parts: nothing)
+    monkeypatch.setattr(transfer, "train_trial", note)
+    source = SimpleNamespace(class_names=["a", "b"], train=range(images))
+    for options in ({}, {"source_epochs": 3}, {"image_size": 224}):
+        config = transfer.Config(dataset="folder", **options).resolve("folder", 32)
+        transfer.pretrain(source, config, CPU, small_net)
+    assert [recipe.epochs for recipe in recipes] == [epochs, 3, epochs]
+    assert [recipe.base_lr for recipe in recipes] == [0.4, 0.4, 0.1]
+
+
+def test_a_folder_is_read_once_for_all_trainings(
+    cli: Callable, image_folder: Callable, monkeypatch: pytest.MonkeyPatch, no_figures: None
+) -> None:
+    read = Counter()
+
+    def counted(path: str) -> torch.Tensor:
+        read[path] += 1
+        return read_image(path)
+
+    monkeypatch.setattr(data_module, "read_image", counted)
+    images = image_folder(tuple("abcd"), per_class=10)
+    code, out, err = cli(
+        "08", "--dataset", str(images), "--source-classes", "2", "--compare", "--seeds", "2",
+        "--smoke", "--batch-size", "4", "--skip-broken",
+    )  # fmt: skip
+    assert code == 0 and out.count("seed 1") == len(transfer.STRATEGIES), err
+    assert set(read.values()) == {1} and len(read) == 40
 
 
 # ------------------------------------------------------------------------------- export
