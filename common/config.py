@@ -81,7 +81,9 @@ class TrainConfig:
     run_dir: str = knob("runs", "results go to RUN_DIR/<lesson>/<run name>/")
     resume: str = knob("", "run folder, or its last.pt, to go on with")
     save_every: float = knob(60.0, "seconds between checkpoints within an epoch", low=0)
-    pretrained: bool = knob(False, "start from official weights")
+    pretrained: bool = knob(
+        False, "start from trained weights: the course's own if it has some, else official ones"
+    )
     skip_broken: bool = knob(False, "leave out images that can't be read, and count them")
     summary: bool = knob(False, "print the layer table and stop")
     experiment: str = knob("", "run the lesson's experiment of this name instead of training")
