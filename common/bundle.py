@@ -105,7 +105,8 @@ def pack(run: str | Path, trained_on: str = "") -> Path:
     from common.lessons import load_lesson  # lessons stand above the services
 
     lesson = load_lesson(saved.pop("lesson"))
-    config = lesson.Config(**saved)
+    known = {spec.name for spec in dataclasses.fields(lesson.Config)}
+    config = lesson.Config(**{name: value for name, value in saved.items() if name in known})
     state = {
         name: value.detach().float().clone() if value.is_floating_point() else value.clone()
         for name, value in best["model"].items()
