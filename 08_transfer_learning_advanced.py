@@ -8,6 +8,7 @@ The idea in one sentence: early layers learn what is common to all images, so wi
 them, and learn only what is new.
 
     python 08_transfer_learning_advanced.py                   # digits 0-4 to 5-9, all strategies
+    python 08_transfer_learning_advanced.py --dataset my_data --pretrained   # resnet20, no network
     python 08_transfer_learning_advanced.py --dataset my_data --pretrained --model resnet18
     python 08_transfer_learning_advanced.py --dataset my_data --from runs/01_resnet_beginner/NAME
     python 08_transfer_learning_advanced.py --fractions 0.05,0.2,1.0
@@ -538,7 +539,11 @@ def open_task(config: Config) -> Task:
         origin.model.to(device)
     seen = [name for name in target.class_names if name in (origin.class_names or ())]
     if seen and runtime.is_main():
-        print(f"note       {origin.name} was trained on the class {seen[0]} already", flush=True)
+        print(
+            f"note       {origin.name} was trained on classes of these names ({', '.join(seen[:3])}"
+            f"{', ...' if len(seen) > 3 else ''}): on the same images it has nothing to transfer",
+            flush=True,
+        )
     labels = len(few_labels(target, config.fraction, config.seed).train)
     config = settings_for(asked, config, labels)
     if config.strategy != "scratch" and origin.model is None:
