@@ -14,6 +14,7 @@ them, and learn only what is new.
     python 08_transfer_learning_advanced.py --fractions 0.05,0.2,1.0
     python 08_transfer_learning_advanced.py --from runs/08_transfer_learning_advanced/NAME \\
         --predict cat.jpg dog.jpg --export
+    python 08_transfer_learning_advanced.py --from resnet20 --predict cat.jpg
     python 08_transfer_learning_advanced.py --experiment domain-adaptation
     python 08_transfer_learning_advanced.py --experiment imbalance
 
@@ -62,7 +63,9 @@ class Config(TrainConfig):
 
     model: str = knob("resnet20", "any model of the course, or torchvision:NAME")
     dataset: str = knob("digits", "the target: a dataset's name, or the path of a folder of images")
-    from_run: str = knob("", "start from the best weights of this run folder (--from for short)")
+    from_run: str = knob(
+        "", "start from the best weights of this run folder, or from resnet20 (--from for short)"
+    )
     source_classes: int | None = knob(
         None,
         "pretrain on so many of the classes and transfer to the others "
@@ -1298,14 +1301,17 @@ def run(config: Config) -> dict[str, object] | None:
 
 
 def use(config: Config) -> None:
-    """`--from RUN` with `--predict` or `--export`: what the run has learned, put to use."""
+    """`--from RUN` with `--predict` or `--export`: what the run has learned, put to use.
+
+    `--from resnet20` is the net that travels with the course.
+    """
     past = open_run(config.from_run, sys.modules[__name__])
     device = runtime.pick_device(config.device)
     origin = past.origin
     sized = replace(config, image_size=past.config.image_size)
-    deploy(
-        sized, past.folder, origin.model.to(device), origin.class_names, origin.mean_std, past.build
-    )
+    folder = past.folder or Path(config.run_dir) / LESSON / config.from_run
+    folder.mkdir(parents=True, exist_ok=True)
+    deploy(sized, folder, origin.model.to(device), origin.class_names, origin.mean_std, past.build)
 
 
 def deploy(

@@ -71,7 +71,7 @@ def find_bundle(name: str) -> Bundle | None:
         UserError: the file is damaged, or is another kind of file.
     """
     path = WEIGHTS / f"{name}.pt"
-    if not path.is_file():
+    if path.parent != WEIGHTS or not path.is_file():
         return None
     try:
         saved = checkpoint.load(path)

@@ -187,9 +187,13 @@ class Origin:
 
 @dataclass
 class PastRun:
-    """A run folder of any lesson, its best weights loaded on the CPU."""
+    """A run folder of any lesson, its best weights loaded on the CPU; or the course's own weights.
 
-    folder: Path
+    Attributes:
+        folder: None for the course's own.
+    """
+
+    folder: Path | None
     config: Any
     origin: Origin
     build: Callable[[int], nn.Module]  # the same architecture untrained, for so many classes
@@ -199,13 +203,18 @@ def open_run(path: str, here: ModuleType | None = None) -> PastRun:
     """The best weights of a finished run, in the model that its lesson builds.
 
     Args:
-        path: a run folder, or its best.pt.
+        path: a run folder, or its best.pt; or the name of a model that the course has weights for.
         here: the lesson that asks, so that its own runs don't import it twice.
 
     Raises:
         UserError: it is no run folder, has no best.pt, or its lesson builds another model today.
     """
     folder = Path(path)
+    bundle = None if folder.exists() else find_bundle(path)
+    if here is not None and bundle:
+        config = here.Config(model=path, image_size=bundle.image_size)
+        build = partial(here.build, config)
+        return PastRun(None, config, trained_origin(path, build), build)
     folder = folder.parent if folder.suffix == ".pt" else folder
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -249,6 +250,34 @@ def test_the_classes_it_knows_keep_their_classifier_in_both_lessons(
     for best in (tmp_path / "runs").rglob("best.pt"):
         state = checkpoint.load(best)["model"]
         torch.testing.assert_close(state["head.2.weight"], packed.state["head.2.weight"])
+
+
+def test_its_name_stands_for_a_run_to_predict_with_and_to_start_from(
+    packed: bundle.Bundle, cli: Callable, tmp_path: Path, quick: None
+) -> None:
+    from PIL import Image
+
+    images = make_pictures(tmp_path / "pictures", ["one", "two"], side=40)
+    picture = images / "one" / "0.png"
+    code, out, err = cli("08", "--from", "resnet20", "--predict", str(picture), "--device", "cpu")
+    assert code == 0, err
+    assert (tmp_path / "runs" / lesson("08").__name__ / "resnet20" / "predictions.png").is_file()
+    model = resnet20()
+    model.load_state_dict(packed.state)
+    with Image.open(picture) as image:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    x = F.interpolate(pixels.float() / 255, size=32, mode="bilinear", antialias=True)
+    x = (x - packed.mean.view(3, 1, 1)) / packed.std.view(3, 1, 1)
+    best = packed.class_names[int(model.eval()(x).argmax())]
+    (line,) = (line for line in out.splitlines() if line.startswith("predict "))
+    assert line.split()[2] == best
+
+    code, out, err = cli(
+        "08", "--from", "resnet20", "--dataset", str(images), "--smoke", "--batch-size", "4",
+        "--strategy", "features", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0 and "features, from the course's own resnet20" in out, err
+    assert "2 classes, 32 px" in out
 
 
 @pytest.mark.parametrize(
