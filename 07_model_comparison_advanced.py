@@ -8,6 +8,7 @@ not beaten by any other, and a constraint picks one of them.
 
     python 07_model_comparison_advanced.py                    # counts, measures, trains, compares
     python 07_model_comparison_advanced.py --profile-only     # without the training
+    python 07_model_comparison_advanced.py --fold             # timed without BatchNorm, as deployed
     python 07_model_comparison_advanced.py --choose "params<5M,latency<20ms"
     python 07_model_comparison_advanced.py --experiment matched-size
     python 07_model_comparison_advanced.py --eval-imagenet DIR --pretrained
@@ -745,9 +746,7 @@ def small_entries(names: list[str], config: Config, num_classes: int, bar: Bar) 
     for name in names:
         build = small_build(name, config, num_classes)
         if matched and name not in families:
-            raise UserError(
-                f"--experiment matched-size can scale {', '.join(families)}, not {name}"
-            )
+            raise UserError(f"matched-size can scale {', '.join(families)}, not {name}")
         if matched:
             width = matched_width(build, families[name], size_of, target)
             build = partial(build, **families[name].widened(width))
@@ -836,17 +835,14 @@ def run(config: Config) -> list[Table]:
     chosen_names(config.model, [])
     source = None if config.eval_imagenet else load_source(config)
     run = Run.open(config, LESSON)
-    print(
-        f"device     {device.type}: {runtime.describe(device)}\nfolder     {run.folder}", flush=True
-    )
+    print(f"device     {device.type}: {runtime.describe(device)}")
+    print(f"folder     {run.folder}", flush=True)
     try:
         if config.eval_imagenet:
             return reproduce(config, device, run, entry)
         return compare(config, device, source, run, constraints)
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, run.farewell()) from None
-    except Interrupted as stop:
-        raise Interrupted(stop.signum, run.farewell()) from None
+    except (KeyboardInterrupt, Interrupted) as stop:
+        raise Interrupted(getattr(stop, "signum", signal.SIGINT), run.farewell()) from None
 
 
 def compare(
@@ -887,7 +883,8 @@ def compare(
     note = f"Not trained. {where}; {order}."
     if trainings:
         rows = [summarise(r, [t for t in trainings if t.model == r.model]) for r in rows]
-        budget = f"{config.budget} of training" if config.budget else f"{config.epochs} epochs"
+        epochs = f"{config.epochs} epoch{'s' * (config.epochs > 1)}"
+        budget = f"{config.budget} of training" if config.budget else epochs
         spread = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
         note = f"Test accuracy after {budget}, {spread}. {where}; {order}."
         verdicts.append(f"{config.dataset}: {trained_verdict(rows)}")
@@ -927,6 +924,8 @@ if in_notebook():
 #   multiply-add?
 # - `MACs by thop` differs from `MACs` by BatchNorm in every convolutional net, and by attention, in
 #   the other direction, in every ViT. Which of the two would you put into a paper's table?
+# - A row called folded does the same multiply-adds without BatchNorm. What did the norms cost? Why
+#   must DenseNet-121 keep half of its own (`--fold`), and ResNet none?
 # - The verdict names the networks that the seeds can't tell from the best. With `--seeds 1` it
 #   can't say: a ranking from one seed is in part a ranking of seeds.
 # - The smallest and the oldest do well on digits after six epochs, and the nets that were made for

@@ -244,6 +244,8 @@ def agreement(first: Sequence[Candidate], second: Sequence[Candidate], tie: floa
         (a.latency_ms, b.latency_ms) for a, b in zip(first, second) if a.latency_ms is not None
     ]
     pairs = list(itertools.combinations(times, 2))
+    if not pairs:
+        return "timed in two sweeps" if times else "none was timed"
     gaps = [[math.log(p[sweep] / q[sweep]) for sweep in (0, 1)] for p, q in pairs]
     turned = sum(one * two < 0 and max(abs(one), abs(two)) > tie for one, two in gaps)
     return (

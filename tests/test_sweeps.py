@@ -32,6 +32,9 @@ def test_agreement_counts_pairs_that_changed_places() -> None:
     assert same == "two sweeps rank 3 of 3 pairs of 3 models alike"
     assert "2 of 3" in agreement(sweep(1.0, 2.0, 3.0), sweep(2.0, 1.0, 3.0))
     assert "0 of 3" in agreement(sweep(1.0, 2.0, 3.0), sweep(3.0, 2.0, 1.0))
+    # One alone has no order.
+    assert agreement(sweep(1.0, None), sweep(2.0, None)) == "timed in two sweeps"
+    assert agreement(sweep(None), sweep(None)) == "none was timed"
     # Two that are 1 % apart have no order that could change.
     assert "3 of 3" in agreement(sweep(1.00, 1.01, 3.0), sweep(1.01, 1.00, 3.0))
 
