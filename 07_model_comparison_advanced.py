@@ -96,8 +96,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import runtime
-from common.candidates import chosen_names, imagenet_entries, small_build
-from common.comparison import (
+from common.comparison.entries import chosen_names, imagenet_entries, small_build
+from common.comparison.results import (
     Candidate,
     Constraint,
     Table,
@@ -109,25 +109,25 @@ from common.comparison import (
     si,
     summarise,
 )
-from common.comparison_figures import cost_figure, curves_figure, timeline_figure
-from common.comparison_report import (
+from common.comparison.figures import cost_figure, curves_figure, timeline_figure
+from common.comparison.conclusion import (
     front_verdict,
     matched_verdict,
     present,
     reproduce,
     trained_verdict,
 )
-from common.comparison_training import TRAINING, open_stores, train_all
+from common.comparison.training import TRAINING, open_stores, train_all
 from common.data import Data
 from common.errors import Interrupted, UserError
 from common.evaluation import evaluate
-from common.imagenet import PUBLISHED
+from common.comparison.imagenet import PUBLISHED
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.profiling import count_macs, count_parameters
 from common.progress import Bar
 from common.runs import Run, prepare
 from common.sources import Source, load_source
-from common.sweeps import FOLDED, MOST_WAYS, Bench, Entry
+from common.comparison.sweeps import FOLDED, MOST_WAYS, Bench, Entry
 from common.training import fit, make_optimizer, make_schedule
 
 LESSON = "07_model_comparison_advanced"
@@ -637,7 +637,8 @@ def leaves(layers: dict, path: str = "") -> Iterator[tuple[str, int]]:
 #
 # Parameters and multiply-adds follow from the definition. They are counted on the meta device:
 # shapes without numbers, so EfficientNet-B7 costs nothing. Latency has to be measured (see
-# `common/sweeps.py`): each model with random weights, and all of them twice, one after the other.
+# `common/comparison/sweeps.py`): each model with random weights, and all of them twice, one after
+# the other.
 
 
 # %%
@@ -781,7 +782,8 @@ def match_target(config: Config, num_classes: int) -> float:
 def train_once(entry: Entry, data: Data, config: Config, device: torch.device) -> Training:
     """One training with `config.seed` and `config.epochs`, tested once at its end."""
     runtime.set_up_torch(device, config.seed, config.deterministic)
-    model = entry.build().to(device, memory_format=runtime.memory_format(config.image_size))
+    model = entry.build()
+    model = model.to(device, memory_format=runtime.memory_format(config.image_size, model))
     loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, data.train)

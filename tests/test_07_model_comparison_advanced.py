@@ -20,15 +20,15 @@ from PIL import Image
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from common.candidates import chosen_names, is_small
 from common.cli import parse_flags
-from common.comparison import Training, parse_budget, summarise
-from common.comparison_report import trained_verdict
-from common.comparison_training import epochs_within
+from common.comparison.conclusion import trained_verdict
+from common.comparison.entries import chosen_names, is_small
+from common.comparison.imagenet import PUBLISHED as PUBLISHED_HERE
+from common.comparison.imagenet import evaluate_imagenet, load_official
+from common.comparison.results import Training, parse_budget, summarise
+from common.comparison.training import epochs_within
 from common.data import load_data
 from common.errors import UserError
-from common.imagenet import PUBLISHED as PUBLISHED_HERE
-from common.imagenet import evaluate_imagenet, load_official
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.pretrained import load_torchvision_state
 from common.profiling import count_macs, count_parameters
@@ -447,7 +447,7 @@ def test_accuracy_on_a_folder_equals_torchvisions(
         for _ in range(4):
             twin.train()(x)
         logits = twin.eval()(x)
-    monkeypatch.setattr("common.imagenet.official_state", lambda _: twin.state_dict())
+    monkeypatch.setattr("common.comparison.imagenet.official_state", lambda _: twin.state_dict())
     ours = load_official(get_model(name)(num_classes=6), name)
     config = lesson.Config(eval_imagenet=str(photographs), batch_size=4, workers=0)
     with torch.no_grad():

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from common.comparison import (
+from common.comparison.page import comparison_page
+from common.comparison.results import (
     Candidate,
     Table,
     choose,
@@ -23,7 +24,6 @@ from common.comparison import (
     parse_constraints,
     write_tables,
 )
-from common.comparison_page import comparison_page
 from common.errors import UserError
 
 

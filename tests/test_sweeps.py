@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from common import sweeps
-from common.comparison import Candidate, Store
+from common.comparison import sweeps
+from common.comparison.results import Candidate, Store
+from common.comparison.sweeps import Bench, Entry, Way, agreement, faster, with_weights
 from common.config import TrainConfig
 from common.lessons import get_model
 from common.progress import Bar
-from common.sweeps import Bench, Entry, Way, agreement, faster, with_weights
 
 
 def candidate(model: str, latency_ms: float | None = None, macs: int = 1000) -> Candidate:

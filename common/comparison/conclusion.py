@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from common import runtime
-from common.candidates import chosen_names, without_aux
-from common.comparison import (
+from common.comparison.entries import chosen_names, without_aux
+from common.comparison.figures import cost_figure
+from common.comparison.imagenet import PUBLISHED, evaluate_imagenet, load_official
+from common.comparison.page import comparison_page
+from common.comparison.results import (
     Candidate,
     Constraint,
     Store,
@@ -25,19 +28,16 @@ from common.comparison import (
     tied_with_best,
     write_tables,
 )
-from common.comparison_figures import cost_figure
-from common.comparison_page import comparison_page
 from common.errors import UserError
-from common.imagenet import PUBLISHED, evaluate_imagenet, load_official
 from common.lessons import get_model
 from common.records import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from common.comparison.sweeps import Entry
     from common.config import TrainConfig
     from common.runs import Run
-    from common.sweeps import Entry
 
 
 def front_verdict(rows: list[Candidate]) -> str:

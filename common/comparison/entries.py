@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import nn
 
+from common.comparison.imagenet import PUBLISHED
+from common.comparison.sweeps import Entry
 from common.config import TrainConfig
-from common.imagenet import PUBLISHED
 from common.lessons import get_model
 from common.profiling import count_macs, count_parameters
 from common.progress import Bar
-from common.sweeps import Entry
 
 
 def chosen_names(model: str, default: list[str]) -> list[str]:

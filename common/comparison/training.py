@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from common import runtime
-from common.comparison import Budget, Store, Training, parse_budget
+from common.comparison.results import Budget, Store, Training, parse_budget
+from common.comparison.sweeps import Entry
 from common.config import TrainConfig
 from common.data import Data, load_data
 from common.progress import Bar
-from common.sweeps import Entry
 
 if TYPE_CHECKING:
     from common.runs import Run

@@ -12,7 +12,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 
-from common.comparison import Candidate, Table, filled_columns, pareto_front, percent, si
+from common.comparison.results import Candidate, Table, filled_columns, pareto_front, percent, si
 from common.plotting import PALETTE
 
 # What a chart can have on its x axis: field -> words. Costs; the y axis is always top-1.

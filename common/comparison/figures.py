@@ -7,7 +7,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from common import plotting
-from common.comparison import Candidate, Training, pareto_front
+from common.comparison.results import Candidate, Training, pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

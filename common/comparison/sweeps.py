@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from common import runtime
-from common.comparison import Candidate, Store
+from common.comparison.results import Candidate, Store
 from common.config import TrainConfig
 from common.errors import UserError
 from common.profiling import fold_batchnorm, profile

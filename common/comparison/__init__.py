@@ -1,0 +1,9 @@
+"""What lesson 7 stands on.
+
+entries      which models take part, and in which form
+sweeps       their times, taken so that the order holds
+training     their accuracies, kept as each training ends
+imagenet     the published accuracies, and what reproduces them
+results      all of it as plain records: Pareto front, constraints, tables
+figures, page, conclusion    what is shown and said of them
+"""
