@@ -198,11 +198,12 @@ class Bench(NamedTuple):
         return [faster(a, b) for a, b in zip(first, second)], told
 
     def ways(self, entry: Entry) -> list[Way]:
-        """Every way that this device has, MOST_WAYS at most: plain, with BatchNorm folded where
-        there is one, then each with what came before; compiled only if the config says so.
+        """Every way that this device has, MOST_WAYS at most, each with what came before: plain,
+        channels_last, BatchNorm folded where there is one; then mixed precision, folded if the
+        config says so, and compiled likewise.
         """
         amp = runtime.amp_dtype(self.device, True, entry.candidate.input_px)
-        ways = [Way(), Way(folded=True), Way(channels_last=True, folded=self.fold)]
+        ways = [Way(), Way(channels_last=True), Way(channels_last=True, folded=True)]
         ways += [Way(amp, True, folded=self.fold)] * (amp is not None)
         ways += [Way(amp, True, True, self.fold)] * self.config.compile
         with torch.device("meta"):
