@@ -20,6 +20,8 @@ from tests.conftest import lesson
 
 CPU = torch.device("cpu")
 TEN = [f"class{i}" for i in range(10)]
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+SHIPPED = bundle.WEIGHTS
 
 
 @pytest.fixture
@@ -341,3 +343,43 @@ def test_half_precision_becomes_float32_and_only_the_main_process_speaks(
     monkeypatch.setattr(runtime, "is_main", lambda: False)
     pretrained.load_pretrained(resnet20(), "resnet20", TEN)
     assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------- the shipped file
+
+
+def test_the_shipped_network_is_the_one_that_its_record_describes(
+    monkeypatch: pytest.MonkeyPatch, no_network: None, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(bundle, "WEIGHTS", SHIPPED)
+    record = json.loads((SHIPPED / "resnet20.json").read_text(encoding="utf-8"))
+    found = bundle.find_bundle("resnet20")
+    assert found.describe() == (
+        f"resnet20 of the course, trained on {record['trained_on']}: 10 classes at 32 px, "
+        f"test top-1 {record['test_top1']:.2%}"
+    )
+    assert record["test_top1"] > 0.85 and "CIFAR-10" in record["trained_on"]
+    assert found.class_names == record["class_names"] == CIFAR10
+    assert bundle.digest(found.state) == record["sha256"]
+    assert not any("shortcut" in name for name in found.state)  # option A
+
+    model = pretrained.load_pretrained(resnet20(), "resnet20", CIFAR10)
+    assert "classifier is kept" in capsys.readouterr().out
+    assert sum(p.numel() for p in model.parameters()) == record["parameters"] == 269_722
+    assert model.eval()(torch.randn(2, 3, 32, 32)).isfinite().all()
+    # Every BatchNorm has counted the steps of the epochs up to the best one, 128 images each.
+    counts = {int(v) for n, v in found.state.items() if n.endswith("num_batches_tracked")}
+    assert counts == {record["best_epoch"] * (45_000 // 128)}
+    # The mean and deviation that the literature normalises CIFAR-10 with.
+    assert found.mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.003)
+    assert found.std.tolist() == pytest.approx([0.2470, 0.2435, 0.2616], abs=0.003)
+
+
+def test_the_record_s_command_is_one_of_lesson_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.loads((SHIPPED / "resnet20.json").read_text(encoding="utf-8"))
+    words = record["command"].split()
+    first = lesson("01")
+    config = first.parse_flags(first.Config, words[2:]).resolve("folder")
+    assert words[1] == f"{first.__name__}.py" and config.model == "resnet20"
+    assert config.epochs == record["epochs"] and config.seed == record["seed"]
+    assert config.image_size == record["image_size"] == 32 and config.data_dir == "DIR"
