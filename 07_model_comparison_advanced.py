@@ -127,7 +127,7 @@ from common.profiling import count_macs, count_parameters
 from common.progress import Bar
 from common.runs import Run, prepare
 from common.sources import Source, load_source
-from common.comparison.sweeps import FOLDED, MOST_WAYS, Bench, Entry
+from common.comparison.sweeps import FOLDED, MOST_WAYS, SWEEPS, Bench, Entry
 from common.training import fit, make_optimizer, make_schedule
 
 LESSON = "07_model_comparison_advanced"
@@ -637,8 +637,8 @@ def leaves(layers: dict, path: str = "") -> Iterator[tuple[str, int]]:
 #
 # Parameters and multiply-adds follow from the definition. They are counted on the meta device:
 # shapes without numbers, so EfficientNet-B7 costs nothing. Latency has to be measured (see
-# `common/comparison/sweeps.py`): each model with random weights, and all of them twice, one after
-# the other.
+# `common/comparison/sweeps.py`): each model with random weights, and all of them in turn, four
+# times over, because a disturbed machine is never faster than an idle one.
 
 
 # %%
@@ -860,14 +860,15 @@ def compare(
     everyone = [] if config.experiment else chosen_names(config.model, list(all_models()))
     trained = chosen_names(config.model, [default_model(family) for family in FAMILIES])
     shown = [name for name in SHOWN_WAYS if name in everyone]
-    steps = 3 * len(everyone) + MOST_WAYS * len(shown) + (3 + TRAINING * seeds) * len(trained)
+    counted, timed = len(everyone) + len(trained), MOST_WAYS * len(shown)
+    steps = (1 + SWEEPS) * counted + timed + TRAINING * seeds * len(trained)
     with Bar(steps, "comparison", "steps", seconds=15) as bar:
         small = small_entries(trained, config, len(source.class_names), bar)
         large = imagenet_entries(everyone, entry, bar)
         bench = Bench(config, device, profiles, bar, 8 if cpu else 64, limit, fold=config.fold)
-        large_rows, large_order = bench.two_sweeps(large)
+        large_rows, large_order = bench.sweeps(large)
         ways = bench.all_ways([e for e in large if e.candidate.model in shown])
-        rows, order = bench._replace(large_batch=128, limit=4 * limit).two_sweeps(small)
+        rows, order = bench._replace(large_batch=128, limit=4 * limit).sweeps(small)
         trainings = train_all(train_once, small, config, device, results, bar) if seeds else []
 
     where = f"Latency is of one image, on {runtime.describe(device)}, torch {torch.__version__}"

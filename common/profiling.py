@@ -170,7 +170,6 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return folded.eval()
 
 
-@torch.inference_mode()
 def profile(
     model: nn.Module,
     input_size: tuple[int, int, int],
@@ -195,35 +194,44 @@ def profile(
             those of the model itself.
     """
     timed = fold_batchnorm(model) if fold else model
-    parameter = next(model.parameters())
-    device = parameter.device
     x = _dummy_image(model, input_size, batch_size)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    with _evaluating(timed), autocast(device, amp):
-        for _ in range(3):
-            timed(x)
-        times: list[float] = []
-        began = time.perf_counter()
-        while len(times) < 5 or (len(times) < repeats and time.perf_counter() - began < seconds):
-            _synchronize(device)
-            start = time.perf_counter()
-            timed(x)
-            _synchronize(device)
-            times.append(1000 * (time.perf_counter() - start))
-        peak = _peak_memory(timed, x)
-    low, median, high = np.percentile(times, (25, 50, 75))
+    low, median, high = np.percentile(time_passes(timed, x, amp, seconds, repeats), (25, 50, 75))
     return Profile(
         params=count_parameters(model),
         macs=count_macs(model, input_size),
         latency_ms=float(median),
         latency_iqr_ms=float(high - low),
-        peak_memory_mb=peak / 2**20,
-        device=describe(device),
+        peak_memory_mb=peak_memory(timed, x, amp) / 2**20,
+        device=describe(x.device),
         batch_size=batch_size,
-        dtype=str(amp or parameter.dtype).removeprefix("torch."),
+        dtype=str(amp or x.dtype).removeprefix("torch."),
         input_size=tuple(input_size),
     )
+
+
+@torch.inference_mode()
+def time_passes(
+    model: nn.Module,
+    x: Tensor,
+    amp: torch.dtype | None = None,
+    seconds: float = 1.0,
+    repeats: int = 50,
+) -> list[float]:
+    """Milliseconds of each of several passes of the batch `x`, see `profile`."""
+    times: list[float] = []
+    with _evaluating(model), autocast(x.device, amp):
+        for _ in range(3):
+            model(x)
+        began = time.perf_counter()
+        while len(times) < 5 or (len(times) < repeats and time.perf_counter() - began < seconds):
+            _synchronize(x.device)
+            start = time.perf_counter()
+            model(x)
+            _synchronize(x.device)
+            times.append(1000 * (time.perf_counter() - start))
+    return times
 
 
 def _synchronize(device: torch.device) -> None:
@@ -233,20 +241,22 @@ def _synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _peak_memory(model: nn.Module, x: Tensor) -> int:
+@torch.inference_mode()
+def peak_memory(model: nn.Module, x: Tensor, amp: torch.dtype | None = None) -> int:
     """Bytes in tensors at the worst moment of one pass, weights included.
 
     On CUDA the allocator knows. Elsewhere every new tensor is followed from birth to death, which
     leaves out what a kernel takes for itself.
     """
-    if x.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(x.device)
-        model(x)
-        return torch.cuda.max_memory_allocated(x.device)
-    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers(), x))
-    with _LiveBytes() as live:
-        model(x)
-    return held + live.peak
+    with _evaluating(model), autocast(x.device, amp):
+        if x.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(x.device)
+            model(x)
+            return torch.cuda.max_memory_allocated(x.device)
+        held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers(), x))
+        with _LiveBytes() as live:
+            model(x)
+        return held + live.peak
 
 
 class _LiveBytes(TorchDispatchMode):

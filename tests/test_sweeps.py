@@ -29,11 +29,11 @@ def sweep(*latencies: float | None) -> list[Candidate]:
 
 def test_agreement_counts_pairs_that_changed_places() -> None:
     same = agreement(sweep(1.0, 2.0, 3.0, None), sweep(1.5, 2.5, 3.5, None))
-    assert same == "two sweeps rank 3 of 3 pairs of 3 models alike"
+    assert same == "measured twice, 3 of 3 pairs of 3 models rank alike"
     assert "2 of 3" in agreement(sweep(1.0, 2.0, 3.0), sweep(2.0, 1.0, 3.0))
     assert "0 of 3" in agreement(sweep(1.0, 2.0, 3.0), sweep(3.0, 2.0, 1.0))
     # One alone has no order.
-    assert agreement(sweep(1.0, None), sweep(2.0, None)) == "timed in two sweeps"
+    assert agreement(sweep(1.0, None), sweep(2.0, None)) == "one model was timed"
     assert agreement(sweep(None), sweep(None)) == "none was timed"
     # Two that are 1 % apart have no order that could change.
     assert "3 of 3" in agreement(sweep(1.00, 1.01, 3.0), sweep(1.01, 1.00, 3.0))
@@ -43,6 +43,22 @@ def test_the_less_disturbed_latency_counts() -> None:
     assert faster(candidate("a", 3.0), candidate("a", 2.0)).latency_ms == 2.0
     assert faster(candidate("a", 2.0), candidate("a", 3.0)).latency_ms == 2.0
     assert faster(candidate("a"), candidate("a")).latency_ms is None
+
+
+def test_the_lowest_of_all_sweeps_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the halves are compared: here a and b change places between them."""
+    seen = {"a": iter((9.0, 4.0, 2.0, 5.0)), "b": iter((3.0, 8.0, 7.0, 6.0))}
+
+    def disturbed(entry: Entry, *rest: object) -> Candidate:
+        return candidate(entry.candidate.model, next(seen[entry.candidate.model]))
+
+    monkeypatch.setattr(sweeps, "measure", disturbed)
+    store, bar = Store(tmp_path / "profiles.json", {}), Bar(8, "test", show=False)
+    bench = Bench(TrainConfig(), torch.device("cpu"), store, bar, large_batch=0)
+    rows, told = bench.sweeps([Entry(nn.Identity, candidate(name)) for name in "ab"])
+    assert [row.latency_ms for row in rows] == [2.0, 3.0]
+    assert told == "measured twice, 0 of 1 pairs of 2 models rank alike"
+    assert bar.done == 2 * sweeps.SWEEPS
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "simple_cnn", "vit_xs_16"])
@@ -68,16 +84,16 @@ def test_what_is_measured_is_kept_and_counts_are_not(
         store = Store(path, {"torch": "2", **settings})
         return Bench(config, torch.device("cpu"), store, bar, large_batch=4, seconds=0.0)
 
-    [first], _ = bench().two_sweeps([Entry(build, candidate("lenet5"))])
+    [first], _ = bench().sweeps([Entry(build, candidate("lenet5"))])
     assert first.latency_ms > 0 and first.images_per_second > 0 and first.memory_mb > 0
     assert first.batch_size == 4 and first.dtype == "float32"
 
     with monkeypatch.context() as patch:
         patch.setattr(sweeps, "measure", None)  # would fail if it were called
-        [again], _ = bench().two_sweeps([Entry(build, candidate("lenet5", macs=999))])
+        [again], _ = bench().sweeps([Entry(build, candidate("lenet5", macs=999))])
     assert again.latency_ms == first.latency_ms and again.macs == 999
 
-    [other], _ = bench(compile=True).two_sweeps([Entry(build, candidate("lenet5"))])
+    [other], _ = bench(compile=True).sweeps([Entry(build, candidate("lenet5"))])
     assert other.latency_ms != first.latency_ms
 
 
@@ -137,7 +153,7 @@ def test_times_of_folded_nets_are_kept_apart(
     monkeypatch.setattr(sweeps, "agreement", lambda *_: "alike")  # zeros have no logarithm
     for _ in range(2):  # measured, then read back
         for fold, norms in ((False, 19), (True, 0)):
-            [row], told = bench(fold).two_sweeps([entry])
+            [row], told = bench(fold).sweeps([entry])
             assert row.latency_ms == norms
             assert ("a norm in front of a convolution stays" in told) == fold
         rows = {row.model: row.latency_ms for row in bench(False).all_ways([entry])}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.comparison.imagenet import PUBLISHED
-from common.comparison.sweeps import Entry
+from common.comparison.sweeps import SWEEPS, Entry
 from common.config import TrainConfig
 from common.lessons import get_model
 from common.profiling import count_macs, count_parameters
@@ -59,7 +59,7 @@ def imagenet_entries(
 
     Args:
         entry: what the lesson can say of a model: of its task, name, builder and image size.
-        bar: advances by three for a model that has none: it won't be measured twice either.
+        bar: advances by all steps of a model that has none: it won't be measured either.
     """
     entries = []
     for name in names:
@@ -70,5 +70,5 @@ def imagenet_entries(
             entries.append(entry("ImageNet", name, build, crop))
             bar.advance(1, name)
         else:
-            bar.advance(3)
+            bar.advance(1 + SWEEPS)
     return entries

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common import runtime
 from common.comparison.results import Candidate, Store
 from common.config import TrainConfig
 from common.errors import UserError
-from common.profiling import fold_batchnorm, profile
+from common.profiling import fold_batchnorm, peak_memory, time_passes
 from common.progress import Bar
 
 # The fields of a candidate that depend on the machine.
@@ -30,6 +32,7 @@ MEASURED = (
 )
 
 
+SWEEPS = 4  # over all models, far apart: what disturbs a machine rarely lasts, or comes back
 MOST_WAYS = 5  # in which `Bench.all_ways` runs a network
 
 FOLDED = (  # ends a sentence of a table's note
@@ -124,9 +127,16 @@ def prepared(entry: Entry, device: torch.device, way: Way) -> nn.Module:
 
 
 def measure(
-    entry: Entry, device: torch.device, way: Way, large_batch: int, limit: float, seconds: float
+    entry: Entry,
+    device: torch.device,
+    way: Way,
+    large_batch: int,
+    limit: float,
+    seconds: float,
+    more: bool = True,
 ) -> Candidate:
-    """The candidate with latency for one image, throughput of a large batch, and peak memory.
+    """The candidate with latency for one image, and `more`: throughput of a large batch, and peak
+    memory.
 
     Args:
         large_batch: 0 measures one image only.
@@ -137,21 +147,28 @@ def measure(
     if candidate.macs > limit:
         return candidate
     model = prepared(entry, device, way)
-    size = (3, candidate.input_px, candidate.input_px)
-    one = profile(model, size, 1, way.amp, way.channels_last, seconds)
+    like = next(model.parameters())
+    layout = torch.channels_last if way.channels_last else torch.contiguous_format
+
+    def images(count: int) -> Tensor:
+        size = (count, 3, candidate.input_px, candidate.input_px)
+        return torch.zeros(size, device=device, dtype=like.dtype).contiguous(memory_format=layout)
+
+    low, median, high = np.percentile(time_passes(model, images(1), way.amp, seconds), (25, 50, 75))
     candidate = replace(
         candidate,
-        latency_ms=one.latency_ms,
-        latency_iqr_ms=one.latency_iqr_ms,
-        memory_mb=one.peak_memory_mb,
-        device=one.device,
-        dtype=one.dtype,
+        latency_ms=float(median),
+        latency_iqr_ms=float(high - low),
+        device=runtime.describe(device),
+        dtype=str(way.amp or like.dtype).removeprefix("torch."),
     )
+    if not more:
+        return candidate
+    candidate = replace(candidate, memory_mb=peak_memory(model, images(1), way.amp) / 2**20)
     if large_batch and candidate.macs * large_batch <= limit:
-        many = profile(model, size, large_batch, way.amp, way.channels_last, seconds)
-        candidate = replace(
-            candidate, batch_size=large_batch, images_per_second=many.images_per_second
-        )
+        times = time_passes(model, images(large_batch), way.amp, seconds)
+        images_per_second = 1000 * large_batch / float(np.median(times))
+        candidate = replace(candidate, batch_size=large_batch, images_per_second=images_per_second)
     return candidate
 
 
@@ -164,36 +181,45 @@ class Bench(NamedTuple):
     bar: Bar
     large_batch: int
     limit: float = math.inf  # multiply-adds of one timed pass
-    seconds: float = 0.3  # of one measurement
+    seconds: float = 0.15  # of one measurement
     fold: bool = False  # time networks with BatchNorm folded into the convolutions
 
-    def measure(self, entry: Entry, sweep: str, way: Way, large_batch: int) -> Candidate:
+    def measure(self, entry: Entry, sweep: str, way: Way, more: bool = True) -> Candidate:
         """The candidate with its times, from the store if they are there.
 
         Args:
             sweep: names the measurement in the store; two ways of running need two names.
+            more: throughput and memory too.
         """
         c = entry.candidate
         key = f"{c.task}, {c.model}, {c.params} parameters, {c.input_px} px, {sweep}"
         if self.store.get(key) is None:
-            measured = measure(entry, self.device, way, large_batch, self.limit, self.seconds)
-            self.store.put(key, measured)
+            limits = (self.large_batch, self.limit, self.seconds)
+            self.store.put(key, measure(entry, self.device, way, *limits, more))
         self.bar.advance(1, c.model)
         # Counts come from the definition as it is now, times from the store.
         return replace(c, **{name: self.store.get(key)[name] for name in MEASURED})
 
-    def two_sweeps(self, entries: Sequence[Entry]) -> tuple[list[Candidate], str]:
-        """All models, twice over; of the two latencies the lower, and in words how far the sweeps
-        agree, and what was folded.
+    def sweeps(self, entries: Sequence[Entry]) -> tuple[list[Candidate], str]:
+        """All models, SWEEPS times over; of the latencies of each the lowest, and in words how far
+        the first half of the sweeps and the second agree, and what was folded.
 
-        Whatever else the machine did in the slower sweep, it did not make the model faster.
+        Whatever else the machine did in a slower sweep, it did not make the model faster.
         """
         ways = [
             usual_way(self.config, self.device, e.candidate.input_px, self.fold) for e in entries
         ]
-        one, two = (f"sweep {n}{', folded' if self.fold else ''}" for n in (1, 2))
-        first = [self.measure(e, one, w, self.large_batch) for e, w in zip(entries, ways)]
-        second = [self.measure(e, two, w, 0) for e, w in zip(entries, ways)]
+        every = [
+            [
+                self.measure(e, f"sweep {n}{', folded' * self.fold}", way, more=n == 1)
+                for e, way in zip(entries, ways)
+            ]
+            for n in range(1, SWEEPS + 1)
+        ]
+        first, second = (
+            [functools.reduce(faster, rows) for rows in zip(*half)]
+            for half in (every[: SWEEPS // 2], every[SWEEPS // 2 :])
+        )
         told = agreement(first, second) + f"; in all of them {FOLDED}" * self.fold
         return [faster(a, b) for a, b in zip(first, second)], told
 
@@ -218,7 +244,7 @@ class Bench(NamedTuple):
         for entry in entries:
             ways = self.ways(entry)
             for way in ways:
-                row = self.measure(entry, str(way), way, self.large_batch)
+                row = self.measure(entry, str(way), way)
                 name = f"{row.model}: {way}"
                 rows.append(
                     replace(row, model=name, thop_macs=None, thop_note="", top1=None, top5=None)
@@ -235,10 +261,11 @@ def faster(first: Candidate, second: Candidate) -> Candidate:
 
 
 def agreement(first: Sequence[Candidate], second: Sequence[Candidate], tie: float = 0.05) -> str:
-    """How alike two sweeps rank the models by latency: in how many pairs the same one is faster.
+    """How alike two measurements rank the models by latency: in how many pairs the same one is
+    faster.
 
     Args:
-        tie: two models closer than this share of their latency in both sweeps are not a pair whose
+        tie: two models closer than this share of their latency in both are not a pair whose
             order means anything; they count as agreeing.
     """
     times = [
@@ -246,9 +273,10 @@ def agreement(first: Sequence[Candidate], second: Sequence[Candidate], tie: floa
     ]
     pairs = list(itertools.combinations(times, 2))
     if not pairs:
-        return "timed in two sweeps" if times else "none was timed"
+        return "one model was timed" if times else "none was timed"
     gaps = [[math.log(p[sweep] / q[sweep]) for sweep in (0, 1)] for p, q in pairs]
     turned = sum(one * two < 0 and max(abs(one), abs(two)) > tie for one, two in gaps)
     return (
-        f"two sweeps rank {len(pairs) - turned} of {len(pairs)} pairs of {len(times)} models alike"
+        f"measured twice, {len(pairs) - turned} of {len(pairs)} pairs of {len(times)} models rank "
+        "alike"
     )
