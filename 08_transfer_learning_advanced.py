@@ -51,7 +51,7 @@ from dataclasses import dataclass
 
 from common.cli import in_notebook, main
 from common.config import TrainConfig, knob
-from common.transfer_flags import locate, parse_flags
+from common.transfer.flags import locate, parse_flags
 
 LESSON = "08_transfer_learning_advanced"
 SOURCE = "source.pt"  # the pretrained net, beside the run that started from it
@@ -143,24 +143,15 @@ from common.data import Data, Loader, make_data, read_once
 from common.errors import UserError
 from common.evaluation import evaluate
 from common.experiments import Trial, mean_and_spread, train_trial
-from common.export import export_model
-from common.embedding import feature_map
-from common.prediction import find_images, predict_files
 from common.profiling import count_macs, profile
 from common.runs import Run, banner, draw_figures, prepare
 from common.sources import Pictures, Source, load_source
 from common.training import Schedule, fit, make_schedule, parameter_groups, score
-from common.transfer import (
-    Catalogue,
-    Origin,
-    PairLoader,
-    choose_classes,
-    few_labels,
-    in_chunks,
-    open_run,
-    trained_origin,
-    with_features,
-)
+from common.transfer.embedding import feature_map
+from common.transfer.export import export_model
+from common.transfer.images import PairLoader, choose_classes, few_labels, in_chunks, with_features
+from common.transfer.origins import Catalogue, Origin, open_run, trained_origin
+from common.transfer.prediction import find_images, predict_files
 
 # %% [markdown]
 # ## Freezing

@@ -16,15 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, embedding, plotting, transfer_flags
+from common import checkpoint, plotting
 from common import data as data_module
 from common.config import TrainConfig
 from common.data import make_data
 from common.errors import UserError
-from common.export import export_model
 from common.sources import Pictures, load_digits, read_image
 from common.training import fit, make_schedule
-from common.transfer import Catalogue, TorchvisionModel, choose_classes, few_labels
+from common.transfer import embedding, flags
+from common.transfer.export import export_model
+from common.transfer.images import choose_classes, few_labels
+from common.transfer.origins import Catalogue, TorchvisionModel
 from tests.conftest import lesson
 
 transfer = lesson("08")
@@ -60,7 +62,7 @@ def few_digits(**options: object) -> tuple[object, TrainConfig]:
     return make_data(few_labels(source, 0.05, 0), config, CPU), config
 
 
-@pytest.mark.parametrize("module", [transfer, transfer_flags])
+@pytest.mark.parametrize("module", [transfer, flags])
 def test_doctests(module: object) -> None:
     failed, attempted = doctest.testmod(module)
     assert attempted >= 1 and failed == 0
@@ -374,7 +376,7 @@ def test_exported_files_give_the_models_logits(tmp_path: Path) -> None:
 def test_export_refuses_a_file_that_says_something_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from common import export
+    from common.transfer import export
 
     wrong = {"model.pt2": lambda model, x, path: path.touch() or (lambda x: model(x) + 0.01)}
     monkeypatch.setattr(export, "WRITERS", wrong)

@@ -1,0 +1,105 @@
+"""Which images a transfer uses, and features in the place of images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.data import Data, Loader
+from common.errors import UserError
+from common.sources import Pictures, Source, stratified_split
+
+
+def choose_classes(source: Source, classes: range) -> Source:
+    """The images of some of the classes, their labels counted from 0 again."""
+
+    def choose(pictures: Pictures | None) -> Pictures | None:
+        if pictures is None:
+            return None
+        inside = (pictures.labels >= classes.start) & (pictures.labels < classes.stop)
+        part = pictures.take(inside.nonzero().squeeze(1))
+        return dataclasses.replace(part, labels=part.labels - classes.start)
+
+    return dataclasses.replace(
+        source,
+        class_names=[source.class_names[c] for c in classes],
+        train=choose(source.train),
+        val=choose(source.val),
+        test=choose(source.test),
+    )
+
+
+def few_labels(source: Source, fraction: float, seed: int) -> Source:
+    """The same validation and test images, but only a fraction of the training images.
+
+    Validation is split off first, so that it is as large whatever the fraction.
+
+    Raises:
+        UserError: the fraction isn't in (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction {fraction}: a share of the labels, above 0 and at most 1")
+    train, val = source.train, source.val
+    if val is None:
+        rest, part = stratified_split(train.labels, 0.1, seed)
+        train, val = train.take(rest), train.take(part)
+    if fraction < 1:
+        _, part = stratified_split(train.labels, fraction, seed)
+        train = train.take(part)
+    return dataclasses.replace(source, train=train, val=val)
+
+
+# ------------------------------------------------------------------------------- loaders of a kind
+
+
+class FeatureLoader(Loader):
+    """Features computed once, handed out in the order in which their images would have come."""
+
+    def __init__(self, images: Loader, features: Tensor) -> None:
+        self.__dict__.update(vars(images))
+        self.features, self.labels_there = features, images.labels.to(features.device)
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self.order(epoch).to(self.features.device)
+        for batch in range(start, len(self)):
+            at = self.positions(batch)
+            rows = order[at.start : at.stop : at.step]
+            yield self.features[rows], self.labels_there[rows]
+
+
+class PairLoader(Loader):
+    """A batch of source images followed by one of target images; the labels are the source's.
+
+    x (2N, 3, H, W), y (N,). The shorter of the two ends the epoch.
+    """
+
+    def __init__(self, source: Loader, target: Loader) -> None:
+        self.__dict__.update(vars(source))
+        self.source, self.target = source, target
+
+    def __len__(self) -> int:
+        return min(len(self.source), len(self.target))
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        pairs = zip(self.source.batches(epoch, start), self.target.batches(epoch, start))
+        for (x_source, y), (x_target, _) in pairs:
+            n = min(len(x_source), len(x_target))
+            yield torch.cat([x_source[:n], x_target[:n]]), y[:n]
+
+
+def in_chunks(loader: Loader, size: int = 256) -> Iterator[Tensor]:
+    """Every image of a split in its order as it looks in a test, (<= size, 3, H, W) at a time."""
+    rows = np.arange(len(loader.labels))
+    for i in range(0, len(rows), size):
+        yield loader.take(rows[i : i + size])
+
+
+def with_features(data: Data, features: dict[str, Tensor]) -> Data:
+    """The dataset with the images of the splits in `features` replaced by these, (N, D)."""
+    splits = data.splits()
+    loaders = {name: FeatureLoader(splits[name], rows) for name, rows in features.items()}
+    return dataclasses.replace(data, **loaders)
