@@ -13,10 +13,16 @@ not beaten by any other, and a constraint picks one of them.
     python 07_model_comparison_advanced.py --experiment matched-size
     python 07_model_comparison_advanced.py --eval-imagenet DIR --pretrained
 
-Measured with `--dataset digits --seeds 1` (seed 0, six epochs, an Intel Xeon with AMX, torch 2.15),
-test accuracy: densenet40_k12 99.7 %, vgg11_bn 98.3 %, googlenet 98.1 %, simple_cnn 96.7 %,
-resnet18 95.5 %, alexnet 93.3 %, lenet5 93.0 %, vit_xs_16 91.4 %, efficientnet_mini 89.7 %,
-mobilenet_v3_small 80.5 %. Some of these do better under the recipe of their own lesson.
+Measured on digits (8 px, six epochs, seeds 0 to 2, torch 2.15, two cores of an Intel Xeon; all of
+it in 500 s, without the training in 114 s), test accuracy, mean and standard deviation:
+
+    densenet40_k12   99.54 ± 0.16 %        mobilenet_v3_small   95.45 ± 0.90 %
+    vgg11_bn         97.49 ± 0.48 %        lenet5               94.06 ± 1.13 %
+    simple_cnn       97.12 ± 0.80 %        alexnet              92.85 ± 0.98 %
+    googlenet        96.47 ± 1.77 %        vit_xs_16            91.64 ± 1.28 %
+    resnet18         95.91 ± 1.58 %        efficientnet_mini    86.26 ± 2.43 %
+
+Most do better under the recipe of their own lesson.
 """
 
 # %% [markdown]
