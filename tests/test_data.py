@@ -291,13 +291,17 @@ def test_an_imagenet_shaped_folder_trains_through_the_real_path(
     assert per_class[1]["name"] == "n02 Hühnchen"
 
 
-def test_a_worker_that_dies_is_one_line_where_its_images_are_missed(image_folder: Callable) -> None:
+def test_a_worker_that_dies_is_one_line_where_its_images_are_missed(
+    image_folder: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And no exception wherever the main thread is when it dies, which may be in a save."""
     config = folder_config(image_folder(per_class=8, size=100), workers=1, batch_size=1)
     data = load_data(config, CPU)
     batches = data.train.batches(0)
     next(batches)
-    (worker,) = data.train.workers._iterator._workers
+    iterator = data.train.workers._iterator
+    (worker,) = iterator._workers
+    monkeypatch.setattr(type(iterator)._try_get_data, "__defaults__", (0.2,))  # looks every 5 s
     os.kill(worker.pid, signal.SIGKILL)
     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
     assert sum(range(10_000)) == 49_995_000  # a handler of its death would raise by now
