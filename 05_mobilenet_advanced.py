@@ -912,12 +912,15 @@ def multipliers_verdict(cells: list[Cell], images: int) -> list[str]:
     cheapest = min(
         (cell for cell in cells if cell.trial.test_top1 >= level), key=lambda c: c.trial.macs
     )
-    verdict.append(
-        f"best is width {best.name} px with {best.trial.test_top1:.1%}; the cheapest that these "
-        f"images cannot tell from it is width {cheapest.name} px with "
-        f"{cheapest.trial.test_top1:.1%} and {best.trial.macs / cheapest.trial.macs:.1f} times "
-        "fewer multiply-adds"
-    )
+    told = f"best is width {best.name} px with {best.trial.test_top1:.1%}; "
+    if cheapest is best:
+        verdict.append(told + "these images can tell every cheaper one from it")
+    else:
+        verdict.append(
+            f"{told}the cheapest that these images cannot tell from it is width {cheapest.name} px "
+            f"with {cheapest.trial.test_top1:.1%} and "
+            f"{best.trial.macs / cheapest.trial.macs:.1f} times fewer multiply-adds"
+        )
     return verdict
 
 
@@ -1075,9 +1078,9 @@ def quantize(config: Config) -> dict[str, object]:
         {
             "weights": name,
             "MB": round(megabytes(trained[name]), 2),
-            "test top-1": (answers[name] == labels).float().mean().item(),
+            "test top-1": round((answers[name] == labels).double().mean().item(), 4),
             "answers changed": int((answers[name] != answers["FP32"]).sum()),
-            "logits moved": (distance(name) / logits["FP32"].norm()).item(),
+            "logits moved": float(f"{distance(name) / logits['FP32'].norm():.2g}"),
             "ms, one image": round(one[name], 2),
             f"ms, {len(batch)} images": round(many[name], 2),
             f"ms, {config.latency_px} px": round(one_large[name], 2),
