@@ -668,9 +668,13 @@ def _draw_matrix(
 
 
 def _colorbar(ax: Axes, label: str, percent: bool = False) -> None:
-    bar = ax.figure.colorbar(
-        ax.images[0], ax=ax, shrink=0.85, pad=0.02, format="{x:.0%}" if percent else None
-    )
+    from matplotlib.ticker import MaxNLocator
+
+    # A colour bar's own ticks go one beyond its ends, and are drawn there as if they were the end.
+    low, high = ax.images[0].get_clim()
+    ticks = [t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
+    style = {"ticks": ticks, "format": "{x:.0%}" if percent else None}
+    bar = ax.figure.colorbar(ax.images[0], ax=ax, shrink=0.85, pad=0.02, **style)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=SMALL_SIZE, labelcolor=INK, length=0)
     bar.set_label(label, size=SMALL_SIZE + 0.5, color=INK)

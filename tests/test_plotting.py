@@ -399,3 +399,11 @@ def test_panels_share_one_figure_and_long_titles_stay_in_their_own() -> None:
     draw(figure)
     assert all(ax.figure is figure for ax in axes)
     assert not overlapping([*(ax._left_title for ax in axes), figure._suptitle])
+
+
+def test_a_colour_bar_says_nothing_beyond_its_ends() -> None:
+    """matplotlib's own ticks of 2.3 to 12.7 go to 14, drawn where 12.7 is."""
+    figure = plotting.heatmap(np.array([[2.3, 12.7]]), ["a"], ["b", "c"], "title")
+    bar = figure.axes[1]
+    assert len(bar.get_yticks()) >= 4
+    assert all(2.3 <= tick <= 12.7 for tick in bar.get_yticks())
