@@ -16,7 +16,14 @@ a network does what a standard one does with about an eighth of the multiply-add
 
 Measured on digits (8 px, 15 epochs, seed 0, torch 2.15, float32 on two cores of an Intel Xeon):
 
-    default, mobilenet_v3_small    test 98.05%, 46 s of training
+    default, mobilenet_v3_small    test 98.05%, 15 s of training
+    separable, two seeds           test 99.6% standard, 96.4% separable, 99.0% standard and as thin
+                                   as the same multiply-adds allow; V1's blocks on 224 px: 8.7 times
+                                   fewer multiply-adds, 4.5 times the speed; 93 s
+    multipliers                    test 99.2% whole, 96.4% at half the width, 82.2% at half the
+                                   resolution; 130 s
+    quantize                       6.24 MB to 1.83 MB with a scale per channel, test 98.9% to 99.2%;
+                                   on 224 px 1.1 times the speed; 29 s
 """
 
 # %% [markdown]
