@@ -15,7 +15,14 @@ choose, and pay for it with 1x1 convolutions that first narrow what the large fi
 
 Measured on digits (8 px, 10 epochs, seed 0, torch 2.15, float32 on two cores of an Intel Xeon):
 
-    default, googlenet    test 99.44%, 84 s of training
+    default, googlenet    test 99.44%, 88 s of training
+    auxiliary, two seeds  test without BatchNorm 34.3%, with auxiliary classifiers 51.0%; with
+                          BatchNorm 98.7% and 99.0%; the first gradients are 1.61 and 0.95 times as
+                          large; 166 s
+    branches              the 3x3 branch gives most, 44% of the output from 44% of the channels, and
+                          38% of the gradient; without that of 3a the loss rises by 3.64; 112 s
+    bottleneck            without the 1x1 reductions 3.6 times the multiply-adds, in the naive form
+                          10.9 times; in time 2.4 and 11.4 times; 16 s
 """
 
 # %% [markdown]
