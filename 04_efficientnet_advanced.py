@@ -56,7 +56,7 @@ class Config(TrainConfig):
     start_width: float = knob(0.25, "width of the net to scale up, over B0's", low=0.05)
     start_depth: float = knob(0.25, "depth of the net to scale up, over B0's", low=0.05)
     start_size: int | None = knob(None, "pixels that it sees; default: half of image_size", low=4)
-    factor: float = knob(3.0, "scale up to so many times its multiply-adds", low=1)
+    factor: float = knob(4.5, "scale up to so many times its multiply-adds", low=1)
     # For search. The proxy task has half of image_size and few epochs.
     nets: int = knob(24, "nets that each search trains", low=2)
     proxy_epochs: int = knob(4, "epochs of the proxy task", low=1)
