@@ -58,8 +58,8 @@ class Config(TrainConfig):
     start_size: int | None = knob(None, "pixels that it sees; default: half of image_size", low=4)
     factor: float = knob(4.5, "scale up to so many times its multiply-adds", low=1)
     # For search. The proxy task has half of image_size and few epochs.
-    nets: int = knob(24, "nets that each search trains", low=2)
-    proxy_epochs: int = knob(4, "epochs of the proxy task", low=1)
+    nets: int = knob(20, "nets that each search trains", low=2)
+    proxy_epochs: int = knob(3, "epochs of the proxy task", low=1)
     budget: float = knob(0.75, "multiply-adds allowed, over those of B0's own rows", low=0)
 
     # What differs from the defaults of common/config.py; the record at the top was measured with
