@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import random
@@ -137,6 +138,25 @@ def set_up_torch(device: torch.device, seed: int, deterministic: bool = False) -
             "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
         )  # cuBLAS's own condition for repeatability
     torch.use_deterministic_algorithms(deterministic)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory(keep: bool = True) -> bool:
+    """Whether glibc keeps large freed blocks for the next step; returns whether it obeyed.
+
+    As it comes it hands a block of 32 MB back to the system, and asks for it again a moment later:
+    the system then fills it with zeros, page by page, at every step. Kept, a step of resnet18 on
+    two cores takes 0.84 of the time, for as much memory as the largest step once needed.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc: macOS, Windows, musl
+        return False
+    # The numbers of malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX.
+    settings = {-1: 2**31 - 1, -2: 2**26, -4: 0}
+    defaults = {-1: 2**26, -2: 2**17, -3: 2**25, -4: 65536}  # where glibc's own adjustment ends
+    return all(mallopt(*setting) == 1 for setting in (settings if keep else defaults).items())
 
 
 # --------------------------------------------------------------------------------------- randomness

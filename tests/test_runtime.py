@@ -1,11 +1,16 @@
-"""What the machine decides: here, the layout in memory."""
+"""What the machine decides: here, the layout in memory, and whose it is."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
 import torch
 from torch import nn
 
 from common import runtime
+from tests.conftest import ROOT
 
 
 def test_depthwise_nets_are_channels_last_at_any_size() -> None:
@@ -14,3 +19,33 @@ def test_depthwise_nets_are_channels_last_at_any_size() -> None:
     assert runtime.memory_format(32, plain) is torch.channels_last
     assert runtime.memory_format(8, plain) is torch.contiguous_format
     assert runtime.memory_format(8, depthwise) is torch.channels_last
+
+
+COUNT_PAGE_FAULTS = """
+import resource, torch
+from common import runtime
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2**24)  # 64 MB, born and gone
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+given_back = faults()
+obeyed = runtime.keep_freed_memory()
+faults(), faults()
+print(int(obeyed), given_back, faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets glibc's malloc")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """Counted by the system: every page of a block that comes back from it is a page fault."""
+    command = [sys.executable, "-c", COUNT_PAGE_FAULTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    obeyed, given_back, kept = map(int, done.stdout.split())
+    if not obeyed:
+        pytest.skip("malloc is not glibc's")
+    # With pages of 4 kB 16,384 for each block; fewer, and never fewer than one, with larger pages.
+    assert given_back >= 5 and kept < given_back / 5
