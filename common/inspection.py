@@ -7,13 +7,14 @@ at in its plain form.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from common.runtime import evaluating
 
 
 def first_filters(model: nn.Module) -> np.ndarray:
@@ -46,7 +47,7 @@ def stage_activations(model: nn.Module, x: Tensor) -> dict[str, np.ndarray]:
         for name, stage in model.stages.named_children():
             label = f"stage {int(name) + 1}" if name.isdigit() else name
             handles.append(stage.register_forward_hook(partial(keep, label)))
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(_beside(model, x))
     finally:
         for handle in handles:
@@ -87,7 +88,7 @@ def grad_cam(
     handles = [stage.register_forward_hook(lambda _, __, out: watch(out)) for stage in stages]
     model.forward_features = lambda x: watch(compute_features(x))
     try:
-        with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
             # The input asks for a gradient, so features have one even if every layer is frozen.
             logits = model(_beside(model, x).clone().requires_grad_())  # (N, K)
             if not maps:
@@ -145,15 +146,3 @@ def _beside(model: nn.Module, x: Tensor) -> Tensor:
 
 def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().float().cpu().numpy().copy()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every submodule's own mode restored after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

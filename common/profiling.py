@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common.records import LayerRecord, Profile
-from common.runtime import autocast, describe
+from common.runtime import autocast, describe, evaluating
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -53,7 +52,7 @@ def macs_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[s
     # Attention as two matrix products: the fused kernels of some devices and versions aren't known
     # to the counter.
     plain_attention = sdpa_kernel(SDPBackend.MATH)
-    with _evaluating(model), torch.no_grad(), plain_attention, FlopCounterMode(display=False) as f:
+    with evaluating(model), torch.no_grad(), plain_attention, FlopCounterMode(display=False) as f:
         model(_dummy_image(model, input_size))
     # FlopCounterMode counts an addition and a multiplication as two operations; the papers as one
     # multiply-add.
@@ -66,20 +65,6 @@ def macs_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[s
 def _dummy_image(model: nn.Module, input_size: tuple[int, int, int], batch_size: int = 1) -> Tensor:
     like = next(model.parameters())
     return torch.zeros(batch_size, *input_size, device=like.device, dtype=like.dtype)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every submodule's own mode
-    restored after (a frozen BatchNorm stays frozen).
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def layer_table(model: nn.Module, input_size: tuple[int, int, int]) -> list[LayerRecord]:
@@ -168,7 +153,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} without its BatchNorms gives logits that are {off:.1e} of the "
             "largest away from its own"
         )
-    with _evaluating(model):
+    with evaluating(model):
         folded = fuse(model)
     folded.delete_all_unused_submodules()
     return folded.eval()
@@ -225,7 +210,7 @@ def time_passes(
 ) -> list[float]:
     """Milliseconds of each of several passes of the batch `x`, see `profile`."""
     times: list[float] = []
-    with _evaluating(model), autocast(x.device, amp):
+    with evaluating(model), autocast(x.device, amp):
         for _ in range(3):
             model(x)
         began = time.perf_counter()
@@ -252,7 +237,7 @@ def peak_memory(model: nn.Module, x: Tensor, amp: torch.dtype | None = None) -> 
     On CUDA the allocator knows. Elsewhere every new tensor is followed from birth to death, which
     leaves out what a kernel takes for itself.
     """
-    with _evaluating(model), autocast(x.device, amp):
+    with evaluating(model), autocast(x.device, amp):
         if x.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(x.device)
             model(x)

@@ -110,6 +110,20 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every submodule's own mode
+    restored after (a frozen BatchNorm stays frozen).
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def memory_format(image_size: int, model: nn.Module | None = None) -> torch.memory_format:
     """The layout that a CPU trains fastest in, and a GPU in mixed precision too.
 
