@@ -7,11 +7,13 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from common.pretrained import load_torchvision_state
+from common.profiling import count_macs, count_parameters
 
 PUBLISHED: dict[str, dict[str, str]] = {
     row["model"]: row
@@ -73,3 +75,16 @@ def largest_difference(ours: nn.Module, twin: nn.Module, image_size: int = 64) -
     expected = twin(x)
     assert expected.std() > 0.1, "logits this small would agree whatever the model"
     return (ours.eval()(x) - expected).abs().max().item()
+
+
+def assert_is_torchvisions(ours: nn.Module, name: str) -> None:
+    """Parameters and multiply-adds as published, and torchvision's logits with the same weights.
+
+    Args:
+        ours: built on the meta device, in the form for 224 pixels.
+    """
+    row = PUBLISHED[name]
+    assert count_parameters(ours) == int(row["params"])
+    published = pytest.approx(1e9 * float(row["gmacs"]), rel=0.005)
+    assert count_macs(ours, (3, 224, 224)) == published
+    assert largest_difference(ours.to_empty(device="cpu"), torchvision_twin(name)) < 1e-4

@@ -15,7 +15,7 @@ from torch import nn
 
 from common.profiling import count_macs, count_parameters
 from tests.conftest import lesson
-from tests.parity import PUBLISHED, largest_difference, torchvision_twin
+from tests.parity import PUBLISHED, assert_is_torchvisions
 
 resnet = lesson("01")
 MODELS = resnet.MODELS
@@ -28,13 +28,9 @@ def test_doctests() -> None:
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name in PUBLISHED])
 def test_torchvision_and_the_published_table_agree(model: str) -> None:
-    """Parameters, multiply-adds, and the logits of the same weights."""
     with torch.device("meta"):
         net = MODELS[model]()
-    assert count_parameters(net) == int(PUBLISHED[model]["params"])
-    gmacs = float(PUBLISHED[model]["gmacs"])
-    assert count_macs(net, (3, 224, 224)) == pytest.approx(1e9 * gmacs, rel=0.005)
-    assert largest_difference(net.to_empty(device="cpu"), torchvision_twin(model)) < 1e-4
+    assert_is_torchvisions(net, model)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.profiling import count_macs, count_parameters
 from tests.conftest import lesson
-from tests.parity import PUBLISHED, largest_difference, torchvision_twin
+from tests.parity import PUBLISHED, assert_is_torchvisions
 
 densenet = lesson("06")
 MODELS = densenet.MODELS
@@ -41,12 +41,7 @@ def test_doctests() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name in PUBLISHED])
 def test_torchvision_and_the_published_table_agree(name: str) -> None:
-    """Parameters, multiply-adds, and the logits of the same weights."""
-    net, row = on_meta(name), PUBLISHED[name]
-    assert count_parameters(net) == int(row["params"])
-    published = pytest.approx(1e9 * float(row["gmacs"]), rel=0.005)
-    assert count_macs(net, (3, 224, 224)) == published
-    assert largest_difference(net.to_empty(device="cpu"), torchvision_twin(name)) < 1e-4
+    assert_is_torchvisions(on_meta(name), name)
 
 
 def hand_count(
