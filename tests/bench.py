@@ -62,12 +62,29 @@ class PlainImages(Dataset):
         return self.transform(Image.fromarray(self.pixels[row])), self.labels[row]
 
 
-def plain_loader(
-    pictures: Pictures, data: Data, config: TrainConfig, workers: int, train: bool = True
-) -> DataLoader:
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What every benchmark is about."""
+
+    pictures: Pictures
+    data: Data  # the same pictures, in the course's own loaders
+    config: TrainConfig
+    args: argparse.Namespace
+    device: torch.device
+
+    @property
+    def steps(self) -> int:
+        """Of each side in each round; the data may hold fewer."""
+        return min(self.args.steps, len(self.data.train))
+
+    def with_config(self, **changes: object) -> Case:
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+
+
+def plain_loader(case: Case, workers: int, train: bool = True) -> DataLoader:
     return DataLoader(
-        PlainImages(pictures, data, train, flips=config.dataset != "digits"),
-        config.batch_size,
+        PlainImages(case.pictures, case.data, train, flips=case.config.dataset != "digits"),
+        case.config.batch_size,
         shuffle=train,
         drop_last=train,
         num_workers=workers,
@@ -94,8 +111,8 @@ def plain_epoch(
 class Ours:
     """The course's side: its loader, optimizer and loop, for some number of batches."""
 
-    def __init__(self, config: TrainConfig, data: Data, device: torch.device) -> None:
-        self.config, self.data = config, data
+    def __init__(self, case: Case) -> None:
+        config, data, device = case.config, case.data, case.device
         torch.manual_seed(0)
         self.model = load_lesson("01").MODELS[config.model](
             num_classes=data.num_classes, small_input=True
@@ -127,14 +144,12 @@ class Ours:
         self.watch.epoch += 1
 
 
-def plain_side(
-    config: TrainConfig, data: Data, device: torch.device
-) -> tuple[nn.Module, torch.optim.SGD]:
+def plain_side(case: Case) -> tuple[nn.Module, torch.optim.SGD]:
     """The same model as it comes from its builder, with the optimizer as it comes."""
     torch.manual_seed(0)
-    model = load_lesson("01").MODELS[config.model](num_classes=data.num_classes, small_input=True)
-    model = model.to(device)
-    return model, torch.optim.SGD(model.parameters(), config.lr, 0.9, weight_decay=5e-4)
+    build = load_lesson("01").MODELS[case.config.model]
+    model = build(num_classes=case.data.num_classes, small_input=True).to(case.device)
+    return model, torch.optim.SGD(model.parameters(), case.config.lr, 0.9, weight_decay=5e-4)
 
 
 class First:
@@ -169,8 +184,7 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
 
 def in_turns(
     sides: dict[str, Callable[[], object]],
-    rounds: int,
-    device: torch.device,
+    case: Case,
     warm_up: dict[str, Callable[[], object]] | None = None,
 ) -> dict:
     """Median seconds of each side; they alternate, so that a slow minute hits both.
@@ -179,12 +193,12 @@ def in_turns(
     `warm_up` holds for a side is run after the change, and not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
+    for _ in range(case.args.rounds):
         for name, action in sides.items():
-            if device.type == "cpu" and warm_up:
+            if case.device.type == "cpu" and warm_up:
                 runtime.keep_freed_memory(name != "plain")
                 warm_up[name]()
-            seconds[name].append(timed(action, device))
+            seconds[name].append(timed(action, case.device))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -196,21 +210,15 @@ def report(what: str, unit: str, plain: float, ours: float, digits: int = 0) -> 
     )
 
 
-def bench_input(
-    pictures: Pictures,
-    data: Data,
-    config: TrainConfig,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> None:
+def bench_input(case: Case) -> None:
     """Crop, flip, normalise, collate: images per second of one core, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    loader = plain_loader(pictures, data, config, workers=0)
-    count = min(40, len(data.train))
+    loader = plain_loader(case, workers=0)
+    count = min(40, len(case.data.train))
 
     def ours() -> None:
-        for _ in First(data.train, count).batches(0):
+        for _ in First(case.data.train, count).batches(0):
             pass
 
     def plain() -> None:
@@ -218,19 +226,13 @@ def bench_input(
             pass
 
     ours(), plain()
-    seconds = in_turns({"plain": plain, "ours": ours}, args.rounds, device)
+    seconds = in_turns({"plain": plain, "ours": ours}, case)
     torch.set_num_threads(threads)
-    images = count * config.batch_size
+    images = count * case.config.batch_size
     report("input path, one core", "images/s", images / seconds["plain"], images / seconds["ours"])
 
 
-def bench_files(
-    pictures: Pictures,
-    data: Data,
-    config: TrainConfig,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> None:
+def bench_files(case: Case) -> None:
     """Decode, random crop to 224, flip, normalise, collate: 256 JPEGs of 500x375, on one core.
 
     The plain side is torchvision's reference recipe for ImageNet, on PIL images.
@@ -266,7 +268,8 @@ def bench_files(
 
         our_side(), plain_epoch_of_files()
         seconds = in_turns(
-            {"plain": plain_epoch_of_files, "ours": our_side}, args.rounds, torch.device("cpu")
+            {"plain": plain_epoch_of_files, "ours": our_side},
+            dataclasses.replace(case, device=torch.device("cpu")),
         )
     torch.set_num_threads(threads)
     images = count * 32
@@ -275,41 +278,38 @@ def bench_files(
     )
 
 
-def bench_epoch(
-    pictures: Pictures,
-    data: Data,
-    config: TrainConfig,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> None:
+def bench_epoch(case: Case) -> None:
     """Whole steps, data and logging included."""
-    ours = Ours(config, data, device)
-    model, optimizer = plain_side(config, data, device)
-    loader = plain_loader(pictures, data, config, workers=args.workers)
-    few = min(args.steps, len(data.train))
+    ours = Ours(case)
+    model, optimizer = plain_side(case)
+    loader = plain_loader(case, case.args.workers)
+    few = case.steps
 
     def plain() -> None:
-        plain_epoch(model, first(loader, few), optimizer, device)
+        plain_epoch(model, first(loader, few), optimizer, case.device)
 
     def our_side() -> None:
-        ours.epoch(First(data.train, few))
+        ours.epoch(First(case.data.train, few))
 
     plain()  # warm up: algorithms are searched, workers start
-    startup = timed(our_side, device)
+    startup = timed(our_side, case.device)
     one_step = {
-        "plain": lambda: plain_epoch(model, first(loader, 1), optimizer, device),
-        "ours": lambda: ours.epoch(First(data.train, 1)),
+        "plain": lambda: plain_epoch(model, first(loader, 1), optimizer, case.device),
+        "ours": lambda: ours.epoch(First(case.data.train, 1)),
     }
-    seconds = in_turns({"plain": plain, "ours": our_side}, args.rounds, device, one_step)
-    images = few * config.batch_size
+    seconds = in_turns({"plain": plain, "ours": our_side}, case, one_step)
+    images = few * case.config.batch_size
     report(
-        f"training, {config.model}", "images/s", images / seconds["plain"], images / seconds["ours"]
+        f"training, {case.config.model}",
+        "images/s",
+        images / seconds["plain"],
+        images / seconds["ours"],
     )
-    if config.compile:
-        eager = Ours(dataclasses.replace(config, compile=False), data, device)
-        without = timed(lambda: eager.epoch(First(data.train, few)), device)
-        sides = {"eager": lambda: eager.epoch(First(data.train, few)), "compiled": our_side}
-        each = in_turns(sides, args.rounds, device)
+    if case.config.compile:
+        eager = Ours(case.with_config(compile=False))
+        without = timed(lambda: eager.epoch(First(case.data.train, few)), case.device)
+        sides = {"eager": lambda: eager.epoch(First(case.data.train, few)), "compiled": our_side}
+        each = in_turns(sides, case)
         saved, cost = each["eager"] - each["compiled"], startup - without
         pays = f"pays after {cost / saved * images:,.0f} images" if saved > 0 else "never pays here"
         print(
@@ -319,49 +319,36 @@ def bench_epoch(
         )
 
 
-def bench_parts(
-    pictures: Pictures,
-    data: Data,
-    config: TrainConfig,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> None:
+def bench_parts(case: Case) -> None:
     """Milliseconds a step: input, forward, backward, optimizer, logging, each waited for."""
-    sides = {"plain": _parts(False, pictures, data, config, args, device)}
-    sides["ours"] = _parts(True, pictures, data, config, args, device)
+    sides = {"plain": _parts(False, case)}
+    sides["ours"] = _parts(True, case)
     for part in sides["plain"]:
         plain, ours = sides["plain"][part], sides["ours"][part]
         print(f"  {part:<32} plain {plain:>10.2f}   ours {ours:>10.2f} ms a step", flush=True)
 
 
-def _parts(
-    ours: bool,
-    pictures: Pictures,
-    data: Data,
-    config: TrainConfig,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> dict[str, float]:
-    side = Ours(config, data, device)
+def _parts(ours: bool, case: Case) -> dict[str, float]:
+    side = Ours(case)
     model, optimizer, amp = side.model.train(), side.optimizer, side.amp
     if not ours:
-        (model, optimizer), amp = plain_side(config, data, device), None
+        (model, optimizer), amp = plain_side(case), None
         model.train()
     batches = iter(
-        First(data.train, 10**9).batches(0) if ours else plain_loader(pictures, data, config, 0)
+        First(case.data.train, 10**9).batches(0) if ours else plain_loader(case, workers=0)
     )
     times: dict[str, list[float]] = {}
     box: dict[str, Tensor] = {}
 
     def measure(name: str, action: Callable[[], object]) -> None:
-        times.setdefault(name, []).append(1000 * timed(action, device))
+        times.setdefault(name, []).append(1000 * timed(action, case.device))
 
     def load() -> None:
         x, y = next(batches)
-        box["x"], box["y"] = x.to(device), y.to(device)
+        box["x"], box["y"] = x.to(case.device), y.to(case.device)
 
     def forward() -> None:
-        with runtime.autocast(device, amp):
+        with runtime.autocast(case.device, amp):
             box["output"] = model(box["x"])
             box["loss"] = nn.functional.cross_entropy(box["output"].float(), box["y"])
 
@@ -371,7 +358,7 @@ def _parts(
         else:
             box["loss"].item()
 
-    for _ in range(min(args.steps, len(data.train)) + 1):
+    for _ in range(case.steps + 1):
         measure("input (one thread for plain)", load)
         measure("forward", forward)
         measure("backward", lambda: side.scaler.scale(box["loss"]).backward())
@@ -381,51 +368,39 @@ def _parts(
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def bench_utilisation(
-    pictures: Pictures,
-    data: Data,
-    config: TrainConfig,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> None:
+def bench_utilisation(case: Case) -> None:
     """What share of the chip's multiply-adds the training step uses.
 
     The chip's rate is that of one large matrix product in the same number format, measured in turns
     with the steps. A step is three forward passes' worth: the backward pass computes two gradients,
     of the inputs and of the weights, for each product of the forward pass.
     """
-    ours, few = Ours(config, data, device), min(args.steps, len(data.train))
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, side, side, device=device, dtype=ours.amp or torch.float32)
-    products = 20 if device.type == "cuda" else 2
+    ours, few = Ours(case), case.steps
+    side = 8192 if case.device.type == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=case.device, dtype=ours.amp or torch.float32)
+    products = 20 if case.device.type == "cuda" else 2
 
     def product() -> None:
         for _ in range(products):
             a @ b
 
     def steps() -> None:
-        ours.epoch(First(data.train, few))
+        ours.epoch(First(case.data.train, few))
 
     product(), steps()
-    seconds = in_turns({"product": product, "steps": steps}, args.rounds, device)
+    seconds = in_turns({"product": product, "steps": steps}, case)
     peak = products * side**3 / seconds["product"]
-    macs = 3 * count_macs(ours.model, data.input_size) * few * config.batch_size
+    macs = 3 * count_macs(ours.model, case.data.input_size) * few * case.config.batch_size
     used = macs / seconds["steps"]
     print(
-        f"{config.model}: {2e-12 * used:.2f} of {2e-12 * peak:.2f} TFLOP/s in "
+        f"{case.config.model}: {2e-12 * used:.2f} of {2e-12 * peak:.2f} TFLOP/s in "
         f"{str(a.dtype).removeprefix('torch.')} (a product of {side} x {side} matrices): "
         f"{used / peak:.1%} utilisation",
         flush=True,
     )
 
 
-def bench_profile(
-    pictures: Pictures,
-    data: Data,
-    config: TrainConfig,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> None:
+def bench_profile(case: Case) -> None:
     """Where the time of our epoch goes: the operators that take most of it, by their own time.
 
     On a GPU the kernels' time, and how long the device had nothing to do.
@@ -433,12 +408,12 @@ def bench_profile(
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    ours, few = Ours(config, data, device), min(args.steps, len(data.train))
-    on_gpu = device.type == "cuda"
-    timed(lambda: ours.epoch(First(data.train, few)), device)
+    ours, few = Ours(case), case.steps
+    on_gpu = case.device.type == "cuda"
+    timed(lambda: ours.epoch(First(case.data.train, few)), case.device)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with record(activities=activities, acc_events=True) as trace:
-        seconds = timed(lambda: ours.epoch(First(data.train, few)), device)
+        seconds = timed(lambda: ours.epoch(First(case.data.train, few)), case.device)
 
     def own_time(event: object) -> float:  # microseconds
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -453,40 +428,36 @@ def bench_profile(
         print(f"  {own_time(event) / total:6.1%}  {event.count:>6} x {event.key[:80]}", flush=True)
 
 
-def bench_accuracy(
-    pictures: Pictures,
-    data: Data,
-    config: TrainConfig,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> None:
+def bench_accuracy(case: Case) -> None:
     """Seconds of training until the validation
     accuracy reaches `--target`, by the same schedule.
     """
-    ours, seconds, epochs = Ours(config, data, device), 0.0, 0
-    while epochs < config.epochs:
-        seconds += timed(lambda: ours.epoch(data.train), device)
+    ours, seconds, epochs = Ours(case), 0.0, 0
+    while epochs < case.config.epochs:
+        seconds += timed(lambda: ours.epoch(case.data.train), case.device)
         epochs += 1
-        if score(ours.model, data.val, ours.amp)[1] >= args.target:
+        if score(ours.model, case.data.val, ours.amp)[1] >= case.args.target:
             break
     torch.manual_seed(0)
-    other = Ours(dataclasses.replace(config, amp=False), data, device)
+    other = Ours(case.with_config(amp=False))
     model = other.model.to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, 0.9, weight_decay=5e-4, nesterov=True
+        model.parameters(), case.config.lr, 0.9, weight_decay=5e-4, nesterov=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda epoch: other.schedule.factor((epoch + 1) * len(data.train) - 1)
+        optimizer, lambda epoch: other.schedule.factor((epoch + 1) * len(case.data.train) - 1)
     )
-    loader, plain, plain_epochs = plain_loader(pictures, data, config, args.workers), 0.0, 0
-    while plain_epochs < config.epochs:
-        plain += timed(lambda: plain_epoch(model, iter(loader), optimizer, device), device)
+    loader, plain, plain_epochs = plain_loader(case, case.args.workers), 0.0, 0
+    while plain_epochs < case.config.epochs:
+        plain += timed(
+            lambda: plain_epoch(model, iter(loader), optimizer, case.device), case.device
+        )
         schedule.step()
         plain_epochs += 1
-        if score(model, data.val)[1] >= args.target:
+        if score(model, case.data.val)[1] >= case.args.target:
             break
     print(
-        f"to {args.target:.0%} on {data.name} validation      plain {plain:8.1f} s "
+        f"to {case.args.target:.0%} on {case.data.name} validation      plain {plain:8.1f} s "
         f"({plain_epochs} epochs)   "
         f"ours {seconds:8.1f} s ({epochs} epochs)   ratio {plain / seconds:.2f}"
     )
@@ -546,11 +517,12 @@ def main() -> None:
     }
     for what in args.what:
         if what in benches:
-            benches[what](source.train, data, config, args, device)
+            benches[what](Case(source.train, data, config, args, device))
         else:
             config = TrainConfig(**settings, data_dir=args.data_dir).resolve(args.dataset)
             source = load_source(dataclasses.replace(config, dataset=args.dataset))
-            bench_accuracy(source.train, make_data(source, config, device), config, args, device)
+            data = make_data(source, config, device)
+            bench_accuracy(Case(source.train, data, config, args, device))
 
 
 if __name__ == "__main__":
