@@ -90,8 +90,7 @@ from common.training import fit, make_optimizer, make_schedule, train_one_epoch
 #
 # Where a block keeps its shape the shortcut is the identity. Where it halves the resolution and
 # widens the channels, something has to give. The paper's options: **A** subsamples and pads with
-# zeros (no parameters),
-# **B** projects with a 1x1 convolution.
+# zeros (no parameters), **B** projects with a 1x1 convolution.
 
 
 # %%

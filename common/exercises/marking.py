@@ -333,7 +333,8 @@ def grafts(exercise: Exercise) -> dict[str, Any]:
 
 def preload_modules(lessons: Iterable[str]) -> tuple[str, ...]:
     """What these lessons import, for the host to import once. Not the lessons themselves."""
-    names = {"torch": None, "numpy": None, "common.exercises.probes": None}
+    # The first step of any optimizer imports torch._dynamo, which takes more than a second.
+    names = dict.fromkeys(["torch", "torch._dynamo", "numpy", "common.exercises.probes"])
     for lesson in lessons:
         for node in ast.parse(lesson_path(lesson).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Import):
