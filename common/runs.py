@@ -373,12 +373,11 @@ class Run:
         if not runtime.is_main():
             return outcome
         write_json(self.folder / "experiment.json", outcome)
-        facts = {k: outcome[k] for k in ("dataset", "seed", "epochs", "device", "torch_version")}
+        facts = {k: outcome[k] for k in ("lesson", "seed", "epochs", "device", "torch_version")}
         facts["command"] = " ".join(["python", *sys.argv])
         tables = {"Measured": rows}
-        page = report.write_report(
-            self.folder, self.config.experiment, facts, tables, self.figures, notes=verdict
-        )
+        title = f"{self.config.experiment} on {self.config.dataset}"
+        page = report.write_report(self.folder, title, facts, tables, self.figures, notes=verdict)
         print(format_table(rows))
         for sentence in verdict:
             print(f"verdict    {sentence}")
