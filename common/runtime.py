@@ -41,7 +41,7 @@ def pick_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise UserError(
                 f"--device {name}: torch {torch.__version__} finds no CUDA GPU here; "
-                "use --device cpu, or see 'How to use a GPU' in the README"
+                "use --device cpu, or see 'Troubleshooting' in the README"
             )
         index = local_rank() if device.index is None else device.index
         if index >= torch.cuda.device_count():

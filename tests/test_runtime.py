@@ -1,7 +1,8 @@
-"""What the machine decides: here, the layout in memory, and whose it is."""
+"""What the machine decides: the layout in memory, whose it is, what is said of a missing GPU."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from common import runtime
+from common.errors import UserError
 from tests.conftest import ROOT
 
 
@@ -48,3 +50,11 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
         pytest.skip("malloc is not glibc's")
     # With pages of 4 kB 16,384 for each block; fewer, and never fewer than one, with larger pages.
     assert given_back >= 5 and kept < given_back / 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_points_to_a_section_that_is_there() -> None:
+    with pytest.raises(UserError, match="no CUDA GPU") as caught:
+        runtime.pick_device("cuda")
+    (section,) = re.findall(r"'(.+)' in the README", str(caught.value))
+    assert f"\n## {section}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
