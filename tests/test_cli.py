@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,33 @@ def python(*argv: str, **environment: str) -> subprocess.CompletedProcess:
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
+
+
+def documented_flags() -> Iterator[tuple[str, list[str]]]:
+    """Every command line of a lesson that the documentation and the lessons themselves show."""
+    pages = [
+        path for folder in (".", "docs", "common/weights") for path in ROOT.glob(f"{folder}/*.md")
+    ]
+    for path in [*pages, *ROOT.glob("0*.py")]:
+        text = re.sub(r"\\+\n[# ]*", " ", path.read_text(encoding="utf-8"))  # continued lines
+        for name, flags in re.findall(r"python (0\d_\w+)\.py((?: +[^\s`|#)]+)*)", text):
+            yield name, flags.split()
+        if path.stem in LESSONS:  # its own flags, in backticks, perhaps over two lines
+            for flags in re.findall(r"`(--[^`]+)`", re.sub(r"\n# *", " ", text)):
+                yield path.stem, flags.split()
+
+
+def test_documented_flags_and_experiments_exist() -> None:
+    shown = list(documented_flags())
+    assert {name for name, _ in shown} == set(LESSONS) and len(shown) > 100
+    for name, words in shown:
+        module = lesson(name[:2])
+        known = {"--help", "--from"} | {f"--{f.name}" for f in fields(module.Config)}
+        known |= {f"--no-{f.name}" for f in fields(module.Config) if isinstance(f.default, bool)}
+        known = {flag.replace("_", "-") for flag in known}
+        assert {word for word in words if word.startswith("--")} <= known, (name, words)
+        if "--experiment" in words[:-1]:
+            assert words[words.index("--experiment") + 1] in {*module.EXPERIMENTS, "..."}, words
 
 
 @pytest.mark.parametrize("name", LESSONS)
