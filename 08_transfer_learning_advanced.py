@@ -1006,7 +1006,8 @@ def adapt_batch_norm(model: nn.Module, loader: Loader) -> nn.Module:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over all batches
         norm.train()
-    for x in in_chunks(loader):
+    # Mixed: the variance within a batch of one class misses that between the classes.
+    for x in in_chunks(loader, mixed=True):
         model(x)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum

@@ -257,6 +257,20 @@ def test_adabn_measures_the_statistics_of_the_new_images_and_nothing_else() -> N
     assert model.stem[1].momentum == 0.1 and not model.training
 
 
+def test_adabn_does_not_depend_on_the_order_of_the_files() -> None:
+    """In a folder all images of a class come together; here the dark ones, and then the bright."""
+    digits = load_digits()
+    by_brightness = digits.train.pixels.float().mean((1, 2, 3)).argsort()
+    config = transfer.Config(dataset="digits").resolve("digits")
+    source = replace(digits, train=digits.train.take(by_brightness))
+    data = transfer.make_data(source, config, torch.device("cpu"))
+    model = transfer.adapt_batch_norm(small_net(), data.train)
+    responses = model.stem[0](data.train.take(range(len(data.train.labels))))
+    torch.testing.assert_close(
+        model.stem[1].running_var, responses.var((0, 2, 3)), rtol=0.03, atol=0
+    )
+
+
 def test_shifted_digits_keep_their_labels_and_shape() -> None:
     pictures = load_digits().test
     for kind in ("inverted", "noisy", "textured"):

@@ -91,9 +91,14 @@ class PairLoader(Loader):
             yield torch.cat([x_source[:n], x_target[:n]]), y[:n]
 
 
-def in_chunks(loader: Loader, size: int = 256) -> Iterator[Tensor]:
-    """Every image of a split in its order as it looks in a test, (<= size, 3, H, W) at a time."""
-    rows = np.arange(len(loader.labels))
+def in_chunks(loader: Loader, mixed: bool = False, size: int = 256) -> Iterator[Tensor]:
+    """Every image of a split as it looks in a test, (<= size, 3, H, W) at a time.
+
+    Args:
+        mixed: in the order of the first epoch, where a training split is shuffled, instead of its
+            own, which in a folder is class after class.
+    """
+    rows = loader.order(0).numpy() if mixed else np.arange(len(loader.labels))
     for i in range(0, len(rows), size):
         yield loader.take(rows[i : i + size])
 
