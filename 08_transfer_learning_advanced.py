@@ -1141,7 +1141,7 @@ def domain_adaptation(config: Config) -> dict[str, object]:
     # Covariances and critics have gradients with spikes: hence the limit, for all methods alike.
     recipe = source_recipe(config, base_lr=config.base_lr / 2, clip=1.0)
     recipe = replace(recipe, epochs=1 if config.smoke else config.adapt_epochs)
-    run = Run.open(replace(config, experiment="domain-adaptation"), LESSON)
+    run = Run.open(replace(config, experiment="domain-adaptation", epochs=recipe.epochs), LESSON)
     targets = {k: read_once(t, config) for k, t in target_domains(source, config).items()}
     source = read_once(source, config)
     top1: dict[str, dict[str, list[float]]] = {t: {m: [] for m in METHODS} for t in targets}

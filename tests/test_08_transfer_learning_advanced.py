@@ -550,6 +550,15 @@ def test_experiments_in_miniature(
     assert any(p.stat().st_size > 10_000 for p in outcome.parent.glob("*.png"))
 
 
+def test_an_adaptation_reports_the_epochs_that_it_trained(cli: Callable, tmp_path: Path) -> None:
+    """Not those of a transfer, which the same dataset's recipe has too."""
+    flags = ["--adapt-epochs", "1", "--seeds", "1", "--dataset", "digits", "--device", "cpu"]
+    code, _, err = cli("08", "--experiment", "domain-adaptation", *flags)
+    assert code == 0, err
+    (outcome,) = (tmp_path / "runs").rglob("experiment.json")
+    assert json.loads(outcome.read_text())["epochs"] == 1
+
+
 def test_embedding_keeps_clusters_apart() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(3).repeat(20)
