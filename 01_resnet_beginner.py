@@ -75,9 +75,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import plotting, runtime
+from common import plotting
+from common.engine.device import memory_format
 from common.data import load_data
-from common.errors import UserError
+from common.engine.errors import UserError
 from common.evaluation import evaluate
 from common.experiments import Trial, train_trial
 from common.pretrained import load_pretrained
@@ -598,7 +599,7 @@ def run(config: Config) -> dict[str, object]:
     config, device = prepare(config)
     data = load_data(config, device)
     model = build(config, data.num_classes).to(
-        device, memory_format=runtime.memory_format(config.image_size)
+        device, memory_format=memory_format(config.image_size)
     )
     if config.pretrained:
         load_pretrained(model, config.model, data.class_names)

@@ -82,9 +82,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import plotting, runtime
+from common import plotting
+from common.engine.device import memory_format
 from common.data import load_data
-from common.errors import Diverged
+from common.engine.errors import Diverged
 from common.evaluation import evaluate
 from common.experiments import Trial, train_trial
 from common.inspection import to_images
@@ -690,7 +691,7 @@ def run(config: Config) -> dict[str, object]:
     config, device = prepare(config)
     data = load_data(config, device)
     model = build(config, data.num_classes).to(
-        device, memory_format=runtime.memory_format(config.image_size)
+        device, memory_format=memory_format(config.image_size)
     )
     if config.pretrained:
         load_pretrained(model, config.model)

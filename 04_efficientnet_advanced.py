@@ -42,7 +42,7 @@ from dataclasses import dataclass
 
 from common.cli import in_notebook, main, parse_flags
 from common.config import TrainConfig, knob
-from common.errors import UserError
+from common.engine.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import plotting, runtime
+from common import plotting
+from common.engine.device import set_up_torch
 from common.data import load_data
 from common.evaluation import evaluate
 from common.experiments import Trial, mean_and_spread, train_trial
@@ -812,7 +813,7 @@ class Proxy:
 
     def judge(self, stages: tuple[Stage, ...]) -> float:
         """Validation loss after a few epochs, always from the same seed."""
-        runtime.set_up_torch(self.device, self.config.seed, self.config.deterministic)
+        set_up_torch(self.device, self.config.seed, self.config.deterministic)
         model = self.build(stages, self.data.num_classes)
         model = model.to(self.device, memory_format=torch.channels_last)
         optimizer = make_optimizer(model, self.config)

@@ -107,7 +107,7 @@ from torch import Tensor, nn
 
 from common import plotting
 from common.data import Loader, load_data
-from common.errors import UserError
+from common.engine.errors import UserError
 from common.evaluation import evaluate
 from common.experiments import Trial, mean_and_spread, train_trial
 from common.pretrained import load_pretrained

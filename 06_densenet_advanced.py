@@ -95,9 +95,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import plotting, runtime
+from common import plotting
+from common.engine.device import memory_format, set_up_torch
 from common.data import load_data
-from common.errors import UserError
+from common.engine.errors import UserError
 from common.evaluation import evaluate
 from common.experiments import Trial, mean_and_spread, train_trial
 from common.pretrained import load_pretrained
@@ -554,7 +555,7 @@ def reuse(config: Config) -> dict[str, object]:
     run = Run.open(config, LESSON)
 
     make = partial(build, config, data.num_classes)
-    runtime.set_up_torch(device, config.seed, config.deterministic)
+    set_up_torch(device, config.seed, config.deterministic)
     start = dense_weights(make())  # what the trial, which takes the same seed, begins with
     trial = train_trial(config.model, make, data, config, device)
     kept = F.cosine_similarity(start, dense_weights(trial.model).cpu(), dim=0).item()
@@ -1000,7 +1001,7 @@ def run(config: Config) -> dict[str, object]:
     config, device = prepare(config)
     data = load_data(config, device)
     model = build(config, data.num_classes).to(
-        device, memory_format=runtime.memory_format(config.image_size)
+        device, memory_format=memory_format(config.image_size)
     )
     if config.pretrained:
         load_pretrained(model, config.model)

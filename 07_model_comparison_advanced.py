@@ -104,7 +104,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import runtime
+from common.engine import processes
+from common.engine.device import describe, memory_format, set_up_torch
 from common.comparison.entries import chosen_names, imagenet_entries, small_build
 from common.comparison.results import (
     Candidate,
@@ -128,14 +129,14 @@ from common.comparison.conclusion import (
 )
 from common.comparison.training import TRAINING, open_stores, train_all
 from common.data import Data
-from common.errors import Interrupted, UserError
+from common.engine.errors import Interrupted, UserError
 from common.evaluation import evaluate
 from common.comparison.imagenet import PUBLISHED
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.profiling import count_macs, count_parameters
-from common.progress import Bar
+from common.engine.progress import Bar
 from common.runs import Run, prepare
-from common.sources import Source, load_source
+from common.engine.sources import Source, load_source
 from common.comparison.sweeps import FOLDED, MOST_WAYS, SWEEPS, Bench, Entry
 from common.training import fit, make_optimizer, make_schedule
 
@@ -790,9 +791,9 @@ def match_target(config: Config, num_classes: int) -> float:
 # %%
 def train_once(entry: Entry, data: Data, config: Config, device: torch.device) -> Training:
     """One training with `config.seed` and `config.epochs`, tested once at its end."""
-    runtime.set_up_torch(device, config.seed, config.deterministic)
+    set_up_torch(device, config.seed, config.deterministic)
     model = entry.build()
-    model = model.to(device, memory_format=runtime.memory_format(config.image_size, model))
+    model = model.to(device, memory_format=memory_format(config.image_size, model))
     loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, data.train)
@@ -841,12 +842,12 @@ def run(config: Config) -> list[Table]:
     elif config.choose and not config.resume and not config.experiment:
         config = replace(config, profile_only=True)  # the published accuracies answer at once
     config, device = prepare(config)
-    if runtime.world_size() > 1:
+    if processes.world_size() > 1:
         raise UserError("the comparison runs in one process: start it with python, not torchrun")
     chosen_names(config.model, [])
     source = None if config.eval_imagenet else load_source(config)
     run = Run.open(config, LESSON)
-    print(f"device     {device.type}: {runtime.describe(device)}")
+    print(f"device     {device.type}: {describe(device)}")
     print(f"folder     {run.folder}", flush=True)
     try:
         if config.eval_imagenet:
@@ -880,7 +881,7 @@ def compare(
         rows, order = bench._replace(large_batch=128, limit=4 * limit).sweeps(small)
         trainings = train_all(train_once, small, config, device, results, bar) if seeds else []
 
-    where = f"Latency is of one image, on {runtime.describe(device)}, torch {torch.__version__}"
+    where = f"Latency is of one image, on {describe(device)}, torch {torch.__version__}"
     tables, verdicts, figures = [], [], {}
     if large:
         note = f"Accuracy as published (torchvision, IMAGENET1K_V1). {where}; {large_order}."

@@ -138,14 +138,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from common import plotting, runtime
+from common import plotting
+from common.engine import processes
+from common.engine.device import (
+    amp_dtype,
+    autocast,
+    memory_format,
+    mixed_seed,
+    pick_device,
+    set_up_torch,
+)
 from common.data import Data, Loader, make_data, read_once
-from common.errors import UserError
+from common.engine.errors import UserError
 from common.evaluation import evaluate
 from common.experiments import Trial, mean_and_spread, train_trial
 from common.profiling import count_macs, profile
 from common.runs import Run, banner, draw_figures, prepare
-from common.sources import Pictures, Source, load_source
+from common.engine.sources import Pictures, Source, load_source
 from common.training import Schedule, fit, make_schedule, parameter_groups, score
 from common.transfer.embedding import feature_map
 from common.transfer.export import export_model
@@ -320,8 +329,8 @@ def extract_features(model: nn.Module, loader: Loader) -> Tensor:
     """
     model.eval()
     config = loader.config
-    amp = runtime.amp_dtype(loader.device, config.amp, config.image_size)
-    with runtime.autocast(loader.device, amp):
+    amp = amp_dtype(loader.device, config.amp, config.image_size)
+    with autocast(loader.device, amp):
         features = [classify_with_features(model, x)[1] for x in in_chunks(loader)]
     return torch.cat(features).float()
 
@@ -532,7 +541,7 @@ def open_task(config: Config) -> Task:
     if origin.model is not None:
         origin.model.to(device)
     seen = [name for name in target.class_names if name in (origin.class_names or ())]
-    if seen and runtime.is_main():
+    if seen and processes.is_main():
         print(
             f"note       {origin.name} was trained on classes of these names ({', '.join(seen[:3])}"
             f"{', ...' if len(seen) > 3 else ''}): on the same images it has nothing to transfer",
@@ -582,14 +591,14 @@ def start(task: Task, strategy: str, num_classes: int, seed: int) -> nn.Module:
 
     The same classes in the same order, as in pictures of another kind, keep the classifier.
     """
-    runtime.set_up_torch(task.device, seed, task.config.deterministic)
+    set_up_torch(task.device, seed, task.config.deterministic)
     if strategy == "scratch":
         model = task.build(num_classes)
     else:
         model = deepcopy(task.origin.model)
         if task.origin.class_names != task.target.class_names:
             model.reset_classifier(num_classes)
-    return model.to(task.device, memory_format=runtime.memory_format(task.config.image_size))
+    return model.to(task.device, memory_format=memory_format(task.config.image_size))
 
 
 def target_data(task: Task, config: Config) -> Data:
@@ -623,7 +632,7 @@ def try_out(task: Task, strategy: str, config: Config, name: str = "") -> Trial:
     data = target_data(task, config)
     model = start(task, strategy, data.num_classes, config.seed)
     history = transfer(strategy, model, data, config)
-    amp = runtime.amp_dtype(task.device, config.amp, config.image_size)
+    amp = amp_dtype(task.device, config.amp, config.image_size)
     top1 = score(model, data.test, amp)[1]
     seconds = sum(record.seconds for record in history)
     name = name or strategy
@@ -885,7 +894,7 @@ def balanced_order(labels: Tensor, seed: int, epoch: int) -> Tensor:
     tensor(True)
     """
     share = class_weights(labels, int(labels.max()) + 1)[labels]
-    generator = torch.Generator().manual_seed(runtime.mixed_seed(seed, epoch, 6))
+    generator = torch.Generator().manual_seed(mixed_seed(seed, epoch, 6))
     return torch.multinomial(share, len(labels), replacement=True, generator=generator)
 
 
@@ -1156,7 +1165,7 @@ def domain_adaptation(config: Config) -> dict[str, object]:
             models["AdaBN"] = adapt_batch_norm(deepcopy(plain), there.train)
             both = replace(here, train=PairLoader(here.train, there.train))
             for method in ("Deep CORAL", "DANN"):
-                runtime.set_up_torch(device, seed, config.deterministic)
+                set_up_torch(device, seed, config.deterministic)
                 model = fresh().to(device)
                 if method == "DANN":
                     learner = DANN(model, sized.epochs * len(both.train)).to(device)
@@ -1298,7 +1307,7 @@ def use(config: Config) -> None:
     `--from resnet20` is the net that travels with the course.
     """
     past = open_run(config.from_run, sys.modules[__name__])
-    device = runtime.pick_device(config.device)
+    device = pick_device(config.device)
     origin = past.origin
     sized = replace(config, image_size=past.config.image_size)
     folder = past.folder or Path(config.run_dir) / LESSON / config.from_run

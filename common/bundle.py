@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import checkpoint
 from common.cli import exit_codes
-from common.errors import UserError
+from common.engine import checkpoint
+from common.engine.errors import UserError
+from common.engine.files import write_json
 from common.profiling import count_parameters
-from common.records import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from common.config import TrainConfig
-from common.errors import Interrupted, UserError, unknown
+from common.engine.errors import Interrupted, UserError, unknown
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
@@ -141,7 +141,7 @@ def main(
         else:
             run(config)
         if "torch.distributed" in sys.modules:
-            from common.runtime import leave_processes
+            from common.engine.processes import leave_processes
 
             leave_processes()
 

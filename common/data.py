@@ -25,12 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common import augmentation, runtime
+from common import augmentation
 from common.bundle import find_bundle
 from common.config import TrainConfig
-from common.errors import UserError
-from common.progress import Bar
-from common.sources import Pictures, Source, load_source, read_image, stratified_split
+from common.engine import processes
+from common.engine.device import memory_format, mixed_seed, seeded
+from common.engine.errors import UserError
+from common.engine.progress import Bar
+from common.engine.sources import Pictures, Source, load_source, read_image, stratified_split
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels; CIFAR-10 at 32 px takes 0.18 GB
@@ -183,7 +185,7 @@ class Loader:
         self.config, self.device, self.train, self.flips = config, device, train, flips
         self.batch_size, self.accumulate = config.batch_size, config.accumulate if train else 1
         self.mean, self.std = (255 * v.view(1, 3, 1, 1).to(device) for v in mean_std)
-        self.format = runtime.memory_format(config.image_size)
+        self.format = memory_format(config.image_size)
         self.waited = 0.0
         self.mix = None
         if train and config.augment == "strong":
@@ -193,7 +195,7 @@ class Loader:
                 [v2.MixUp(num_classes=num_classes), v2.CutMix(num_classes=num_classes)]
             )
         if train and len(self.labels) < self.images_per_step:
-            smaller = len(self.labels) // (runtime.world_size() * self.accumulate)
+            smaller = len(self.labels) // (processes.world_size() * self.accumulate)
             if smaller < 2:
                 raise UserError(
                     f"{len(self.labels)} training images are too few for one optimizer step"
@@ -202,7 +204,7 @@ class Loader:
 
     @property
     def images_per_step(self) -> int:
-        return self.batch_size * runtime.world_size() * self.accumulate
+        return self.batch_size * processes.world_size() * self.accumulate
 
     def __len__(self) -> int:
         """Batches per epoch of this process. A training epoch
@@ -225,14 +227,14 @@ class Loader:
         """
         if not self.train:
             return torch.arange(len(self.labels))
-        generator = torch.Generator().manual_seed(runtime.mixed_seed(self.config.seed, epoch, 1))
+        generator = torch.Generator().manual_seed(mixed_seed(self.config.seed, epoch, 1))
         return torch.randperm(len(self.labels), generator=generator)
 
     def positions(self, batch: int | None = None) -> range:
         """Where in the order this process finds the
         images of a batch, or all it will see of a split.
         """
-        world, rank = runtime.world_size(), runtime.rank()
+        world, rank = processes.world_size(), processes.rank()
         if batch is None:
             return range(rank, len(self.labels), world)
         together = self.batch_size * world
@@ -257,7 +259,7 @@ class Loader:
             side = self.config.image_size
             x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=side < x.shape[-1])
         if self.mix is not None:
-            with runtime.seeded(self.config.seed, epoch, batch, 3):
+            with seeded(self.config.seed, epoch, batch, 3):
                 x, y = self.mix(x, y)
         return x, y
 
@@ -283,7 +285,7 @@ class MemoryLoader(Loader):
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.order(epoch)
         order_there = order.to(self.device)
-        generator = torch.Generator().manual_seed(runtime.mixed_seed(self.config.seed, epoch, 2))
+        generator = torch.Generator().manual_seed(mixed_seed(self.config.seed, epoch, 2))
         draws = (
             torch.rand(len(order), augmentation.DRAWS, generator=generator) if self.train else None
         )
@@ -379,7 +381,7 @@ class FileLoader(Loader):
             x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
             if self.train and self.config.cutout:
                 generator = torch.Generator().manual_seed(
-                    runtime.mixed_seed(self.config.seed, epoch, batch, 4)
+                    mixed_seed(self.config.seed, epoch, batch, 4)
                 )
                 draws = torch.rand(len(x), augmentation.DRAWS, generator=generator)
                 x = augmentation.cutout(x, self.config.cutout, draws.to(self.device))
@@ -447,7 +449,7 @@ class _Files(Dataset):
             image = read_image(self.paths[row])
         except UserError as error:
             return str(error), self.labels[row]
-        with runtime.seeded(seed):
+        with seeded(seed):
             return self.transform(image), self.labels[row]
 
 
@@ -487,7 +489,7 @@ def num_workers(config: TrainConfig) -> int:
     """
     if config.workers is not None:
         return config.workers
-    return min(8, max(1, (os.cpu_count() or 1) // runtime.world_size()))
+    return min(8, max(1, (os.cpu_count() or 1) // processes.world_size()))
 
 
 # -------------------------------------------------------------------------------- reading all files
@@ -519,7 +521,7 @@ def _check_files(
     few = 10_000  # about a minute on two cores
     total = sum(len(p) for p in splits.values())
     if total > few and not config.skip_broken:
-        if runtime.is_main():
+        if processes.is_main():
             print(
                 f"{total:,} files are not read in advance: a broken one stops the run where it "
                 f"is met"
@@ -535,7 +537,7 @@ def _read_all(
 ) -> tuple[dict[str, Pictures], int]:
     skipped, out, together = 0, {}, 256
     total = sum(len(p) for p in splits.values())
-    with Bar(total, "reading images", "img", show=runtime.is_main()) as bar:
+    with Bar(total, "reading images", "img", show=processes.is_main()) as bar:
         for name, pictures in splits.items():
             files = _Files(pictures.paths, pictures.labels.tolist(), transform)
             starts = range(0, len(files), together)

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import runtime
 from common.data import Loader
-from common.records import ClassRecord, Evaluation
+from common.engine import processes
+from common.engine.device import autocast
+from common.engine.records import ClassRecord, Evaluation
 
 
 @torch.inference_mode()
@@ -23,14 +24,15 @@ def predict(
     model.eval()
     probabilities, labels = [], []
     for x, y in loader.batches():
-        with runtime.autocast(x.device, amp):
+        with autocast(x.device, amp):
             logits = model(x)
         probabilities.append(logits.float().softmax(1))
         labels.append(y)
     model.train(mode)
     rows = sum(len(y) for y in labels)
-    total = int(runtime.sum_over_processes(torch.tensor(rows, device=loader.device)))
-    return tuple(runtime.gather_rows(torch.cat(parts), total) for parts in (probabilities, labels))
+    total = int(processes.sum_over_processes(torch.tensor(rows, device=loader.device)))
+    parts = (torch.cat(probabilities), torch.cat(labels))
+    return tuple(processes.gather_rows(part, total) for part in parts)
 
 
 def evaluate(

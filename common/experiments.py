@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from common import runtime
 from common.config import TrainConfig
 from common.data import Data
-from common.errors import Diverged
+from common.engine.device import amp_dtype, memory_format, set_up_torch
+from common.engine.errors import Diverged
+from common.engine.records import EpochRecord
 from common.profiling import count_macs, count_parameters
-from common.records import EpochRecord
 from common.training import fit, make_optimizer, make_schedule, score
 
 
@@ -71,9 +71,9 @@ def train_trial(
     Raises:
         Diverged: the loss is no longer finite; with the losses of the steps that were.
     """
-    runtime.set_up_torch(device, config.seed, config.deterministic)
+    set_up_torch(device, config.seed, config.deterministic)
     model = build()
-    model = model.to(device, memory_format=runtime.memory_format(config.image_size, model))
+    model = model.to(device, memory_format=memory_format(config.image_size, model))
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, data.train)
     loss_fn = loss_fn or nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
@@ -85,7 +85,7 @@ def train_trial(
         error.losses = [float(loss) for loss in trace["loss"]]
         raise
     seconds = time.monotonic() - began
-    _, top1 = score(model, data.test, runtime.amp_dtype(device, config.amp, config.image_size))
+    _, top1 = score(model, data.test, amp_dtype(device, config.amp, config.image_size))
     last = history[-1]
     print(
         f"{name:<24} train loss {last.train_loss:.4f}  train {last.train_top1:6.2%}  test "

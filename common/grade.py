@@ -4,7 +4,7 @@
     python -m common.grade my_folder --grade-json results.json    # the same, and Gradescope's file
     python -m common.grade submissions --out grades.csv           # all files and folders in it
 
-How it is done is in common/exercises/marking.py; here are the reports and the command line.
+How it is done is in common/grading/marking.py; here are the reports and the command line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.exercises import (
+from common.grading.exercises import (
     FOLDER,
     exercises,
     file_name,
@@ -33,8 +33,8 @@ from common.exercises import (
     manifests,
     worth,
 )
-from common.exercises.marking import Grader, References, Result, Submission, is_hidden, not_run
-from common.sandbox import Limits, require_platform
+from common.grading.marking import Grader, References, Result, Submission, is_hidden, not_run
+from common.grading.sandbox import Limits, require_platform
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.runtime import evaluating
+from common.engine.device import evaluating
 
 
 def first_filters(model: nn.Module) -> np.ndarray:

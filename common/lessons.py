@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import unknown
+from common.engine.errors import unknown
 
 if TYPE_CHECKING:
     from collections.abc import Callable

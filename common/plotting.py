@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.records import write_atomically
+from common.engine.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    from common.records import EpochRecord, Evaluation
+    from common.engine.records import EpochRecord, Evaluation
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the light ones are darkened so
 # that they can be read on white.

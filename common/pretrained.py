@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from common import runtime
 from common.bundle import find_bundle
-from common.errors import UserError
+from common.engine import processes
+from common.engine.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -121,7 +121,7 @@ def _load_bundle(model: nn.Module, bundle: Bundle, class_names: list[str] | None
     same = class_names == bundle.class_names
     if not same:
         model.reset_classifier(num_classes)
-    if runtime.is_main():
+    if processes.is_main():
         print(
             f"weights    {bundle.describe()}; its classifier is "
             f"{'kept: the classes are the same' if same else 'new'}",

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.records import LayerRecord, Profile
-from common.runtime import autocast, describe, evaluating
+from common.engine.device import autocast, describe, evaluating
+from common.engine.records import LayerRecord, Profile
 
 
 def count_parameters(model: nn.Module) -> int:

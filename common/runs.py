@@ -17,14 +17,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import checkpoint, inspection, plotting, report, runtime, sources
+from common import inspection, plotting
 from common.bundle import find_bundle
 from common.config import TrainConfig
 from common.data import Data
-from common.errors import UserError
+from common.engine import checkpoint, processes, report, sources
+from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
+from common.engine.errors import UserError
+from common.engine.files import write_csv, write_json
+from common.engine.records import EpochRecord, Evaluation, Profile
 from common.evaluation import most_wrong
 from common.profiling import count_macs, count_parameters, layer_table, thop_macs
-from common.records import EpochRecord, Evaluation, Profile, write_csv, write_json
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
@@ -36,14 +39,14 @@ def prepare(config: ConfigT) -> tuple[ConfigT, torch.device]:
     Raises:
         UserError: the device or the dataset isn't there.
     """
-    runtime.join_processes(config.device)
-    device = runtime.pick_device(config.device)
-    runtime.set_up_torch(device, config.seed, config.deterministic)
+    processes.join_processes(config.device)
+    device = pick_device(config.device)
+    set_up_torch(device, config.seed, config.deterministic)
     # One process downloads; the others find what it left.
     choice = None
-    if runtime.is_main():
+    if processes.is_main():
         choice = sources.choose_dataset(config.dataset, config.data_dir, device.type == "cuda")
-    name, why = runtime.from_main(choice)
+    name, why = processes.from_main(choice)
     image_size = None
     if name == "folder":
         image_size = _size_of_folder(config.data_dir)
@@ -51,8 +54,8 @@ def prepare(config: ConfigT) -> tuple[ConfigT, torch.device]:
         # The stems of official weights are made for large images; below about 96 px little is left
         # of them.
         image_size = _size_for_weights(config, 224 if device.type == "cuda" else 96)
-    config = config.resolve(name, image_size, runtime.world_size())
-    if why and runtime.is_main():
+    config = config.resolve(name, image_size, processes.world_size())
+    if why and processes.is_main():
         print(f"dataset    {why}", flush=True)
     return config, device
 
@@ -84,12 +87,13 @@ def banner(
     config: TrainConfig, device: torch.device, data: Data, model: nn.Module, run: Run | None
 ) -> None:
     """What is about to happen, in five lines."""
-    if not runtime.is_main():
+    if not processes.is_main():
         return
-    amp = runtime.amp_dtype(device, config.amp, config.image_size)
+    amp = amp_dtype(device, config.amp, config.image_size)
     precision = f"mixed precision in {str(amp)[6:]}" if amp else "float32"
-    processes = f", {runtime.world_size()} processes" if runtime.world_size() > 1 else ""
-    print(f"device     {device.type}: {runtime.describe(device)}{processes}, {precision}")
+    world = processes.world_size()
+    together = f", {world} processes" if world > 1 else ""
+    print(f"device     {device.type}: {describe(device)}{together}, {precision}")
     print(f"data       {data.describe()}")
     macs = count_macs(model, data.input_size) / 1e6
     print(
@@ -126,9 +130,9 @@ class Run:
             UserError: the folder can't be written; better now than after the first epoch.
         """
         folder = None
-        if runtime.is_main():
+        if processes.is_main():
             folder = cls._find(config, lesson)
-        folder, resumed = runtime.from_main(folder)
+        folder, resumed = processes.from_main(folder)
         cls.current = cls(Path(folder), config, lesson, resumed)
         return cls.current
 
@@ -170,9 +174,9 @@ class Run:
     # -- checkpoints
 
     def save(self, state: dict[str, Any]) -> None:
-        if runtime.is_main():
+        if processes.is_main():
             checkpoint.save(
-                self.last, {"lesson": self.lesson, "world": runtime.world_size(), **state}, True
+                self.last, {"lesson": self.lesson, "world": processes.world_size(), **state}, True
             )
 
     def load(self, data: Data) -> dict[str, Any] | None:
@@ -187,7 +191,7 @@ class Run:
         path = Path(self.config.resume or self.last)
         path = path if path.is_file() else self.last
         if not path.exists() and not checkpoint.previous(self.last).exists():
-            if runtime.is_main():
+            if processes.is_main():
                 print(
                     f"resume     {self.folder} was stopped before its first checkpoint: "
                     f"starting over"
@@ -209,12 +213,12 @@ class Run:
             raise UserError(
                 f"{path}: the images in {self.config.data_dir} have changed since this run began"
             )
-        if state["world"] != runtime.world_size():
+        if state["world"] != processes.world_size():
             raise UserError(
-                f"{path} was made by {state['world']} processes, these are {runtime.world_size()}: "
+                f"{path} was made by {state['world']} processes, not {processes.world_size()}: "
                 "resume with as many"
             )
-        if runtime.is_main():
+        if processes.is_main():
             watch = state["watch"]
             print(
                 f"resume     after {watch['epoch']} epochs and {watch['batch']} batches", flush=True
@@ -225,7 +229,7 @@ class Run:
         """The weights of the best epoch, with what it
         takes to use them: classes and normalisation.
         """
-        if runtime.is_main():
+        if processes.is_main():
             state = {
                 "lesson": self.lesson,
                 "config": self.config.to_dict(),
@@ -236,7 +240,7 @@ class Run:
                 "best": best,
             }
             checkpoint.save(self.best, state)
-        if runtime.world_size() > 1:
+        if processes.world_size() > 1:
             torch.distributed.barrier()  # the others read it at the end
 
     def load_best(self) -> dict[str, Any]:
@@ -250,7 +254,7 @@ class Run:
     # -- results
 
     def note_epoch(self, history: list[EpochRecord], epochs: int) -> None:
-        if not runtime.is_main():
+        if not processes.is_main():
             return
         write_csv(self.folder / "history.csv", history)
         r = history[-1]
@@ -281,9 +285,7 @@ class Run:
         outcome, and return what result.json holds.
         """
         best = self.load_best()["best"]
-        amp = runtime.amp_dtype(
-            next(model.parameters()).device, self.config.amp, self.config.image_size
-        )
+        amp = amp_dtype(next(model.parameters()).device, self.config.amp, self.config.image_size)
         # The first epoch pays for start-up; its rate is told only where it is all there is.
         steady = history[1:] or history
         result = {
@@ -312,7 +314,7 @@ class Run:
             "torch_version": torch.__version__,
             **more,
         }
-        if not runtime.is_main():
+        if not processes.is_main():
             return result
         write_json(self.folder / "result.json", result)
         facts = {
@@ -364,13 +366,13 @@ class Run:
             "dataset": self.config.dataset,
             "seed": self.config.seed,
             "epochs": self.config.epochs,
-            "device": runtime.describe(runtime.pick_device(self.config.device)),
+            "device": describe(pick_device(self.config.device)),
             "torch_version": torch.__version__,
             "rows": rows,
             "verdict": verdict,
             **more,
         }
-        if not runtime.is_main():
+        if not processes.is_main():
             return outcome
         write_json(self.folder / "experiment.json", outcome)
         facts = {k: outcome[k] for k in ("lesson", "seed", "epochs", "device", "torch_version")}
@@ -416,7 +418,7 @@ def draw_figures(
     """The figures that every run has: curves, confusion,
     filters, activations, Grad-CAM, the worst mistakes.
     """
-    if not runtime.is_main():
+    if not processes.is_main():
         return
     names = data.class_names
     model.eval()

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.exercises import exercises, file_name, lesson_path, manifests, worth
+from common.grading.exercises import exercises, file_name, lesson_path, manifests, worth
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from common.exercises import Exercise
+    from common.grading.exercises import Exercise
 
 
 def make_starter(lesson: str, only: Iterable[str] | None = None) -> str:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from common import runtime
 from common.config import TrainConfig
 from common.data import Data, Loader, num_workers
-from common.errors import Diverged, Interrupted, UserError
-from common.progress import Bar
-from common.records import EpochRecord
+from common.engine import processes
+from common.engine.device import amp_dtype, autocast, restore_rng_state, rng_state
+from common.engine.errors import Diverged, Interrupted, UserError
+from common.engine.progress import Bar
+from common.engine.records import EpochRecord
+from common.engine.signals import StopSignal
 
 if TYPE_CHECKING:
     from common.runs import Run
@@ -38,8 +40,8 @@ def train_one_epoch(
     model.train()
     for x, y in loader.batches(watch.epoch, start=watch.batch):
         step_now = (watch.batch + 1) % loader.accumulate == 0
-        with runtime.gradient_sync(model, last=step_now):
-            with runtime.autocast(x.device, watch.amp):
+        with processes.gradient_sync(model, last=step_now):
+            with autocast(x.device, watch.amp):
                 output = model(x)  # (N, num_classes), or a tuple that begins with it
                 loss = loss_fn(output, y)
             scaler.scale(loss / loader.accumulate).backward()
@@ -209,7 +211,7 @@ class Watch:
         )
         self.sums_at_step = self.sums.clone()
         self.failed = torch.zeros((), dtype=torch.bool, device=first.device)
-        self.stop = runtime.StopSignal()
+        self.stop = StopSignal()
         self.finite = _Lagging(first.device)
         self.shown = _Lagging(first.device)
         self.bar: Bar | None = None
@@ -269,13 +271,13 @@ class Watch:
         self._announce()
         # All processes have to stop and save at the same step; asking each other at every one would
         # cost.
-        if runtime.world_size() == 1 or self.schedule.taken % 10 == 0:
+        if processes.world_size() == 1 or self.schedule.taken % 10 == 0:
             self.pause()
 
     def pause(self) -> None:
         """Save if it is time to, or if a signal came; leave if one came."""
         overdue = time.monotonic() - self.last_save > self.config.save_every
-        signum, overdue = runtime.largest_of_all(self.stop.signum, int(overdue))
+        signum, overdue = processes.largest_of_all(self.stop.signum, int(overdue))
         if self.save is not None and (signum or overdue):
             self.save()
             self.last_save = time.monotonic()
@@ -296,7 +298,7 @@ class Watch:
 
     def means(self) -> tuple[float, float]:
         """Loss and top-1 of the epoch so far, over all processes."""
-        total, hits, images = runtime.sum_over_processes(self.sums.clone()).tolist()
+        total, hits, images = processes.sum_over_processes(self.sums.clone()).tolist()
         return total / max(1, images), hits / max(1, images)
 
     def rewind(self, accumulate: int) -> None:
@@ -308,13 +310,13 @@ class Watch:
         return {
             "epoch": self.epoch,
             "batch": self.batch,
-            "sums": runtime.sum_over_processes(self.sums.clone()).cpu(),
+            "sums": processes.sum_over_processes(self.sums.clone()).cpu(),
             "seconds": time.monotonic() - self.began,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
-        if runtime.is_main():  # the sums are those of all processes together
+        if processes.is_main():  # the sums are those of all processes together
             self.sums.copy_(state["sums"])
             self.sums_at_step.copy_(state["sums"])
 
@@ -403,14 +405,14 @@ def fit(
         UserError: the disk is full, memory is out.
     """
     device = next(model.parameters()).device
-    amp = runtime.amp_dtype(device, config.amp, config.image_size)
+    amp = amp_dtype(device, config.amp, config.image_size)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     average = None
     if config.ema:
         average = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
         )
-    wrapped = runtime.parallel(model, device, config.sync_bn)
+    wrapped = processes.parallel(model, device, config.sync_bn)
     faster = torch.compile(wrapped) if config.compile else wrapped
     watch = Watch(
         model,
@@ -418,7 +420,7 @@ def fit(
         schedule,
         amp,
         len(data.train),
-        data.train.batch_size * runtime.world_size(),
+        data.train.batch_size * processes.world_size(),
         run,
         average,
     )
@@ -438,7 +440,7 @@ def fit(
             "watch": watch.state_dict(),
             "history": [asdict(record) for record in history],
             "best": best,
-            "rng": runtime.from_all(runtime.rng_state(device)),
+            "rng": processes.from_all(rng_state(device)),
             "batching": [data.train.batch_size, data.train.accumulate],
         }
 
@@ -455,13 +457,13 @@ def fit(
             history += [EpochRecord(**record) for record in saved["history"]]
             best.update(saved["best"])
             data.train.batch_size, data.train.accumulate = saved["batching"]
-            runtime.restore_rng_state(saved["rng"][runtime.rank() % len(saved["rng"])], device)
+            restore_rng_state(saved["rng"][processes.rank() % len(saved["rng"])], device)
         watch.save = lambda: run.save(state())
         if saved is None:
             watch.save()  # also proves, before the first step, that the folder takes it
 
     evaluated = average.module if average else model
-    watch.show = bool(label or run) and runtime.is_main()
+    watch.show = bool(label or run) and processes.is_main()
     with watch.stop:
         while watch.epoch < config.epochs and not _out_of_patience(history, config.patience):
             watch.begin_epoch()
@@ -480,7 +482,7 @@ def fit(
             train_seconds = time.monotonic() - watch.began
             if not data.in_memory and watch.show and not watch.epoch:
                 print(which_is_slower(data.train.waited / train_seconds, num_workers(config)))
-            runtime.share_buffers(model)
+            processes.share_buffers(model)
             val_loss, val_top1 = score(evaluated, data.val, amp)
             record = EpochRecord(
                 epoch=watch.epoch + 1,
@@ -539,7 +541,7 @@ def _train_epoch(
             advice = (
                 "try a smaller --batch-size with a larger --accumulate, or a smaller --image-size"
             )
-            if not watch.config.auto_batch or runtime.world_size() > 1 or loader.batch_size % 2:
+            if not watch.config.auto_batch or processes.world_size() > 1 or loader.batch_size % 2:
                 raise UserError(
                     f"out of memory with {loader.batch_size} images a batch: {advice}"
                 ) from error
@@ -590,7 +592,7 @@ def score(model: nn.Module, loader: Loader, amp: torch.dtype | None = None) -> t
     model.eval()
     sums = None
     for x, y in loader.batches():
-        with runtime.autocast(x.device, amp):
+        with autocast(x.device, amp):
             logits = model(x)
         loss = F.cross_entropy(logits.float(), y, reduction="sum")
         batch = torch.stack(
@@ -600,5 +602,5 @@ def score(model: nn.Module, loader: Loader, amp: torch.dtype | None = None) -> t
     model.train(mode)
     if sums is None:  # more processes than images
         sums = torch.zeros(3, device=loader.device)
-    total, hits, images = runtime.sum_over_processes(sums).tolist()
+    total, hits, images = processes.sum_over_processes(sums).tolist()
     return total / images, hits / images

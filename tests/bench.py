@@ -26,13 +26,21 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from common import runtime
 from common.config import TrainConfig
 from common.data import IMAGENET_MEAN, IMAGENET_STD, Data, load_data, make_data
+from common.engine.device import (
+    amp_dtype,
+    autocast,
+    describe,
+    keep_freed_memory,
+    memory_format,
+    pick_device,
+    set_up_torch,
+)
+from common.engine.progress import Bar
+from common.engine.sources import Pictures, Source, load_source
 from common.lessons import load_lesson
 from common.profiling import count_macs
-from common.progress import Bar
-from common.sources import Pictures, Source, load_source
 from common.training import Watch, make_optimizer, make_schedule, score, train_one_epoch
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -117,10 +125,10 @@ class Ours:
         self.model = load_lesson("01").MODELS[config.model](
             num_classes=data.num_classes, small_input=True
         )
-        self.model = self.model.to(device, memory_format=runtime.memory_format(config.image_size))
+        self.model = self.model.to(device, memory_format=memory_format(config.image_size))
         self.optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(self.optimizer, config, data.train)
-        self.amp = runtime.amp_dtype(device, config.amp, config.image_size)
+        self.amp = amp_dtype(device, config.amp, config.image_size)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
         faster = torch.compile(self.model) if config.compile else self.model
         self.faster = faster
@@ -189,14 +197,14 @@ def in_turns(
 ) -> dict:
     """Median seconds of each side; they alternate, so that a slow minute hits both.
 
-    On a CPU the plain side has malloc as it comes, ours as `runtime.set_up_torch` sets it; what
+    On a CPU the plain side has malloc as it comes, ours as `set_up_torch` sets it; what
     `warm_up` holds for a side is run after the change, and not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(case.args.rounds):
         for name, action in sides.items():
             if case.device.type == "cpu" and warm_up:
-                runtime.keep_freed_memory(name != "plain")
+                keep_freed_memory(name != "plain")
                 warm_up[name]()
             seconds[name].append(timed(action, case.device))
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -348,7 +356,7 @@ def _parts(ours: bool, case: Case) -> dict[str, float]:
         box["x"], box["y"] = x.to(case.device), y.to(case.device)
 
     def forward() -> None:
-        with runtime.autocast(case.device, amp):
+        with autocast(case.device, amp):
             box["output"] = model(box["x"])
             box["loss"] = nn.functional.cross_entropy(box["output"].float(), box["y"])
 
@@ -492,8 +500,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
 
-    device = runtime.pick_device(args.device)
-    runtime.set_up_torch(device, 0)
+    device = pick_device(args.device)
+    set_up_torch(device, 0)
     amp = device.type == "cuda" if args.amp is None else args.amp
     settings = {"model": args.model, "amp": amp, "compile": args.compile, "augment": "basic"}
     config = TrainConfig(
@@ -501,10 +509,10 @@ def main() -> None:
     ).resolve("cifar10")
     source = synthetic(60 * args.batch_size, args.image_size)
     data = make_data(source, config, device)
-    dtype = runtime.amp_dtype(device, config.amp, config.image_size)
+    dtype = amp_dtype(device, config.amp, config.image_size)
     precision = f"ours in {dtype}" if dtype else "both in float32"
     print(
-        f"{device.type}: {runtime.describe(device)}, torch {torch.__version__}, {precision}; "
+        f"{device.type}: {describe(device)}, torch {torch.__version__}, {precision}; "
         f"batch {args.batch_size}, {args.image_size} px, medians of {args.rounds} rounds"
     )
     benches = {

@@ -15,7 +15,7 @@ import torchvision
 from torch import nn
 from torchvision.models.efficientnet import MBConv as TorchvisionMBConv
 
-from common.errors import UserError
+from common.engine.errors import UserError
 from common.profiling import count_macs, count_parameters, macs_by_module
 from tests.conftest import lesson as find_lesson
 from tests.parity import PUBLISHED, largest_difference, torchvision_twin

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
-from common.errors import UserError
+from common.engine.errors import UserError
 from common.profiling import count_macs, count_parameters
 from tests.conftest import lesson as find_lesson
 from tests.parity import PUBLISHED, largest_difference, torchvision_twin

@@ -29,11 +29,11 @@ from common.comparison.imagenet import evaluate_imagenet, load_official
 from common.comparison.results import Training, parse_budget, summarise
 from common.comparison.training import epochs_within
 from common.data import load_data
-from common.errors import UserError
+from common.engine.errors import UserError
+from common.engine.progress import Bar
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.pretrained import load_torchvision_state
 from common.profiling import count_macs, count_parameters
-from common.progress import Bar
 from common.runs import Run
 from tests.parity import PUBLISHED, largest_difference, torchvision_twin
 

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, plotting
 from common import data as data_module
+from common import plotting
 from common.config import TrainConfig
 from common.data import make_data
-from common.errors import UserError
-from common.sources import Pictures, load_digits, read_image
+from common.engine import checkpoint
+from common.engine.errors import UserError
+from common.engine.sources import Pictures, load_digits, read_image
 from common.training import fit, make_schedule
 from common.transfer import embedding, flags
 from common.transfer.export import export_model

@@ -24,7 +24,7 @@ from common.comparison.results import (
     parse_constraints,
     write_tables,
 )
-from common.errors import UserError
+from common.engine.errors import UserError
 
 
 def candidate(model: str, **known: object) -> Candidate:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common import sources
 from common.config import TrainConfig
 from common.data import Data, load_data, make_data
-from common.errors import UserError
-from common.sources import Pictures, Source, load_folder, read_image, stratified_split
+from common.engine import sources
+from common.engine.errors import UserError
+from common.engine.sources import Pictures, Source, load_folder, read_image, stratified_split
 
 CPU = torch.device("cpu")
 

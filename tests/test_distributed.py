@@ -21,7 +21,7 @@ import dataclasses, json, sys
 sys.path.insert(0, {root!r})
 import torch
 from torch import nn
-from common import runtime
+from common.engine import processes
 from common.config import TrainConfig
 from common.data import load_data
 from common.evaluation import evaluate
@@ -43,10 +43,10 @@ run = Run.open(config, "ddp")
 trace = {{"loss": [], "first_layer_gradient": []}}
 history = fit(model, data, nn.CrossEntropyLoss(), optimizer, schedule, config, run, trace=trace)
 losses = torch.stack(trace["loss"])
-losses = runtime.sum_over_processes(losses) / runtime.world_size()
+losses = processes.sum_over_processes(losses) / processes.world_size()
 test = evaluate(model, data.test, data.class_names)
 loss, top1 = score(model, data.test)
-if runtime.is_main():
+if processes.is_main():
     torch.save(model.state_dict(), out + "/weights.pt")
     records = [dataclasses.asdict(r) for r in history]
     outcome = {{
@@ -55,7 +55,7 @@ if runtime.is_main():
         "probabilities": test.probabilities.tolist(), "lr": config.lr,
     }}
     json.dump(outcome, open(out + "/outcome.json", "w"))
-runtime.leave_processes()
+processes.leave_processes()
 """
 
 

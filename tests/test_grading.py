@@ -18,9 +18,17 @@ from pathlib import Path
 import pytest
 
 from common import grade, starter
-from common.exercises import LEVELS, exercises, file_name, lesson_path, manifests, points, worth
-from common.exercises.checks import CHECKS
-from common.sandbox import Limits
+from common.grading.checks import CHECKS
+from common.grading.exercises import (
+    LEVELS,
+    exercises,
+    file_name,
+    lesson_path,
+    manifests,
+    points,
+    worth,
+)
+from common.grading.sandbox import Limits
 from tests.wrong_solutions import WRONG, Wrong, replace_part
 
 LESSONS = tuple(manifests())
@@ -528,7 +536,7 @@ def test_bad_input_is_exit_code_2_and_one_line(
 
 def test_without_a_warm_host_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS: each worker imports torch itself, and `ps` says what it uses."""
-    monkeypatch.setattr("common.sandbox.LINUX", False)
+    monkeypatch.setattr("common.grading.sandbox.LINUX", False)
     path = tmp_path / file_name("05")
     path.write_text(LESSON_5, encoding="utf-8")
     with grade.Grader(("05",)) as grader:

@@ -15,7 +15,7 @@ import pytest
 from sklearn import metrics
 
 from common import plotting
-from common.records import EpochRecord, Evaluation
+from common.engine.records import EpochRecord, Evaluation
 
 if TYPE_CHECKING:
     from collections.abc import Callable

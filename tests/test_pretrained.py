@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import bundle, checkpoint, data, plotting, pretrained, runtime
-from common.errors import UserError
+from common import bundle, data, plotting, pretrained
+from common.engine import checkpoint, processes
+from common.engine.errors import UserError
 from tests.conftest import lesson
 
 CPU = torch.device("cpu")
@@ -340,7 +341,7 @@ def test_half_precision_becomes_float32_and_only_the_main_process_speaks(
     bundle.pack(a_run)
     state = bundle.find_bundle("resnet20").state
     assert {v.dtype for v in state.values()} == {torch.float32, torch.int64}
-    monkeypatch.setattr(runtime, "is_main", lambda: False)
+    monkeypatch.setattr(processes, "is_main", lambda: False)
     pretrained.load_pretrained(resnet20(), "resnet20", TEN)
     assert capsys.readouterr().out == ""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.report import write_report
+from common.engine.report import write_report
 
 HOSTILE = '<script>alert("1")</script> & <img src=x onerror=alert(1)>'
 # The smallest PNG: one transparent pixel.

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import checkpoint
-from common.errors import UserError
+from common.engine import checkpoint
+from common.engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

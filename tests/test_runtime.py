@@ -10,22 +10,22 @@ import pytest
 import torch
 from torch import nn
 
-from common import runtime
-from common.errors import UserError
+from common.engine.device import memory_format, pick_device
+from common.engine.errors import UserError
 from tests.conftest import ROOT
 
 
 def test_depthwise_nets_are_channels_last_at_any_size() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2))
     depthwise = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
-    assert runtime.memory_format(32, plain) is torch.channels_last
-    assert runtime.memory_format(8, plain) is torch.contiguous_format
-    assert runtime.memory_format(8, depthwise) is torch.channels_last
+    assert memory_format(32, plain) is torch.channels_last
+    assert memory_format(8, plain) is torch.contiguous_format
+    assert memory_format(8, depthwise) is torch.channels_last
 
 
 COUNT_PAGE_FAULTS = """
 import resource, torch
-from common import runtime
+from common.engine.device import keep_freed_memory, memory_format, pick_device
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -35,7 +35,7 @@ def faults():
 
 faults()
 given_back = faults()
-obeyed = runtime.keep_freed_memory()
+obeyed = keep_freed_memory()
 print(int(obeyed), given_back, min(faults() for _ in range(20)))  # it takes some to settle
 """
 
@@ -55,6 +55,6 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_points_to_a_section_that_is_there() -> None:
     with pytest.raises(UserError, match="no CUDA GPU") as caught:
-        runtime.pick_device("cuda")
+        pick_device("cuda")
     (section,) = re.findall(r"'(.+)' in the README", str(caught.value))
     assert f"\n## {section}\n" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from common import sources
-from common.errors import UserError
-from common.sources import choose_dataset, fetch, unpack_tar
+from common.engine import sources
+from common.engine.errors import UserError
+from common.engine.sources import choose_dataset, fetch, unpack_tar
 
 CONTENT = bytes(range(256)) * 4000
 MD5 = hashlib.md5(CONTENT).hexdigest()

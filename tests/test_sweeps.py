@@ -15,8 +15,8 @@ from common.comparison import sweeps
 from common.comparison.results import Candidate, Store
 from common.comparison.sweeps import Bench, Entry, Way, agreement, faster, with_weights
 from common.config import TrainConfig
+from common.engine.progress import Bar
 from common.lessons import get_model
-from common.progress import Bar
 
 
 def candidate(model: str, latency_ms: float | None = None, macs: int = 1000) -> Candidate:
@@ -126,7 +126,7 @@ def test_a_wrong_fold_is_seen_with_the_weights_that_are_timed(
     """If every norm were the identity, leaving them all out would pass the check."""
     from torch.fx.experimental import optimization
 
-    from common.errors import UserError
+    from common.engine.errors import UserError
 
     monkeypatch.setattr(optimization, "fuse_conv_bn_eval", lambda conv, norm: conv)
     entry = Entry(partial(get_model("resnet20"), num_classes=10), candidate("resnet20"))
@@ -187,7 +187,7 @@ def test_a_pass_above_the_limit_is_not_timed() -> None:
 
 
 def test_a_damaged_store_is_one_clear_line(tmp_path: Path) -> None:
-    from common.errors import UserError
+    from common.engine.errors import UserError
 
     (tmp_path / "trainings.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"trainings.json can't be read .* remove it"):

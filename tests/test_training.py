@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from common import training
 from common.config import TrainConfig
 from common.data import Data, make_data
-from common.errors import Diverged, UserError
+from common.engine.errors import Diverged, UserError
+from common.engine.sources import Pictures, Source
 from common.experiments import train_trial
-from common.sources import Pictures, Source
 from common.training import Schedule, fit, make_optimizer, make_schedule, parameter_groups
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import ast
 import textwrap
 from dataclasses import dataclass
 
-from common.exercises import lesson_path
+from common.grading.exercises import lesson_path
 
 
 @dataclass(frozen=True)

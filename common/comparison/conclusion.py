@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from common import runtime
 from common.comparison.entries import chosen_names, without_aux
 from common.comparison.figures import cost_figure
 from common.comparison.imagenet import PUBLISHED, evaluate_imagenet, load_official
@@ -28,9 +27,10 @@ from common.comparison.results import (
     tied_with_best,
     write_tables,
 )
-from common.errors import UserError
+from common.engine.device import describe
+from common.engine.errors import UserError
+from common.engine.files import write_atomically
 from common.lessons import get_model
-from common.records import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -158,6 +158,6 @@ def reproduce(
     off = {c.model: abs(100 * c.top1 - PUBLISHED[c.model].top1) for c in rows}
     worst = max(off, key=off.get)
     verdict = f"the largest distance from the published top-1 is {off[worst]:.3f} points ({worst})"
-    note = f"Official weights in our models, {rows[0].source}, on {runtime.describe(device)}."
+    note = f"Official weights in our models, {rows[0].source}, on {describe(device)}."
     figures = {"imagenet_cost": cost_figure(rows, "ImageNet, measured")}
     return present(config, run, [Table("ImageNet, measured", note, rows)], [verdict], figures)

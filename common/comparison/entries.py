@@ -12,9 +12,9 @@ from torch import nn
 from common.comparison.imagenet import PUBLISHED
 from common.comparison.sweeps import SWEEPS, Entry
 from common.config import TrainConfig
+from common.engine.progress import Bar
 from common.lessons import get_model
 from common.profiling import count_macs, count_parameters
-from common.progress import Bar
 
 
 def chosen_names(model: str, default: list[str]) -> list[str]:

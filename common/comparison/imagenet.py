@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from common.data import IMAGENET_MEAN, IMAGENET_STD, from_workers, num_workers
-from common.errors import UserError
+from common.engine.errors import UserError
+from common.engine.progress import Bar
 from common.pretrained import load_torchvision_state, official_state
-from common.progress import Bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from common.errors import UserError, unknown
-from common.records import write_atomically, write_csv, write_json
+from common.engine.errors import UserError, unknown
+from common.engine.files import write_atomically, write_csv, write_json
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import runtime
 from common.comparison.results import Candidate, Store
 from common.config import TrainConfig
-from common.errors import UserError
+from common.engine.device import amp_dtype, describe, memory_format
+from common.engine.errors import UserError
+from common.engine.progress import Bar
 from common.profiling import fold_batchnorm, peak_memory, time_passes
-from common.progress import Bar
 
 # The fields of a candidate that depend on the machine.
 MEASURED = (
@@ -74,8 +74,8 @@ def usual_way(config: TrainConfig, device: torch.device, image_size: int, fold: 
     On a CPU always float32, so that machines with and without AMX measure the same thing;
     `all_ways` shows what bfloat16 gives.
     """
-    amp = runtime.amp_dtype(device, config.amp and device.type != "cpu", image_size)
-    channels_last = runtime.memory_format(image_size) is torch.channels_last
+    amp = amp_dtype(device, config.amp and device.type != "cpu", image_size)
+    channels_last = memory_format(image_size) is torch.channels_last
     return Way(amp, channels_last, config.compile, fold)
 
 
@@ -159,7 +159,7 @@ def measure(
         candidate,
         latency_ms=float(median),
         latency_iqr_ms=float(high - low),
-        device=runtime.describe(device),
+        device=describe(device),
         dtype=str(way.amp or like.dtype).removeprefix("torch."),
     )
     if not more:
@@ -228,7 +228,7 @@ class Bench(NamedTuple):
         channels_last, BatchNorm folded where there is one; then mixed precision, folded if the
         config says so, and compiled likewise.
         """
-        amp = runtime.amp_dtype(self.device, True, entry.candidate.input_px)
+        amp = amp_dtype(self.device, True, entry.candidate.input_px)
         ways = [Way(), Way(channels_last=True), Way(channels_last=True, folded=True)]
         ways += [Way(amp, True, folded=self.fold)] * (amp is not None)
         ways += [Way(amp, True, True, self.fold)] * self.config.compile

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common import runtime
 from common.comparison.results import Budget, Store, Training, parse_budget
 from common.comparison.sweeps import Entry
 from common.config import TrainConfig
 from common.data import Data, load_data
-from common.progress import Bar
+from common.engine.device import describe
+from common.engine.progress import Bar
 
 if TYPE_CHECKING:
     from common.runs import Run
@@ -32,7 +32,7 @@ def open_stores(
         config: `pass_limit` and all that may not change on resume.
         data: the fingerprint of the images.
     """
-    machine = runtime.describe(device)
+    machine = describe(device)
     setup = {"device": machine, "threads": torch.get_num_threads(), "torch": torch.__version__}
     speed = {"amp": config.amp, "compile": config.compile, "pass_limit": config.pass_limit}
     fixed = {k: v for k, v in config.to_dict().items() if k not in config.FREE_ON_RESUME}

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
-from common.records import write_json
+from common.engine.errors import UserError
+from common.engine.files import write_json
 
 TOLERANCE = 1e-4  # largest difference of two logits
 

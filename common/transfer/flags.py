@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from common import cli
 from common.config import DATASETS, TrainConfig
-from common.errors import UserError, unknown
+from common.engine.errors import UserError, unknown
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 EXTERNAL = "torchvision:"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from common.data import Data, Loader
-from common.errors import UserError
-from common.sources import Pictures, Source, stratified_split
+from common.engine.errors import UserError
+from common.engine.sources import Pictures, Source, stratified_split
 
 
 def choose_classes(source: Source, classes: range) -> Source:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from common import checkpoint, pretrained
+from common import pretrained
 from common.bundle import find_bundle
-from common.errors import UserError, unknown
+from common.engine import checkpoint
+from common.engine.errors import UserError, unknown
 from common.lessons import lesson_names, load_lesson
 from common.transfer.flags import EXTERNAL
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from common import inspection, plotting
-from common.errors import UserError
-from common.sources import EXTENSIONS, read_image
+from common.engine.errors import UserError
+from common.engine.sources import EXTENSIONS, read_image
 
 
 def find_images(paths: Sequence[str]) -> list[str]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from common import grade
-from common.exercises import Worth, worth
-from common.sandbox import Limits, SandboxUnavailable, require_platform
+from common.grading.exercises import Worth, worth
+from common.grading.sandbox import Limits, SandboxUnavailable, require_platform
 
 LESSONS = Path(__file__).parent.parent.parent
 

@@ -1,4 +1,4 @@
-"""One test for each line of common/exercises/points.csv: `pytest tests/grading --submission
+"""One test for each line of common/grading/exercises/points.csv: `pytest tests/grading --submission
 DIR_OR_FILE`.
 """
 

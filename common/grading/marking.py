@@ -1,8 +1,8 @@
 """Marking: a submission's source goes into workers, their observations become points.
 
 Scores are made here, in the grader's own process, out of the table `points.csv` and of observations
-that workers send (common/sandbox.py). Every line of the table gives exactly one result, whatever
-the submission does, so that the total never changes.
+that workers send (`sandbox`). Every line of the table gives exactly one result, whatever the
+submission does, so that the total never changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from common.exercises import (
+from common.grading.checks import Trial, trials_of, verdict
+from common.grading.exercises import (
     ROOT,
     Exercise,
     Worth,
@@ -30,8 +31,7 @@ from common.exercises import (
     manifests,
     worth,
 )
-from common.exercises.checks import Trial, trials_of, verdict
-from common.sandbox import Host, Limits, Worker, WorkerLost
+from common.grading.sandbox import Host, Limits, Worker, WorkerLost
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -334,7 +334,7 @@ def grafts(exercise: Exercise) -> dict[str, Any]:
 def preload_modules(lessons: Iterable[str]) -> tuple[str, ...]:
     """What these lessons import, for the host to import once. Not the lessons themselves."""
     # The first step of any optimizer imports torch._dynamo, which takes more than a second.
-    names = dict.fromkeys(["torch", "torch._dynamo", "numpy", "common.exercises.probes"])
+    names = dict.fromkeys(["torch", "torch._dynamo", "numpy", "common.grading.probes"])
     for lesson in lessons:
         for node in ast.parse(lesson_path(lesson).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Import):

@@ -4,14 +4,8 @@ that can break, folders as people really have them.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
-import shutil
-import tarfile
-import tempfile
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.progress import Bar
+from common.engine.download import fetch, unpack_gzip, unpack_tar
+from common.engine.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -205,120 +199,6 @@ def _cifar_class(name: str) -> type:
     from torchvision import datasets
 
     return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-
-
-# --------------------------------------------------------------------------- downloads and archives
-
-
-def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
-    """Download to `path`, or find it there; its MD5 is checked either way.
-
-    An interrupted download stays beside it as `.partial` and is continued by the next call; only a
-    file whose checksum is right ever gets the name `path`.
-
-    Raises:
-        UserError: says which file, of what size and MD5, to put into which folder by hand.
-    """
-    if path.exists():
-        if _md5(path) == md5:
-            return path
-        path.unlink()  # cut short or damaged
-    _make_folder(path.parent)
-    partial = path.with_name(path.name + ".partial")
-    size, reason = 0, ""
-    for url in urls:
-        try:
-            size = _download(url, partial, timeout)
-        except (OSError, urllib.error.URLError, ValueError) as error:
-            reason = str(getattr(error, "reason", error))
-            continue
-        if _md5(partial) == md5:
-            os.replace(partial, path)
-            return path
-        reason = "what came has another checksum"
-        partial.unlink()
-    about = f"{size / 1e6:.0f} MB, " if size else ""
-    raise UserError(
-        f"{path.name} can't be downloaded ({reason}): put it ({about}MD5 {md5}) into "
-        f"{path.parent}/ "
-        f"by hand, from {urls[0]}"
-    )
-
-
-def _download(url: str, partial: Path, timeout: float) -> int:
-    """Append to `partial` what is missing of `url`; the whole size in bytes."""
-    done = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is missing
-            return done
-        raise
-    with response:
-        if response.status != 206:  # the server starts over
-            done = 0
-        total = done + int(response.headers.get("Content-Length") or 0)
-        with (
-            partial.open("ab" if done else "wb") as file,
-            Bar(total, partial.stem, "B", done) as bar,
-        ):
-            while chunk := response.read(1 << 16):
-                file.write(chunk)
-                bar.advance(len(chunk))
-    if total and partial.stat().st_size < total:
-        raise OSError(
-            f"the connection ended after {partial.stat().st_size} of {total} bytes; run again "
-            f"to go on"
-        )
-    return partial.stat().st_size
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def unpack_tar(archive: Path, folder: str) -> None:
-    """Unpack the one top folder of an archive beside it, whole or not at all, never outside.
-
-    Raises:
-        UserError: a member points out of the folder, or the archive is broken.
-    """
-    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack-") as scratch:
-        try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(scratch, filter="data")
-            os.replace(Path(scratch) / folder, archive.parent / folder)
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise UserError(
-                f"{archive} can't be unpacked ({error}): delete it and run again"
-            ) from None
-
-
-def unpack_gzip(archive: Path) -> None:
-    """x.gz -> x beside it, whole or not at all."""
-    target = archive.with_suffix("")
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with gzip.open(archive) as source, partial.open("wb") as out:
-            shutil.copyfileobj(source, out)
-    except (EOFError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{archive} can't be unpacked ({error}): delete it and run again") from None
-    os.replace(partial, target)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} can't be made ({error.strerror}): choose another folder"
-        ) from None
 
 
 # ------------------------------------------------------------------------------------ image folders

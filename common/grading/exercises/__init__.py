@@ -32,7 +32,7 @@ from functools import lru_cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parent.parent
+ROOT = FOLDER.parents[2]
 LEVELS = ("beginner", "intermediate", "advanced")
 VISIBILITIES = ("visible", "hidden", "after_due_date", "after_published")  # Gradescope's words
 

@@ -45,7 +45,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LINUX = sys.platform.startswith("linux")
 POLL_SECONDS = 0.05
 
@@ -126,7 +126,13 @@ class Host:
         ours, theirs = socket.socketpair()
         environment = {k: v for k, v in os.environ.items() if k in _KEPT_VARIABLES}
         environment.update(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1", **_ONE_THREAD)
-        command = [sys.executable, "-m", "common.sandbox", str(theirs.fileno()), *self.preload]
+        command = [
+            sys.executable,
+            "-m",
+            "common.grading.sandbox",
+            str(theirs.fileno()),
+            *self.preload,
+        ]
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -579,7 +585,7 @@ def _become_worker(folder: str, limits: Limits, fds: list[int], user: _User | No
         _become(user)
     _prctl(_NO_NEW_PRIVILEGES, 1)
     _prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    from common.exercises.probes import answer_questions
+    from common.grading.probes import answer_questions
 
     answer_questions(socket.socket(fileno=3))
 

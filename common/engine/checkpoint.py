@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError
+from common.engine.errors import UserError
 
 FORMAT = 1  # of the dict below; a file of another format is refused, not guessed at
 

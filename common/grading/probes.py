@@ -44,8 +44,8 @@ FORBIDDEN = {
     "torch.hub": "models from the network",
     "timm": "timm",
     "common.lessons": "the course's own lessons",
-    "common.exercises": "the grader",
-    "common.sandbox": "the grader",
+    "common.grading.exercises": "the grader",
+    "common.grading.sandbox": "the grader",
     "common.grade": "the grader",
 }
 LESSON_NAME = re.compile(r"\d\d_\w+")

@@ -8,7 +8,7 @@ from html import escape
 from numbers import Integral, Real
 from pathlib import Path
 
-from common.records import write_atomically
+from common.engine.files import write_atomically
 
 LONG_TABLE = 30  # rows; longer ones are folded
 DPI = 130  # of the figures, as common.plotting saves them

@@ -19,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from common.exercises import Case
+    from common.grading.exercises import Case
 
 TOLERANCE = 1e-4  # of the largest value, or of 1
 

@@ -1,0 +1,1 @@
+"""What marks exercises: the sandbox, the manifests, the checks, the marking."""
