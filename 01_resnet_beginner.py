@@ -81,7 +81,7 @@ from common.data import load_data
 from common.engine.errors import UserError
 from common.evaluation import evaluate
 from common.experiments import Trial, train_trial
-from common.pretrained import load_pretrained
+from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import profile
 from common.runs import Run, banner, draw_figures, prepare
 from common.training import fit, make_optimizer, make_schedule, train_one_epoch
@@ -597,7 +597,9 @@ def build(config: Config, num_classes: int) -> nn.Module:
 def run(config: Config) -> dict[str, object]:
     """Train, test once with the best epoch's weights, profile, draw, save."""
     config, device = prepare(config)
-    data = load_data(config, device)
+    # Trained weights bring the mean and deviation that they were trained with.
+    mean_std = weights_mean_std(config.model) if config.pretrained else None
+    data = load_data(config, device, mean_std)
     model = build(config, data.num_classes).to(
         device, memory_format=memory_format(config.image_size)
     )

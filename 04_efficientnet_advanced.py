@@ -108,7 +108,7 @@ from common.engine.device import set_up_torch
 from common.data import load_data
 from common.evaluation import evaluate
 from common.experiments import Trial, mean_and_spread, train_trial
-from common.pretrained import load_pretrained
+from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, profile
 from common.runs import Run, banner, draw_figures, prepare
 from common.training import fit, make_optimizer, make_schedule, train_one_epoch
@@ -1016,7 +1016,9 @@ def run(config: Config) -> dict[str, object]:
     comes back.
     """
     config, device = prepare(config)
-    data = load_data(config, device)
+    # Trained weights bring the mean and deviation that they were trained with.
+    mean_std = weights_mean_std(config.model) if config.pretrained else None
+    data = load_data(config, device, mean_std)
     # A pixel's channels side by side: a CPU's depthwise convolutions are then twice as fast.
     model = build(config, data.num_classes).to(device, memory_format=torch.channels_last)
     if config.pretrained:

@@ -101,7 +101,7 @@ from common.data import load_data
 from common.engine.errors import UserError
 from common.evaluation import evaluate
 from common.experiments import Trial, mean_and_spread, train_trial
-from common.pretrained import load_pretrained
+from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, count_parameters, profile
 from common.runs import Run, banner, draw_figures, prepare
 from common.training import fit, make_optimizer, make_schedule, train_one_epoch
@@ -999,7 +999,9 @@ def run(config: Config) -> dict[str, object]:
     comes back.
     """
     config, device = prepare(config)
-    data = load_data(config, device)
+    # Trained weights bring the mean and deviation that they were trained with.
+    mean_std = weights_mean_std(config.model) if config.pretrained else None
+    data = load_data(config, device, mean_std)
     model = build(config, data.num_classes).to(
         device, memory_format=memory_format(config.image_size)
     )
@@ -1014,9 +1016,7 @@ def run(config: Config) -> dict[str, object]:
     banner(config, device, data, model, run)
     history = fit(model, data, loss_fn, optimizer, schedule, config, run)
 
-    test = evaluate(
-        model, data.test, data.class_names
-    )  # the only time that the test images are seen
+    test = evaluate(model, data.test, data.class_names)  # the only look at the test images
     cost = profile(model, data.input_size)
     draw_figures(run, model, data, history, test)
     return run.finish(model, data, history, test, cost)

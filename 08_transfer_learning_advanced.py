@@ -155,7 +155,8 @@ from common.experiments import Trial, mean_and_spread, train_trial
 from common.profiling import count_macs, profile
 from common.runs import Run, banner, draw_figures, prepare
 from common.engine.sources import Pictures, Source, load_source
-from common.training import Schedule, fit, make_schedule, parameter_groups, score
+from common.evaluation import score
+from common.training import Schedule, fit, make_schedule, parameter_groups
 from common.transfer.embedding import feature_map
 from common.transfer.export import export_model
 from common.transfer.images import PairLoader, choose_classes, few_labels, in_chunks, with_features
@@ -632,8 +633,7 @@ def try_out(task: Task, strategy: str, config: Config, name: str = "") -> Trial:
     data = target_data(task, config)
     model = start(task, strategy, data.num_classes, config.seed)
     history = transfer(strategy, model, data, config)
-    amp = amp_dtype(task.device, config.amp, config.image_size)
-    top1 = score(model, data.test, amp)[1]
+    top1 = score(model, data.test)[1]
     seconds = sum(record.seconds for record in history)
     name = name or strategy
     print(

@@ -14,14 +14,15 @@ import dataclasses
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import pretrained
 from common.cli import exit_codes
 from common.engine import checkpoint
 from common.engine.errors import UserError
 from common.engine.files import write_json
+from common.pretrained import Bundle
 from common.profiling import count_parameters
 
 if TYPE_CHECKING:
@@ -30,57 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from common.config import TrainConfig
-
-WEIGHTS = Path(__file__).parent / "weights"
-
-
-@dataclass
-class Bundle:
-    """Weights with what it takes to use them.
-
-    Attributes:
-        name: the model's, as in its lesson's MODELS.
-        trained_on: in words.
-        top1: accuracy on the test images of what it was trained on.
-        class_names: that its classifier tells apart, in the order of its logits.
-        mean: (3,), of pixels in [0, 1], what its inputs were normalised with; so is `std`.
-        image_size: side in pixels of its inputs.
-        state: in float32.
-    """
-
-    name: str
-    trained_on: str
-    top1: float
-    class_names: list[str]
-    mean: Tensor
-    std: Tensor
-    image_size: int
-    state: dict[str, Tensor]
-
-    def describe(self) -> str:
-        return (
-            f"{self.name} of the course, trained on {self.trained_on}: {len(self.class_names)} "
-            f"classes at {self.image_size} px, test top-1 {self.top1:.2%}"
-        )
-
-
-def find_bundle(name: str) -> Bundle | None:
-    """The course's own weights of a model, or None where it has none.
-
-    Raises:
-        UserError: the file is damaged, or is another kind of file.
-    """
-    path = WEIGHTS / f"{name}.pt"
-    if path.parent != WEIGHTS or not path.is_file():
-        return None
-    try:
-        saved = checkpoint.load(path)
-    except UserError as error:
-        raise UserError(f"{error}: get it anew, for example by git checkout -- {path}") from None
-    names = [spec.name for spec in dataclasses.fields(Bundle)]
-    if missing := [n for n in names if n not in saved]:
-        raise UserError(f"{path} has no {missing[0]}: it was not made by python -m common.bundle")
-    return Bundle(**{n: saved[n] for n in names})
 
 
 def pack(run: str | Path, trained_on: str = "") -> Path:
@@ -129,8 +79,8 @@ def pack(run: str | Path, trained_on: str = "") -> Path:
         config.image_size,
         state,
     )
-    WEIGHTS.mkdir(exist_ok=True)
-    path = WEIGHTS / f"{bundle.name}.pt"
+    pretrained.WEIGHTS.mkdir(exist_ok=True)
+    path = pretrained.WEIGHTS / f"{bundle.name}.pt"
     checkpoint.save(path, vars(bundle))
     told = (
         "test_top1 val_top1 epochs best_epoch seed train_seconds images_per_second device hardware "

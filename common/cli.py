@@ -164,7 +164,7 @@ def exit_codes() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     finally:
-        data = sys.modules.get("common.data")
+        data = sys.modules.get("common.engine.file_loader")
         if data:
             data.close_workers()
 

@@ -38,7 +38,11 @@ class TrainConfig:
         "data", "where datasets are, or are downloaded to; the images with --dataset folder"
     )
     image_size: int | None = knob(None, "side in pixels that the model sees", low=4)
-    augment: str | None = knob(None, "crop and flip, or much more", ("none", "basic", "strong"))
+    augment: str | None = knob(
+        None,
+        "crop and flip (basic), or much more",
+        ("none", "basic", "strong", "randaugment", "autoaugment"),
+    )
     cutout: int | None = knob(
         None, "side in pixels of a blanked square in each training image", low=0
     )
@@ -52,11 +56,14 @@ class TrainConfig:
     lr: float | None = knob(
         None, "peak learning rate as it is; default: base_lr x images per step / 256", low=0
     )
+    optimizer: str = knob("sgd", "what takes the steps", ("sgd", "adamw"))
     momentum: float = knob(0.9, "of SGD, Nesterov's form", low=0)
     weight_decay: float | None = knob(None, "on weights; biases and norms have none", low=0)
     label_smoothing: float | None = knob(None, "share of each label spread over all classes", low=0)
     schedule: str = knob(
-        "cosine", "of the learning rate", ("cosine", "onecycle", "step", "plateau", "constant")
+        "cosine",
+        "of the learning rate",
+        ("cosine", "linear", "onecycle", "step", "plateau", "constant"),
     )
     warmup: float | None = knob(None, "epochs in which the learning rate rises linearly", low=0)
     clip: float = knob(0.0, "largest gradient norm; 0: no limit", low=0)
@@ -133,6 +140,10 @@ class TrainConfig:
         "ema": 0.0,
     }
 
+    # Adam's steps don't depend on the size of the gradient, so its rate is not SGD's; and decoupled
+    # decay shrinks weights by lr * decay a step.  Loshchilov and Hutter 2019; Touvron et al. 2021.
+    ADAMW: ClassVar[Recipe] = {"base_lr": 1e-3, "weight_decay": 0.05}
+
     # What may change when a run goes on elsewhere: where it runs, not what it computes.
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         {
@@ -175,6 +186,7 @@ class TrainConfig:
             **self.COMMON_RECIPE,
             **TrainConfig.RECIPES[dataset],
             **self.RECIPES.get(dataset, {}),
+            **(self.ADAMW if self.optimizer == "adamw" else {}),
         }
         if image_size is not None:
             recipe["image_size"] = image_size

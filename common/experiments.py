@@ -13,11 +13,12 @@ from torch import nn
 
 from common.config import TrainConfig
 from common.data import Data
-from common.engine.device import amp_dtype, memory_format, set_up_torch
+from common.engine.device import memory_format, set_up_torch
 from common.engine.errors import Diverged
 from common.engine.records import EpochRecord
+from common.evaluation import score
 from common.profiling import count_macs, count_parameters
-from common.training import fit, make_optimizer, make_schedule, score
+from common.training import fit, make_optimizer, make_schedule
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,22 @@ def train_trial(
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, data.train)
     loss_fn = loss_fn or nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    trace: dict[str, list[torch.Tensor]] = {"loss": [], "first_layer_gradient": []}
+    losses: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    first = next(model.parameters())
+
+    def note(loss: torch.Tensor) -> None:
+        losses.append(loss)
+        gradients.append(first.grad.norm())
+
     began = time.monotonic()
     try:
-        history = fit(model, data, loss_fn, optimizer, schedule, config, label=name, trace=trace)
+        history = fit(model, data, loss_fn, optimizer, schedule, config, label=name, on_step=note)
     except Diverged as error:
-        error.losses = [float(loss) for loss in trace["loss"]]
+        error.losses = [float(loss) for loss in losses]
         raise
     seconds = time.monotonic() - began
-    _, top1 = score(model, data.test, amp_dtype(device, config.amp, config.image_size))
+    _, top1 = score(model, data.test)
     last = history[-1]
     print(
         f"{name:<24} train loss {last.train_loss:.4f}  train {last.train_top1:6.2%}  test "
@@ -100,7 +108,8 @@ def train_trial(
         top1,
         seconds,
         history,
-        *(torch.stack(values).tolist() for values in trace.values()),
+        torch.stack(losses).tolist(),
+        torch.stack(gradients).tolist(),
         model=model,
     )
 

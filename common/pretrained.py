@@ -4,20 +4,23 @@ name, and the course's own.
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from common.bundle import find_bundle
-from common.engine import processes
+from common.data import IMAGENET_MEAN, IMAGENET_STD
+from common.engine import checkpoint, processes
 from common.engine.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from common.bundle import Bundle
+
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 def load_torchvision_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
@@ -69,6 +72,63 @@ def _role(name: str) -> str:
 
 
 # -------------------------------------------------------------------------- where weights come from
+
+
+@dataclass
+class Bundle:
+    """Weights with what it takes to use them.
+
+    Attributes:
+        name: the model's, as in its lesson's MODELS.
+        trained_on: in words.
+        top1: accuracy on the test images of what it was trained on.
+        class_names: that its classifier tells apart, in the order of its logits.
+        mean: (3,), of pixels in [0, 1], what its inputs were normalised with; so is `std`.
+        image_size: side in pixels of its inputs.
+        state: in float32.
+    """
+
+    name: str
+    trained_on: str
+    top1: float
+    class_names: list[str]
+    mean: Tensor
+    std: Tensor
+    image_size: int
+    state: dict[str, Tensor]
+
+    def describe(self) -> str:
+        return (
+            f"{self.name} of the course, trained on {self.trained_on}: {len(self.class_names)} "
+            f"classes at {self.image_size} px, test top-1 {self.top1:.2%}"
+        )
+
+
+def find_bundle(name: str) -> Bundle | None:
+    """The course's own weights of a model, or None where it has none.
+
+    Raises:
+        UserError: the file is damaged, or is another kind of file.
+    """
+    path = WEIGHTS / f"{name}.pt"
+    if path.parent != WEIGHTS or not path.is_file():
+        return None
+    try:
+        saved = checkpoint.load(path)
+    except UserError as error:
+        raise UserError(f"{error}: get it anew, for example by git checkout -- {path}") from None
+    names = [spec.name for spec in dataclasses.fields(Bundle)]
+    if missing := [n for n in names if n not in saved]:
+        raise UserError(f"{path} has no {missing[0]}: it was not made by python -m common.bundle")
+    return Bundle(**{n: saved[n] for n in names})
+
+
+def weights_mean_std(name: str) -> tuple[Tensor, Tensor]:
+    """(3,) each: what trained weights of `name` want their inputs normalised with."""
+    bundle = find_bundle(name)
+    if bundle is not None:
+        return bundle.mean, bundle.std
+    return torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
 
 
 def load_pretrained(model: nn.Module, name: str, class_names: list[str] | None = None) -> nn.Module:

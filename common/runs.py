@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from common import inspection, plotting
-from common.bundle import find_bundle
 from common.config import TrainConfig
 from common.data import Data
 from common.engine import checkpoint, processes, report, sources
@@ -27,6 +26,7 @@ from common.engine.errors import UserError
 from common.engine.files import write_csv, write_json
 from common.engine.records import EpochRecord, Evaluation, Profile
 from common.evaluation import most_wrong
+from common.pretrained import find_bundle
 from common.profiling import count_macs, count_parameters, layer_table, thop_macs
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
@@ -219,9 +219,9 @@ class Run:
                 "resume with as many"
             )
         if processes.is_main():
-            watch = state["watch"]
+            meter = state["meter"]
             print(
-                f"resume     after {watch['epoch']} epochs and {watch['batch']} batches", flush=True
+                f"resume     after {meter['epoch']} epochs and {meter['batch']} batches", flush=True
             )
         return state
 
@@ -245,6 +245,9 @@ class Run:
 
     def load_best(self) -> dict[str, Any]:
         return checkpoint.load(self.best)
+
+    def kept(self) -> str:
+        return f"; the last good state is in {self.folder}"
 
     def farewell(self) -> str:
         return (

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shutil
 import statistics
 import tempfile
@@ -37,11 +38,14 @@ from common.engine.device import (
     pick_device,
     set_up_torch,
 )
-from common.engine.progress import Bar
+from common.engine.guard import Guard
+from common.engine.keeper import Keeper
+from common.engine.meter import Meter
 from common.engine.sources import Pictures, Source, load_source
+from common.evaluation import score
 from common.lessons import load_lesson
 from common.profiling import count_macs
-from common.training import Watch, make_optimizer, make_schedule, score, train_one_epoch
+from common.training import Aids, make_optimizer, make_schedule, train_one_epoch
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -129,27 +133,23 @@ class Ours:
         self.optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(self.optimizer, config, data.train)
         self.amp = amp_dtype(device, config.amp, config.image_size)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
-        faster = torch.compile(self.model) if config.compile else self.model
-        self.faster = faster
-        self.watch = Watch(
-            self.model, config, self.schedule, self.amp, len(data.train), config.batch_size
-        )
-        self.watch.show = False
-        self.watch.bar = Bar(0, "", show=False)
+        scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
+        self.faster = torch.compile(self.model) if config.compile else self.model
+        keeper = Keeper(None, math.inf, lambda: "stopped")
+        guard = Guard(device, config.clip, self.amp)
+        self.aids = Aids(self.amp, scaler, None, Meter(device, config.epochs), guard, keeper)
 
     def epoch(self, loader: object) -> None:
-        self.watch.batch = 0
+        self.aids.meter.batch = 0
         train_one_epoch(
             self.faster,
             loader,
             nn.CrossEntropyLoss(),
             self.optimizer,
             self.schedule,
-            self.scaler,
-            self.watch,
+            self.aids,
         )
-        self.watch.epoch += 1
+        self.aids.meter.epoch += 1
 
 
 def plain_side(case: Case) -> tuple[nn.Module, torch.optim.SGD]:
@@ -362,7 +362,7 @@ def _parts(ours: bool, case: Case) -> dict[str, float]:
 
     def log() -> None:
         if ours:
-            side.watch.count(box["loss"], box["output"], box["y"])
+            side.aids.meter.count(box["loss"], box["output"], box["y"])
         else:
             box["loss"].item()
 
@@ -444,7 +444,7 @@ def bench_accuracy(case: Case) -> None:
     while epochs < case.config.epochs:
         seconds += timed(lambda: ours.epoch(case.data.train), case.device)
         epochs += 1
-        if score(ours.model, case.data.val, ours.amp)[1] >= case.args.target:
+        if score(ours.model, case.data.val)[1] >= case.args.target:
             break
     torch.manual_seed(0)
     other = Ours(case.with_config(amp=False))

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data as data_module
 from common import plotting
 from common.config import TrainConfig
 from common.data import make_data
-from common.engine import checkpoint
+from common.engine import checkpoint, file_loader
 from common.engine.errors import UserError
 from common.engine.sources import Pictures, load_digits, read_image
 from common.training import fit, make_schedule
@@ -364,7 +363,7 @@ def test_a_folder_is_read_once_for_all_trainings(
         read[path] += 1
         return read_image(path)
 
-    monkeypatch.setattr(data_module, "read_image", counted)
+    monkeypatch.setattr(file_loader, "read_image", counted)
     images = image_folder(tuple("abcd"), per_class=10)
     code, out, err = cli(
         "08", "--dataset", str(images), "--source-classes", "2", "--compare", "--seeds", "2",

@@ -121,7 +121,7 @@ def test_normalised_training_images_have_mean_zero_and_deviation_one() -> None:
 def test_accumulated_batches_are_whole_steps() -> None:
     data = make_data(*numbered(accumulate=3), CPU)
     assert len(data.train) == 9  # 90 // (3 * 8) = 3 steps of 3 batches
-    data.train.halve_batches()
+    data.train.rebatch(4, 6)
     assert (data.train.batch_size, data.train.accumulate, len(data.train)) == (4, 6, 18)
 
 
@@ -220,7 +220,7 @@ def test_an_image_that_breaks_during_an_epoch_is_named(image_folder: Callable) -
     folder = image_folder(size=100)
     for workers in (0, 1):
         data = load_data(folder_config(folder, workers=workers), CPU)
-        victim = Path(data.train.files.paths[0])
+        victim = Path(data.train.pool.files.paths["train"][0])
         pixels = victim.read_bytes()
         victim.write_bytes(pixels[: len(pixels) // 2])
         with pytest.raises(UserError, match=victim.name):
@@ -284,7 +284,7 @@ def test_an_imagenet_shaped_folder_trains_through_the_real_path(
     assert code == 0, err
     assert "162 train + 18 val + 30 test, from files" in out
     assert "augment strong" in out
-    assert "images come in time" in out or "is the bottleneck" in out
+    assert "of the epoch was spent waiting for images" in out
     (result,) = (tmp_path / "runs").rglob("result.json")
     per_class = json.loads(result.read_text())["per_class"]
     assert [c["support"] for c in per_class] == [10, 10, 10]
@@ -299,7 +299,7 @@ def test_a_worker_that_dies_is_one_line_where_its_images_are_missed(
     data = load_data(config, CPU)
     batches = data.train.batches(0)
     next(batches)
-    iterator = data.train.workers._iterator
+    iterator = data.train.pool.loader._iterator
     (worker,) = iterator._workers
     monkeypatch.setattr(type(iterator)._try_get_data, "__defaults__", (0.2,))  # looks every 5 s
     os.kill(worker.pid, signal.SIGKILL)

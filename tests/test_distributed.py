@@ -26,7 +26,8 @@ from common.config import TrainConfig
 from common.data import load_data
 from common.evaluation import evaluate
 from common.runs import Run, prepare
-from common.training import fit, make_optimizer, make_schedule, score
+from common.evaluation import score
+from common.training import fit, make_optimizer, make_schedule
 
 torch.set_num_threads(1)
 batch, out, augment = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -40,9 +41,10 @@ model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 *
 optimizer = make_optimizer(model, config)
 schedule = make_schedule(optimizer, config, data.train)
 run = Run.open(config, "ddp")
-trace = {{"loss": [], "first_layer_gradient": []}}
-history = fit(model, data, nn.CrossEntropyLoss(), optimizer, schedule, config, run, trace=trace)
-losses = torch.stack(trace["loss"])
+losses = []
+loss_fn = nn.CrossEntropyLoss()
+history = fit(model, data, loss_fn, optimizer, schedule, config, run, on_step=losses.append)
+losses = torch.stack(losses)
 losses = processes.sum_over_processes(losses) / processes.world_size()
 test = evaluate(model, data.test, data.class_names)
 loss, top1 = score(model, data.test)

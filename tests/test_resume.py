@@ -172,7 +172,7 @@ def outcome(folder: Path) -> dict:
     state = checkpoint.load(run / "last.pt")
     for record in state["history"]:
         record.pop("seconds"), record.pop("images_per_second")
-    for key in ("config", "watch"):
+    for key in ("config", "meter"):
         state.pop(key)
     return {"last": state, "best": checkpoint.load(run / "best.pt")["model"]}
 
@@ -237,7 +237,7 @@ def test_signals_save_and_say_how_to_go_on(
     assert returned == code, err
     assert f"--resume {the_run(tmp_path)}" in err and "Traceback" not in err
     state = checkpoint.load(the_run(tmp_path) / "last.pt")
-    assert state["watch"]["batch"] > 0, "stopped within an epoch"
+    assert state["meter"]["batch"] > 0, "stopped within an epoch"
     returned, out, err = nursery.finish("--resume", str(the_run(tmp_path)))
     assert returned == 0, err
     assert "resume     after" in out
@@ -274,7 +274,7 @@ def test_files_and_workers_resume_within_an_epoch(
     code, _, err = child.join()
     assert code == 143, err
     resume = str(the_run(stopped))
-    assert checkpoint.load(Path(resume) / "last.pt")["watch"]["batch"] > 0
+    assert checkpoint.load(Path(resume) / "last.pt")["meter"]["batch"] > 0
     code, _, err = nursery.finish("--resume", resume, "--workers", "0")
     assert code == 0, err
     assert_same(outcome(stopped), outcome(whole), "resumed")

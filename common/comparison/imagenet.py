@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.data import IMAGENET_MEAN, IMAGENET_STD, from_workers, num_workers
+from common.data import IMAGENET_MEAN, IMAGENET_STD
 from common.engine.errors import UserError
+from common.engine.file_loader import from_workers, worker_count
 from common.engine.progress import Bar
 from common.pretrained import load_torchvision_state, official_state
 
@@ -105,7 +106,10 @@ def evaluate_imagenet(model: nn.Module, name: str, config: TrainConfig) -> tuple
     )
     images = class_folders(config.eval_imagenet, model.get_classifier().out_features, centre_crop)
     loader = DataLoader(
-        images, config.batch_size, num_workers=num_workers(config), pin_memory=device.type == "cuda"
+        images,
+        config.batch_size,
+        num_workers=worker_count(config.workers),
+        pin_memory=device.type == "cuda",
     )
     hits = torch.zeros(2, dtype=torch.int64, device=device)  # right at once, right among five
     model.eval()

@@ -140,7 +140,6 @@ def set_up_torch(device: torch.device, seed: int, deterministic: bool = False) -
     torch.manual_seed(seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cudnn.deterministic = deterministic
     if deterministic:

@@ -75,11 +75,12 @@ def from_all(value: Any) -> list[Any]:
     return values
 
 
-def share_buffers(model: nn.Module) -> None:
+def share_buffers(*models: nn.Module) -> None:
     """The main process's BatchNorm statistics in every process, as they are saved and tested."""
     if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        for model in models:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
 
 
 def from_main(value: Any) -> Any:
@@ -91,17 +92,20 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def gather_rows(rows: Tensor, total: int) -> Tensor:
-    """Rows that were dealt out one by one (process r holds
-    r, r + W, ...), back in order: (total, ...) on CPU.
+def gather_rows(mine: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    """Tensors whose rows were dealt out one by one (process r holds r, r + W, ...), in order again.
+
+    Args:
+        mine: on the CPU; None where a process got no row.
     """
-    if world_size() == 1:
-        return rows.cpu()
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, rows.cpu())
-    whole = rows.cpu().new_empty((total, *rows.shape[1:]))
+    parts = [part for part in from_all(mine) if part is not None]
+    return tuple(_interleaved(tensors) for tensors in zip(*parts))
+
+
+def _interleaved(parts: tuple[Tensor, ...]) -> Tensor:
+    whole = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
     for r, part in enumerate(parts):
-        whole[r :: world_size()] = part
+        whole[r :: len(parts)] = part
     return whole
 
 

@@ -90,6 +90,20 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
 
 
+def channel_mean_std(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(3,) each, of pixels in [0, 1]; the sums are exact integers, so no order of adding changes
+    them.
+    """
+    count = pixels.numel() // pixels.shape[1]
+    histogram = torch.stack(
+        [torch.bincount(c.flatten().long(), minlength=256) for c in pixels.unbind(1)]
+    )
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean = (histogram * levels).sum(1) / count
+    std = ((histogram * levels**2).sum(1) / count - mean**2).clamp(min=1e-6).sqrt()
+    return mean.float(), std.float()
+
+
 # ------------------------------------------------------------------------------- choosing a dataset
 
 

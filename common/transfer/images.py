@@ -60,7 +60,7 @@ class FeatureLoader(Loader):
     """Features computed once, handed out in the order in which their images would have come."""
 
     def __init__(self, images: Loader, features: Tensor) -> None:
-        self.__dict__.update(vars(images))
+        super().__init__(images.labels, images.config, images.device, images.train)
         self.features, self.labels_there = features, images.labels.to(features.device)
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -78,11 +78,15 @@ class PairLoader(Loader):
     """
 
     def __init__(self, source: Loader, target: Loader) -> None:
-        self.__dict__.update(vars(source))
+        super().__init__(source.labels, source.config, source.device, source.train)
         self.source, self.target = source, target
 
     def __len__(self) -> int:
         return min(len(self.source), len(self.target))
+
+    def rebatch(self, batch_size: int, accumulate: int) -> None:
+        for loader in (super(), self.source, self.target):
+            loader.rebatch(batch_size, accumulate)
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         pairs = zip(self.source.batches(epoch, start), self.target.batches(epoch, start))

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from common import pretrained
-from common.bundle import find_bundle
 from common.engine import checkpoint
 from common.engine.errors import UserError, unknown
 from common.lessons import lesson_names, load_lesson
+from common.pretrained import find_bundle
 from common.transfer.flags import EXTERNAL
 
 if TYPE_CHECKING:
