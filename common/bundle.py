@@ -17,12 +17,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import pretrained
 from common.cli import exit_codes
-from common.engine import checkpoint
+from common.engine import checkpoint, weights
 from common.engine.errors import UserError
 from common.engine.files import write_json
-from common.pretrained import Bundle
+from common.engine.weights import Bundle
 from common.profiling import count_parameters
 
 if TYPE_CHECKING:
@@ -79,8 +78,8 @@ def pack(run: str | Path, trained_on: str = "") -> Path:
         config.image_size,
         state,
     )
-    pretrained.WEIGHTS.mkdir(exist_ok=True)
-    path = pretrained.WEIGHTS / f"{bundle.name}.pt"
+    weights.WEIGHTS.mkdir(exist_ok=True)
+    path = weights.WEIGHTS / f"{bundle.name}.pt"
     checkpoint.save(path, vars(bundle))
     told = (
         "test_top1 val_top1 epochs best_epoch seed train_seconds images_per_second device hardware "

@@ -21,17 +21,11 @@ from torch import Tensor
 
 from common import augmentation
 from common.config import TrainConfig
-from common.engine import processes
+from common.engine import processes, sources
 from common.engine.device import memory_format, mixed_seed, seeded
 from common.engine.errors import UserError
 from common.engine.file_loader import Files, Pool, read_files, worker_count
-from common.engine.sources import (
-    Pictures,
-    Source,
-    channel_mean_std,
-    load_source,
-    stratified_split,
-)
+from common.engine.sources import Pictures, Source
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMOKE_BATCHES = 2
@@ -87,7 +81,7 @@ def load_data(config: TrainConfig, device: torch.device, mean_std: MeanStd | Non
     Raises:
         UserError: the dataset is missing, broken, or smaller than one optimizer step.
     """
-    return make_data(load_source(config), config, device, mean_std)
+    return make_data(sources.load_source(config), config, device, mean_std)
 
 
 def make_data(
@@ -97,14 +91,14 @@ def make_data(
     fingerprint, source = source.fingerprint, read_once(source, config)
     train, val = source.train, source.val
     if val is None:
-        rest, part = stratified_split(train.labels, 0.1, config.seed)
+        rest, part = sources.stratified_split(train.labels, 0.1, config.seed)
         train, val = train.take(rest), train.take(part)
     splits = {"train": train, "val": val, "test": source.test}
     if min(len(p) for p in splits.values()) == 0:
         raise UserError(f"{source.name}: too few images to split into train, validation and test")
     in_memory = train.pixels is not None
     if mean_std is None and in_memory:
-        mean_std = channel_mean_std(train.pixels)
+        mean_std = sources.channel_mean_std(train.pixels)
     elif mean_std is None:
         mean_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
 
@@ -226,7 +220,10 @@ class Part:
 
 
 class ImageLoader(Loader):
-    """What becomes of a batch of pixels: draws, normalisation, mixing."""
+    """What becomes of a batch of pixels: draws, normalisation, mixing.
+
+    `take(rows)` gives some images as the model sees them when it is tested, (len(rows), 3, H, W).
+    """
 
     def __init__(self, part: Part, config: TrainConfig, device: torch.device) -> None:
         super().__init__(part.pictures.labels, config, device, part.train)
@@ -240,10 +237,6 @@ class ImageLoader(Loader):
             kinds = v2.MixUp, v2.CutMix
             self.mix = v2.RandomChoice([kind(num_classes=part.num_classes) for kind in kinds])
 
-    def take(self, rows: np.ndarray) -> Tensor:
-        """Some images as the model sees them when it is tested, (len(rows), 3, H, W)."""
-        raise NotImplementedError
-
     def draws(self, epoch: int) -> Tensor:
         """(N, DRAWS) numbers in [0, 1): what becomes of the image at each position."""
         generator = torch.Generator().manual_seed(mixed_seed(self.config.seed, epoch, 2))
@@ -255,7 +248,6 @@ class ImageLoader(Loader):
         return (sequence.generate_state(len(self.labels), np.uint64) >> np.uint64(1)).tolist()
 
     def _normalise(self, x: Tensor) -> Tensor:
-        """uint8 pixels on the device to what the model sees."""
         x = x.to(torch.float32, memory_format=self.format).sub_(self.mean).div_(self.std)
         side = self.config.image_size
         if x.shape[-1] != side:

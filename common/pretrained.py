@@ -4,23 +4,18 @@ name, and the course's own.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from common.data import IMAGENET_MEAN, IMAGENET_STD
-from common.engine import checkpoint, processes
+from common.engine import processes
 from common.engine.errors import UserError
+from common.engine.weights import Bundle, find_bundle, official_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 def load_torchvision_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
@@ -72,55 +67,6 @@ def _role(name: str) -> str:
 
 
 # -------------------------------------------------------------------------- where weights come from
-
-
-@dataclass
-class Bundle:
-    """Weights with what it takes to use them.
-
-    Attributes:
-        name: the model's, as in its lesson's MODELS.
-        trained_on: in words.
-        top1: accuracy on the test images of what it was trained on.
-        class_names: that its classifier tells apart, in the order of its logits.
-        mean: (3,), of pixels in [0, 1], what its inputs were normalised with; so is `std`.
-        image_size: side in pixels of its inputs.
-        state: in float32.
-    """
-
-    name: str
-    trained_on: str
-    top1: float
-    class_names: list[str]
-    mean: Tensor
-    std: Tensor
-    image_size: int
-    state: dict[str, Tensor]
-
-    def describe(self) -> str:
-        return (
-            f"{self.name} of the course, trained on {self.trained_on}: {len(self.class_names)} "
-            f"classes at {self.image_size} px, test top-1 {self.top1:.2%}"
-        )
-
-
-def find_bundle(name: str) -> Bundle | None:
-    """The course's own weights of a model, or None where it has none.
-
-    Raises:
-        UserError: the file is damaged, or is another kind of file.
-    """
-    path = WEIGHTS / f"{name}.pt"
-    if path.parent != WEIGHTS or not path.is_file():
-        return None
-    try:
-        saved = checkpoint.load(path)
-    except UserError as error:
-        raise UserError(f"{error}: get it anew, for example by git checkout -- {path}") from None
-    names = [spec.name for spec in dataclasses.fields(Bundle)]
-    if missing := [n for n in names if n not in saved]:
-        raise UserError(f"{path} has no {missing[0]}: it was not made by python -m common.bundle")
-    return Bundle(**{n: saved[n] for n in names})
 
 
 def weights_mean_std(name: str) -> tuple[Tensor, Tensor]:
@@ -188,33 +134,3 @@ def _load_bundle(model: nn.Module, bundle: Bundle, class_names: list[str] | None
             flush=True,
         )
     return model
-
-
-def official_state(name: str) -> dict[str, Tensor]:
-    """Torchvision's official ImageNet checkpoint of `name`, version 1, from its cache or the
-    network.
-
-    Raises:
-        UserError: torchvision has none, or it can't be downloaded.
-    """
-    from torchvision import models
-
-    # Torchvision's own loading knows the older checkpoints' names. The heads that it drops by
-    # default are asked for.
-    options = {"aux_logits": True} if name in ("googlenet", "inception_v3") else {}
-    try:
-        weights = models.get_model_weights(name).IMAGENET1K_V1
-    except (ValueError, AttributeError):
-        raise UserError(
-            f"--pretrained {name}: torchvision has no weights for it, nor has common/weights; "
-            "leave out --pretrained"
-        ) from None
-    try:
-        return models.get_model(name, weights=weights, **options).state_dict()
-    except (OSError, RuntimeError) as error:
-        cache = Path(torch.hub.get_dir()) / "checkpoints"
-        reason = getattr(error, "reason", error)
-        raise UserError(
-            f"--pretrained {name}: {weights.url} can't be downloaded ({reason}); put the file "
-            f"into {cache}/ by hand"
-        ) from None

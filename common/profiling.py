@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import time
-import weakref
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from common.engine.device import autocast, describe, evaluating
+from common.engine.device import describe, evaluating
+from common.engine.measure import peak_memory, time_passes
 from common.engine.records import LayerRecord, Profile
 
 
@@ -198,85 +194,3 @@ def profile(
         dtype=str(amp or x.dtype).removeprefix("torch."),
         input_size=tuple(input_size),
     )
-
-
-@torch.inference_mode()
-def time_passes(
-    model: nn.Module,
-    x: Tensor,
-    amp: torch.dtype | None = None,
-    seconds: float = 1.0,
-    repeats: int = 50,
-) -> list[float]:
-    """Milliseconds of each of several passes of the batch `x`, see `profile`."""
-    times: list[float] = []
-    with evaluating(model), autocast(x.device, amp):
-        for _ in range(3):
-            model(x)
-        began = time.perf_counter()
-        while len(times) < 5 or (len(times) < repeats and time.perf_counter() - began < seconds):
-            _synchronize(x.device)
-            start = time.perf_counter()
-            model(x)
-            _synchronize(x.device)
-            times.append(1000 * (time.perf_counter() - start))
-    return times
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-@torch.inference_mode()
-def peak_memory(model: nn.Module, x: Tensor, amp: torch.dtype | None = None) -> int:
-    """Bytes in tensors at the worst moment of one pass, weights included.
-
-    On CUDA the allocator knows. Elsewhere every new tensor is followed from birth to death, which
-    leaves out what a kernel takes for itself.
-    """
-    with evaluating(model), autocast(x.device, amp):
-        if x.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(x.device)
-            model(x)
-            return torch.cuda.max_memory_allocated(x.device)
-        held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers(), x))
-        with _LiveBytes() as live:
-            model(x)
-        return held + live.peak
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside the block
-    that are still alive, and the most there ever were.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        before = {a.untyped_storage()._cdata for a in tree_leaves(args) if isinstance(a, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in before:
-                self._follow(tensor.untyped_storage())
-        return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, storage.nbytes())
-
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size

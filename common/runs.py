@@ -25,8 +25,8 @@ from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
 from common.engine.errors import UserError
 from common.engine.files import write_csv, write_json
 from common.engine.records import EpochRecord, Evaluation, Profile
+from common.engine.weights import find_bundle
 from common.evaluation import most_wrong
-from common.pretrained import find_bundle
 from common.profiling import count_macs, count_parameters, layer_table, thop_macs
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)

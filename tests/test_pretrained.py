@@ -16,13 +16,14 @@ import torch.nn.functional as F
 
 from common import bundle, data, plotting, pretrained
 from common.engine import checkpoint, processes
+from common.engine import weights as stored
 from common.engine.errors import UserError
 from tests.conftest import lesson
 
 CPU = torch.device("cpu")
 TEN = [f"class{i}" for i in range(10)]
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
-SHIPPED = pretrained.WEIGHTS
+SHIPPED = stored.WEIGHTS
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder of weights of each test's own."""
-    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(stored, "WEIGHTS", tmp_path / "weights")
     return tmp_path / "weights"
 
 
@@ -106,7 +107,7 @@ def test_a_finished_run_becomes_a_file_with_the_same_logits_and_its_record(
     pretrained.load_pretrained(ours, "resnet20", TEN)
     x = torch.randn(4, 3, 32, 32)
     assert torch.equal(ours.eval()(x), trained.eval()(x))
-    found = pretrained.find_bundle("resnet20")
+    found = stored.find_bundle("resnet20")
     assert torch.equal(found.mean, best["mean"]) and torch.equal(found.std, best["std"])
 
     before = path.read_bytes(), (weights / "resnet20.json").read_bytes()
@@ -191,15 +192,17 @@ def a_run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def packed(a_run: Path, no_network: None) -> pretrained.Bundle:
+def packed(a_run: Path, no_network: None) -> stored.Bundle:
     bundle.pack(a_run, "made-up images")
-    return pretrained.find_bundle("resnet20")
+    return stored.find_bundle("resnet20")
 
 
 # ------------------------------------------------------------------------------- using it
 
 
-def test_the_classifier_stays_for_the_same_classes_and_no_others(packed: pretrained.Bundle) -> None:
+def test_the_classifier_stays_for_the_same_classes_and_no_others(
+    packed: stored.Bundle,
+) -> None:
     body = {k for k in packed.state if not k.startswith("head.")}
     for names in (TEN, TEN[::-1], [str(i) for i in range(10)], list("abc"), None):
         model = resnet20(len(names or TEN))
@@ -214,7 +217,7 @@ def test_the_classifier_stays_for_the_same_classes_and_no_others(packed: pretrai
 
 
 def test_digits_are_normalised_and_sized_as_the_weights_were_trained(
-    packed: pretrained.Bundle, cli: Callable, tmp_path: Path, quick: None
+    packed: stored.Bundle, cli: Callable, tmp_path: Path, quick: None
 ) -> None:
     """In lesson 1 and lesson 8: in what the model sees, and in what the run saves."""
     flags = ["--dataset", "digits", "--pretrained", "--model", "resnet20", "--device", "cpu"]
@@ -241,7 +244,7 @@ def test_digits_are_normalised_and_sized_as_the_weights_were_trained(
 
 
 def test_the_classes_it_knows_keep_their_classifier_in_both_lessons(
-    packed: pretrained.Bundle, cli: Callable, tmp_path: Path, quick: None
+    packed: stored.Bundle, cli: Callable, tmp_path: Path, quick: None
 ) -> None:
     images = str(make_pictures(tmp_path / "pictures", TEN))
     flags = ["--pretrained", "--model", "resnet20", "--device", "cpu", "--smoke", "--lr", "1e-30"]
@@ -256,7 +259,7 @@ def test_the_classes_it_knows_keep_their_classifier_in_both_lessons(
 
 
 def test_its_name_stands_for_a_run_to_predict_with_and_to_start_from(
-    packed: pretrained.Bundle, cli: Callable, tmp_path: Path, quick: None
+    packed: stored.Bundle, cli: Callable, tmp_path: Path, quick: None
 ) -> None:
     from PIL import Image
 
@@ -293,21 +296,21 @@ def test_its_name_stands_for_a_run_to_predict_with_and_to_start_from(
     ],
 )
 def test_another_form_of_the_model_is_refused_in_one_line(
-    number: str, flags: list[str], said: str, packed: pretrained.Bundle, cli: Callable
+    number: str, flags: list[str], said: str, packed: stored.Bundle, cli: Callable
 ) -> None:
     shared = ["--dataset", "digits", "--pretrained", "--model", "resnet20", "--smoke"]
     code, _, err = cli(number, *shared, *flags)
     assert code == 2 and said in err and err.count("\n") == 1
 
 
-def test_summary_is_of_the_size_of_the_weights(packed: pretrained.Bundle, cli: Callable) -> None:
+def test_summary_is_of_the_size_of_the_weights(packed: stored.Bundle, cli: Callable) -> None:
     flags = ["--dataset", "digits", "--pretrained", "--model", "resnet20", "--summary"]
     code, out, err = cli("01", *flags)
     assert code == 0 and "resnet20 for digits: 10 classes, 32 px" in out, err
 
 
 def test_a_damaged_or_missing_file_is_one_line(
-    packed: pretrained.Bundle, weights: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch
+    packed: stored.Bundle, weights: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = weights / "resnet20.pt"
     flags = ["--dataset", "digits", "--pretrained", "--model", "resnet20", "--smoke"]
@@ -327,7 +330,7 @@ def test_a_damaged_or_missing_file_is_one_line(
     assert code == 2 and "has no name: it was not made by" in err and err.count("\n") == 1
     path.unlink()
     monkeypatch.undo()  # torchvision is asked, and knows no resnet20; the network is not needed
-    monkeypatch.setattr(pretrained, "WEIGHTS", weights)
+    monkeypatch.setattr(stored, "WEIGHTS", weights)
     with pytest.raises(UserError, match="torchvision has no weights for it, nor"):
         pretrained.load_pretrained(resnet20(), "resnet20")
 
@@ -339,7 +342,7 @@ def test_half_precision_becomes_float32_and_only_the_main_process_speaks(
     best["model"] = {k: v.half() if v.is_floating_point() else v for k, v in best["model"].items()}
     checkpoint.save(a_run / "best.pt", best)
     bundle.pack(a_run)
-    state = pretrained.find_bundle("resnet20").state
+    state = stored.find_bundle("resnet20").state
     assert {v.dtype for v in state.values()} == {torch.float32, torch.int64}
     monkeypatch.setattr(processes, "is_main", lambda: False)
     pretrained.load_pretrained(resnet20(), "resnet20", TEN)
@@ -352,9 +355,9 @@ def test_half_precision_becomes_float32_and_only_the_main_process_speaks(
 def test_the_shipped_network_is_the_one_that_its_record_describes(
     monkeypatch: pytest.MonkeyPatch, no_network: None, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(pretrained, "WEIGHTS", SHIPPED)
+    monkeypatch.setattr(stored, "WEIGHTS", SHIPPED)
     record = json.loads((SHIPPED / "resnet20.json").read_text(encoding="utf-8"))
-    found = pretrained.find_bundle("resnet20")
+    found = stored.find_bundle("resnet20")
     assert found.describe() == (
         f"resnet20 of the course, trained on {record['trained_on']}: 10 classes at 32 px, "
         f"test top-1 {record['test_top1']:.2%}"

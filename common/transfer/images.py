@@ -111,4 +111,4 @@ def with_features(data: Data, features: dict[str, Tensor]) -> Data:
     """The dataset with the images of the splits in `features` replaced by these, (N, D)."""
     splits = data.splits()
     loaders = {name: FeatureLoader(splits[name], rows) for name, rows in features.items()}
-    return dataclasses.replace(data, **loaders)
+    return dataclasses.replace(data, in_memory=True, **loaders)

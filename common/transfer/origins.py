@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from common import pretrained
 from common.engine import checkpoint
 from common.engine.errors import UserError, unknown
+from common.engine.weights import find_bundle, official_state
 from common.lessons import lesson_names, load_lesson
-from common.pretrained import find_bundle
+from common.pretrained import load_pretrained
 from common.transfer.flags import EXTERNAL
 
 if TYPE_CHECKING:
@@ -254,10 +254,10 @@ def trained_origin(name: str, build: Callable[[int], nn.Module]) -> Origin:
     bundle = find_bundle(name)
     if bundle:
         names = bundle.class_names
-        model = pretrained.load_pretrained(build(len(names)), name, names)
+        model = load_pretrained(build(len(names)), name, names)
         mean_std = bundle.mean, bundle.std
         return Origin(f"the course's own {name}", model, mean_std, names, bundle.top1)
-    load = load_external if name.startswith(EXTERNAL) else pretrained.load_pretrained
+    load = load_external if name.startswith(EXTERNAL) else load_pretrained
     return Origin(f"official weights of {name}", load(build(2), name))
 
 
@@ -268,7 +268,7 @@ def load_external(model: TorchvisionModel, name: str) -> TorchvisionModel:
         UserError: there are none, or they can't be downloaded.
     """
     classes = model.get_classifier().out_features
-    state = pretrained.official_state(name.removeprefix(EXTERNAL))
+    state = official_state(name.removeprefix(EXTERNAL))
     model.reset_classifier(next(reversed(state.values())).shape[0])
     model.net.load_state_dict(state)
     model.reset_classifier(classes)
