@@ -508,12 +508,11 @@ def test_official_weights_into_a_model_for_ones_own_classes(
     """The download replaced by a checkpoint of torchvision's own making."""
     from torchvision import models
 
-    from common import pretrained
-
     torch.manual_seed(0)
     name = "mobilenet_v3_small"
     official = models.get_model(name).state_dict()
-    monkeypatch.setattr(pretrained, "official_state", lambda name: official)
+    for module in ("common.pretrained", "common.transfer.origins"):
+        monkeypatch.setattr(f"{module}.official_state", lambda name: official)
     images = str(image_folder(size=100, per_class=6))
     for model in (name, f"torchvision:{name}"):
         code, out, err = cli(

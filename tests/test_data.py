@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from common.engine.errors import UserError
 from common.engine.sources import Pictures, Source, load_folder, read_image, stratified_split
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def numbered(n: int = 100, classes: int = 4, **options: object) -> tuple[Source, TrainConfig]:
@@ -151,6 +155,74 @@ def test_workers_change_nothing(image_folder: Callable, augment: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(batches[2:], again))
     assert len(runs[0]) == len(runs[1])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("augment", ["randaugment", "autoaugment", "basic"])
+@pytest.mark.parametrize("size", [96, 24])
+def test_an_image_depends_on_its_position_alone(
+    image_folder: Callable, augment: str, size: int
+) -> None:
+    """Not on how many images a batch has: cutout and torchvision's policies, files and memory."""
+    folder, passes = image_folder(per_class=8, size=100), []
+    for batch in (2, 4):
+        config = folder_config(
+            folder, workers=0, augment=augment, batch_size=batch, image_size=size, cutout=9
+        )
+        data = load_data(config, CPU)
+        assert data.in_memory == (size == 24)
+        passes.append(torch.cat([x for x, _ in data.train.batches(1)]))
+    images = min(map(len, passes))
+    assert torch.equal(passes[0][:images], passes[1][:images])
+    plain = load_data(dataclasses.replace(config, augment="basic", cutout=0), CPU)
+    assert not torch.equal(torch.cat([x for x, _ in plain.train.batches(1)]), passes[1])
+
+
+def test_mixup_differs_from_batch_to_batch() -> None:
+    data = make_data(*numbered(augment="strong"), CPU)
+    shares = {round(float(y[y > 0].min()), 4) for _, y in data.train.batches(0)}
+    assert len(shares) > len(data.train) // 2
+
+
+def test_training_crops_of_files_are_not_those_of_the_test(image_folder: Callable) -> None:
+    data = load_data(folder_config(image_folder(per_class=8, size=100), workers=0), CPU)
+    rows = data.train.order(0)[: data.train.batch_size].numpy()
+    seen, (drawn, _) = data.train.take(rows), next(data.train.batches(0))
+    assert not any(torch.equal(a, b) for a, b in zip(seen, drawn))
+
+
+def test_one_pool_serves_all_splits_where_processes_are_spawned(
+    image_folder: Callable, tmp_path: Path
+) -> None:
+    """As on macOS and Windows, where each new process imports the script again."""
+    script = tmp_path / "train.py"
+    script.write_text(SPAWNED.format(folder=str(image_folder(per_class=8, size=100))))
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, cwd=ROOT, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("imported") == 1 + 1, "the script itself, and one worker for all"
+    assert done.stdout.splitlines()[-1] == "equal"
+
+
+SPAWNED = """
+print("imported", flush=True)
+import multiprocessing
+import torch
+from common.config import TrainConfig
+from common.data import load_data
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    here = {{"data_dir": {folder!r}, "batch_size": 4, "dataset": "folder", "device": "cpu"}}
+    sides = []
+    for workers in (1, 0):
+        config = TrainConfig(**here, workers=workers).resolve("folder", 96)
+        data = load_data(config, torch.device("cpu"))
+        epochs = [split.batches(epoch) for epoch in (0, 1) for split in data.splits().values()]
+        sides.append([x for epoch in epochs for x, _ in epoch])
+    print("equal" if all(map(torch.equal, *sides)) else "not equal")
+"""
 
 
 def test_small_folders_live_in_memory(image_folder: Callable) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,14 @@ from common import training
 from common.config import TrainConfig
 from common.data import Data, make_data
 from common.engine.errors import Diverged, UserError
+from common.engine.guard import Guard
 from common.engine.meter import top1_hits
 from common.engine.sources import Pictures, Source
+from common.evaluation import score
 from common.experiments import train_trial
+from common.runs import Run
 from common.training import Schedule, fit, make_optimizer, make_schedule, parameter_groups
+from common.transfer.images import PairLoader
 
 CPU = torch.device("cpu")
 
@@ -278,6 +283,94 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_step(
 def test_out_of_memory_is_one_line_when_asked_to_stop() -> None:
     with pytest.raises(UserError, match="out of memory with 16 images a batch"):
         train(Hungry(limit=8, after=2), batch_size=16, auto_batch=False)
+
+
+def test_out_of_memory_with_pairs_halves_both_sides(capsys: pytest.CaptureFixture) -> None:
+    """Lesson 8's batches of source and target images: the same images in every step."""
+    seen = []
+    for limit in (100, 20):
+        data, config = colours(batch_size=16, epochs=1)
+        other, _ = colours(batch_size=16, seed=1)
+        pairs = dataclasses.replace(data, train=PairLoader(data.train, other.train))
+        hungry = SourceOnly(limit=limit, after=0)
+        optimizer = make_optimizer(hungry, config)
+        schedule = make_schedule(optimizer, config, pairs.train)
+        fit(hungry, pairs, nn.CrossEntropyLoss(), optimizer, schedule, config)
+        seen.append(schedule.taken)
+    assert "--batch-size 8 --accumulate 2" in capsys.readouterr().out
+    assert seen == [5, 5]
+
+
+class SourceOnly(Hungry):
+    """The logits of the first half of a batch, which alone has labels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[: len(x) // 2]
+
+
+def test_an_optimizer_that_is_not_fused_is_not_told_to_skip() -> None:
+    """AdamW and unfused SGD refuse `found_inf`; where they are used the guard waits instead."""
+    for fused in (True, False):
+        parameter = nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=fused)
+        guard = Guard(CPU, clip=0, amp=None)
+        guard.finite.asynchronous, guard.finite.push = True, lambda number, at: None  # as on a GPU
+        guard.finite.take = lambda guard=guard: setattr(guard.finite, "value", float(guard.failed))
+        parameter.grad = torch.tensor([math.nan, 1.0])
+        if fused:
+            guard.check(torch.tensor(1.0), optimizer, 1, 1)
+            optimizer.step()
+            assert parameter.tolist() == [1, 1], "skipped"
+        else:
+            assert not hasattr(optimizer, "found_inf")
+            with pytest.raises(Diverged, match="epoch 1"):
+                guard.check(torch.tensor(1.0), optimizer, 1, 1)
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_not_tested() -> None:
+    """The gradient of the last step is finite, the weights that it makes are not."""
+    with pytest.raises(Diverged, match="no longer finite"):
+        train(epochs=1, batch_size=81, lr=3e38, schedule="constant", warmup=0.0)
+
+
+def test_a_run_begun_without_a_scaler_goes_on_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a CPU to a chip that has float16 only."""
+    data, config = colours(epochs=1, run_dir=str(tmp_path))
+
+    def begin(config: TrainConfig) -> list:
+        net = make_net()
+        optimizer = make_optimizer(net, config)
+        schedule = make_schedule(optimizer, config, data.train)
+        run = Run.open(config, "here")
+        return fit(net, data, nn.CrossEntropyLoss(), optimizer, schedule, config, run)
+
+    assert len(begin(config)) == 1
+    (folder,) = (tmp_path / "here").iterdir()
+    monkeypatch.setattr(training, "amp_dtype", lambda *_: torch.float16)
+    assert len(begin(dataclasses.replace(config, resume=str(folder)))) == 1
+
+
+def test_the_rate_of_an_epoch_is_that_of_its_last_step() -> None:
+    _, history, _ = train(epochs=2, lr=0.1, schedule="linear", warmup=0.0)
+    assert [r.lr for r in history] == pytest.approx([0.1 * 10 / 18, 0.1 / 18])
+
+
+def test_scoring_leaves_frozen_norms_frozen() -> None:
+    data, _ = colours()
+    net = make_net(batch_norm=True).train()
+    net[1].eval()
+    score(net, data.val)
+    assert net.training and not net[1].training
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_only_matrices_decay_in_either_optimizer(name: str) -> None:
+    config = TrainConfig(optimizer=name).resolve("digits")
+    groups = make_optimizer(make_net(batch_norm=True), config).param_groups
+    decays = {p.dim(): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays == {4: config.weight_decay, 2: config.weight_decay, 1: 0}
 
 
 def test_top1_reads_tuples_and_mixed_labels() -> None:
