@@ -34,10 +34,10 @@ Measured on two cores of an Intel Xeon with AMX, torch 2.15, seed 0:
 #                         └──────────── shortcut ─────────────────┘
 
 # %%
-from dataclasses import dataclass
-
 from common.cli import in_notebook, main, parse_flags
 from common.config import TrainConfig, knob
+
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Config(TrainConfig):
         ("A", "B", ""),
     )
     zero_init_residual: bool = knob(True, "start each residual branch at zero")
-    depths: str = knob("20,56", "layers of the nets that --experiment skip-connections compares")
+    depths: str = knob(
+        "20,56", "layers of the nets that --experiment skip-connections compares", low=8, high=1202
+    )
 
     # What differs from the defaults of common/config.py; the record at the top was measured with
     # these.

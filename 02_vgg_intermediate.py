@@ -38,10 +38,10 @@ Measured on digits (16 px, 10 epochs, seed 0, torch 2.15, float32 on two cores o
 #         after three         o          1
 
 # %%
-from dataclasses import dataclass, replace
-
 from common.cli import in_notebook, main, parse_flags
 from common.config import TrainConfig, knob
+
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,12 @@ class Config(TrainConfig):
     """What this lesson can be told; every field is a flag, and `--help` prints them all."""
 
     model: str = knob("vgg11_bn", "a name of MODELS: vgg11, vgg13, vgg16, vgg19, vgg16_bn, ...")
-    dropout: float = knob(0.5, "share of the large head's units silenced, for over 64 px", low=0)
-    field_images: int = knob(4, "noise images that --experiment receptive-field looks at", low=1)
+    dropout: float = knob(
+        0.5, "share of the large head's units silenced, for over 64 px", low=0, high=0.95
+    )
+    field_images: int = knob(
+        4, "noise images that --experiment receptive-field looks at", low=1, high=4096
+    )
 
     # What differs from the defaults of common/config.py. Digits are enlarged to 16 pixels, so that
     # the first three blocks have a map to show; the record at the top was measured with these.

@@ -44,10 +44,10 @@ Measured on digits (8 px, 10 epochs, seed 0, torch 2.15, float32 on two cores of
 # With GoogLeNet's first 5x5 ($C = 192$, $r = 16$, $D = 32$): 15,872 instead of 153,600.
 
 # %%
-from dataclasses import dataclass
-
 from common.cli import in_notebook, main, parse_flags
 from common.config import TrainConfig, knob
+
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,14 @@ class Config(TrainConfig):
     aux: bool = knob(True, "train with auxiliary classifiers on the side")
     five_by_five: bool = knob(False, "GoogLeNet: a real 5x5 branch, as in the paper")
     batch_norm: bool = knob(True, "GoogLeNet: off gives the net of 2014")
-    width_mult: float = knob(1.0, "GoogLeNet: factor on all channels", low=0.05)
-    trial_width: float = knob(0.25, "width_mult of the nets that --experiment auxiliary trains")
-    seeds: int = knob(2, "runs of each kind that --experiment auxiliary averages", low=1)
-    clock: float = knob(0.5, "seconds that --experiment bottleneck times each module", low=0)
+    width_mult: float = knob(1.0, "GoogLeNet: factor on all channels", low=0.05, high=8)
+    trial_width: float = knob(
+        0.25, "width_mult of the nets that --experiment auxiliary trains", low=0.05, high=8
+    )
+    seeds: int = knob(2, "runs of each kind that --experiment auxiliary averages", low=1, high=100)
+    clock: float = knob(
+        0.5, "seconds that --experiment bottleneck times each module", low=0, high=60
+    )
 
     # What differs from the defaults of common/config.py; the record at the top was measured with
     # these.

@@ -46,10 +46,10 @@ Measured on digits (8 px, 15 epochs, seed 0, torch 2.15, float32 on two cores of
 # accuracy, and does the clock agree?
 
 # %%
-from dataclasses import dataclass
-
 from common.cli import in_notebook, main, parse_flags
 from common.config import TrainConfig, knob
+
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,29 @@ class Config(TrainConfig):
         "mobilenet_v3_small",
         "a name of MODELS: mobilenet_v1, mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large",
     )
-    width_mult: float = knob(1.0, "factor on the channels of every layer", low=0.05)
+    width_mult: float = knob(1.0, "factor on the channels of every layer", low=0.05, high=8)
     trial_width: float = knob(
-        0.5, "width_mult of the nets that --experiment separable trains", low=0.05
+        0.5, "width_mult of the nets that --experiment separable trains", low=0.05, high=8
     )
-    seeds: int = knob(2, "runs of each net that --experiment separable averages", low=1)
-    width_mults: str = knob("0.25,0.5,1", "columns of the grid of --experiment multipliers")
-    resolution_mults: str = knob("0.5,0.75,1", "its rows, factors on the side of the image")
+    seeds: int = knob(2, "runs of each net that --experiment separable averages", low=1, high=100)
+    width_mults: str = knob(
+        "0.25,0.5,1", "columns of the grid of --experiment multipliers", low=0.05, high=4
+    )
+    resolution_mults: str = knob(
+        "0.5,0.75,1", "its rows, factors on the side of the image", low=0.05, high=4
+    )
     backend: str = knob(
         "",
         "integer kernels for --experiment quantize (default: the first that torch has here)",
         ("x86", "fbgemm", "onednn", "qnnpack", ""),
     )
     latency_px: int = knob(
-        224, "side of the images of ImageNet's form that experiments time, in pixels", low=32
+        224,
+        "side of the images of ImageNet's form that experiments time, in pixels",
+        low=32,
+        high=4096,
     )
-    clock: float = knob(0.3, "seconds for which experiments time each net or block", low=0)
+    clock: float = knob(0.3, "seconds for which experiments time each net or block", low=0, high=60)
 
     # What differs from the defaults of common/config.py; the record at the top was measured with
     # these.

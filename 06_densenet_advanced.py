@@ -46,10 +46,10 @@ Measured on digits (8 px, 10 epochs, seed 0, torch 2.15, float32 on two cores of
 #                                   └─ H3 ─────── x3 ┘
 
 # %%
-from dataclasses import dataclass, replace
-
 from common.cli import in_notebook, main, parse_flags
 from common.config import TrainConfig, knob
+
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,27 @@ class Config(TrainConfig):
         "densenet40_k12", "a name of MODELS: densenet40_k12, densenet_bc100_k12, densenet121, ..."
     )
     growth_rate: int | None = knob(
-        None, "new channels per layer, the paper's k (default: the model's)", low=1
+        None, "new channels per layer, the paper's k (default: the model's)", low=1, high=512
     )
     dropout: float = knob(
-        0.0, "share of new values zeroed in training; the paper's is 0.2 without --augment", low=0
+        0.0,
+        "share of new values zeroed in training; the paper's is 0.2 without --augment",
+        low=0,
+        high=0.95,
     )
     checkpointing: bool = knob(
         False, "recompute concatenations in backward: less memory, the same numbers"
     )
-    rates: str = knob("6,12,24", "growth rates that --experiment growth-rate compares")
-    depth: int = knob(22, "layers of the nets that --experiment growth-rate compares", low=7)
-    depths: str = knob("10,22,40", "layers of the nets that --experiment gradient-flow compares")
-    seeds: int = knob(2, "runs of each net that --experiment growth-rate averages", low=1)
+    rates: str = knob(
+        "6,12,24", "growth rates that --experiment growth-rate compares", low=1, high=512
+    )
+    depth: int = knob(
+        22, "layers of the nets that --experiment growth-rate compares", low=7, high=1000
+    )
+    depths: str = knob(
+        "10,22,40", "layers of the nets that --experiment gradient-flow compares", low=7, high=1000
+    )
+    seeds: int = knob(2, "runs of each net that --experiment growth-rate averages", low=1, high=100)
 
     # What differs from the defaults of common/config.py; the record at the top was measured with
     # these.

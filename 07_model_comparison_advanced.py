@@ -47,10 +47,10 @@ differ by 8 % at most. matched-size takes 187 s: at 0.3M parameters densenet40_k
 # patience, and they do not agree. So there are three fronts.
 
 # %%
-from dataclasses import dataclass
-
 from common.cli import in_notebook, main, parse_flags
 from common.config import TrainConfig, knob
+
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,23 @@ class Config(TrainConfig):
     budget: str = knob(
         "", "training of each model: epochs (10) or time (90s, 2m); default: --epochs"
     )
-    seeds: int = knob(3, "trainings of each model, with seeds SEED, SEED + 1, ...", low=1)
+    seeds: int = knob(3, "trainings of each model, with seeds SEED, SEED + 1, ...", low=1, high=100)
     choose: str = knob("", 'rank what fits, such as "params<5M,latency<20ms"')
     match: str = knob("params", "what --experiment matched-size makes equal", ("params", "macs"))
     match_to: str = knob("", "the size to match, such as 0.3M (default: 0.3M parameters)")
     eval_imagenet: str = knob("", "folder of ImageNet's validation images, DIR/CLASS/*")
     pass_limit: float | None = knob(
-        None, "GMACs that a timed pass may cost, 0: any (default: 5 on a CPU)", low=0
+        None,
+        "GMACs that a timed pass may cost, 0: any (default: 5 on a CPU)",
+        low=0,
+        high=1e6,
     )
     fold: bool = knob(
         False, "time networks with BatchNorm folded into the convolutions, as they are deployed"
     )
 
     # One recipe for all, gentle enough for nets without BatchNorm.
-    clip: float = knob(1.0, "largest gradient norm; 0: no limit", low=0)
+    clip: float = knob(1.0, "largest gradient norm; 0: no limit", low=0, high=1e6)
     RECIPES = {
         "digits": {"image_size": 8, "epochs": 6, "batch_size": 64, "base_lr": 0.4, "warmup": 1},
         "cifar10": {"epochs": 15, "base_lr": 0.2},

@@ -47,11 +47,12 @@ Domain adaptation, all ten digits, the same seeds, test accuracy on the target, 
 # What is left to decide is what to do with the copied part: keep it, or train it on, and how fast.
 
 # %%
-from dataclasses import dataclass
-
 from common.cli import in_notebook, main
 from common.config import TrainConfig, knob
 from common.transfer.flags import locate, parse_flags
+
+from dataclasses import dataclass
+
 
 LESSON = "08_transfer_learning_advanced"
 SOURCE = "source.pt"  # the pretrained net, beside the run that started from it
@@ -71,33 +72,46 @@ class Config(TrainConfig):
         "pretrain on so many of the classes and transfer to the others "
         "(default: half, unless there are weights to start from)",
         low=2,
+        high=100_000,
     )
-    source_epochs: int | None = knob(None, "epochs of that pretraining", low=1)
+    source_epochs: int | None = knob(None, "epochs of that pretraining", low=1, high=10000)
 
     strategy: str | None = knob(
         None,
         "what to train, and how fast (default: by the number of labels)",
         ("scratch", "features", "last-stage", "full", "progressive"),
     )
-    fraction: float | None = knob(None, "share of the target's training labels to use", low=0)
+    fraction: float | None = knob(
+        None, "share of the target's training labels to use", low=0, high=1
+    )
     rate_decay: float = knob(
-        1.6, "how many times slower each part learns than the part after it", low=1
+        1.6, "how many times slower each part learns than the part after it", low=1, high=100
     )
     unfreeze_by: float = knob(
-        0.5, "share of the epochs after which progressive unfreezing has reached the stem", low=0
+        0.5,
+        "share of the epochs after which progressive unfreezing has reached the stem",
+        low=0,
+        high=1,
     )
     compare: bool | None = knob(None, "all strategies under one budget (default: digits only)")
-    fractions: str = knob("", "scratch against transfer at these shares of the labels: 0.1,1.0")
-    seeds: int = knob(3, "trainings of each kind in a comparison, with seeds SEED, SEED + 1, ...")
+    fractions: str = knob(
+        "", "scratch against transfer at these shares of the labels: 0.1,1.0", low=0, high=1
+    )
+    seeds: int = knob(
+        3, "trainings of each kind in a comparison, with seeds SEED, SEED + 1, ...", low=1, high=100
+    )
 
     predict: str = knob("", "images to classify afterwards; with --from, without training")
     export: bool = knob(False, "write torch.export, TorchScript and ONNX files, and check them")
     adapt_epochs: int | None = knob(
-        None, "epochs of each training of --experiment domain-adaptation", low=1
+        None, "epochs of each training of --experiment domain-adaptation", low=1, high=10000
     )
     target_dir: str = knob("", "folder of the other domain for --experiment domain-adaptation")
     imbalance: float = knob(
-        30.0, "images of the largest class for one of the smallest, --experiment imbalance", low=1
+        30.0,
+        "images of the largest class for one of the smallest, --experiment imbalance",
+        low=1,
+        high=10000,
     )
 
     RECIPES = {

@@ -17,3 +17,8 @@ comparison, transfer     what lessons 7 and 8 stand on
 lessons                  finds a lesson by its number or a model's name
 starter, grade, sandbox, exercises    assignments that are made from lessons and mark themselves
 """
+
+from common.engine import signals
+
+if signals.in_script():  # from here on, while torch is imported too, Ctrl-C ends in one line
+    signals.catch()

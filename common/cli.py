@@ -13,14 +13,17 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from common.config import TrainConfig
-from common.engine.errors import Interrupted, UserError, unknown
+from common.engine import signals
+from common.engine.errors import UserError, unknown
+from common.engine.signals import on_leave
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+__all__ = ["exit_codes", "in_notebook", "main", "on_leave", "parse_flags"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -125,7 +128,7 @@ def main(
     """What a lesson does when it is run as a script: its summary, one of its experiments, or
     training.
 
-    Exits with 0, or 2, 130 or 143 after one line that says why.
+    Exits with 0, or 2, 130, 143 or 129 after one line that says why.
     """
     with exit_codes():
         if config.model not in models:
@@ -140,52 +143,59 @@ def main(
             experiments[config.experiment](config)
         else:
             run(config)
-        if "torch.distributed" in sys.modules:
-            from common.engine.processes import leave_processes
-
-            leave_processes()
 
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Turn the errors that a user can cause into
-    one line on stderr and the documented exit code.
+    """Turn the errors that a user can cause into one line on stderr and the documented exit code.
+
+    - 2: bad input or a missing thing, a full disk, too little memory
+    - 130, 143, 129: stopped by Ctrl-C, SIGTERM or SIGHUP
+    - 141: whoever read the output has closed it
+
+    A notebook gets the line alone. What isn't the user's doing keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, _terminated)
+    line, code = "", 0
     try:
-        yield
-    except UserError as error:
-        _leave(f"error: {error}", 2)
-    except Interrupted as stop:
-        _leave(str(stop), 128 + stop.signum)
-    except KeyboardInterrupt:
-        _leave(_farewell(), 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        with signals.caught() if not in_notebook() else nullcontext():
+            try:
+                try:
+                    yield
+                finally:
+                    print(end="", flush=True)  # a full disk shows here, not after the last line
+            except Exception as error:
+                signals.raise_if_stopped()  # what failed did so since the process is stopped
+                line, code = _explained(error)
+    except KeyboardInterrupt as stop:
+        line, code = str(stop), 128 + getattr(stop, "signum", signal.SIGINT)
     finally:
-        data = sys.modules.get("common.engine.file_loader")
-        if data:
-            data.close_workers()
+        how_to_go_on = signals.leave()
+    if code:
+        signals.say(line or how_to_go_on)
+        if not in_notebook():
+            sys.exit(code)
 
 
-def _terminated(signum: int, frame: object) -> NoReturn:
-    raise Interrupted(signum, _farewell())
+def _explained(error: Exception) -> tuple[str, int]:
+    """The line and the exit code of an error that isn't the code's fault; others are raised."""
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, BrokenPipeError):
+        _write_nowhere()
+        sys.exit(141)
+    if isinstance(error, OSError) and error.errno:
+        where = error.filename or "the output"
+        _write_nowhere()
+        return f"error: {where} can't be read or written ({error.strerror})", 2
+    if isinstance(error, MemoryError) or "not enough memory" in str(error):
+        return "error: this machine has too little memory for that: try a smaller --batch-size", 2
+    raise error
 
 
-def _farewell() -> str:
-    """How to go on, where there is something to go on with."""
-    runs = sys.modules.get("common.runs")
-    run = runs.Run.current if runs else None
-    if run is not None and run.last.exists():
-        return run.farewell()
-    return "stopped before anything was trained: there is nothing to resume"
-
-
-def _leave(line: str, code: int) -> None:
-    print("\r" + line if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
-    if not in_notebook():
-        sys.exit(code)
+def _write_nowhere() -> None:
+    """What is still in the buffer of a full or closed stdout can't be told to anyone."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def in_notebook() -> bool:

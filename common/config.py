@@ -15,10 +15,35 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder",
 Recipe = dict[str, Any]
 
 
-def knob(default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
-    """A field that is also a flag: its default, its line in --help, what it may be."""
-    metadata = {"help": help, "choices": choices, "low": low}
+def knob(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A field that is also a flag: its default, its line in --help, what it may be.
+
+    Args:
+        low: the least and `high` the most that it may be, both included. Every number has both. A
+            text that has them is a list such as 20,56, and they hold for each number in it.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def numbers(value: float | str, flag: str) -> list[float]:
+    """The one number that a knob holds, or those of a text such as 0.25,0.5,1.
+
+    Raises:
+        UserError: a part of the text is no number.
+    """
+    if not isinstance(value, str):
+        return [value]
+    try:
+        return [float(part) for part in value.split(",")] if value else []
+    except ValueError:
+        raise UserError(f"{flag} {value}: wants numbers with commas between them") from None
 
 
 @dataclass(frozen=True)
@@ -37,41 +62,56 @@ class TrainConfig:
     data_dir: str = knob(
         "data", "where datasets are, or are downloaded to; the images with --dataset folder"
     )
-    image_size: int | None = knob(None, "side in pixels that the model sees", low=4)
+    image_size: int | None = knob(None, "side in pixels that the model sees", low=4, high=4096)
     augment: str | None = knob(
         None,
         "crop and flip (basic), or much more",
         ("none", "basic", "strong", "randaugment", "autoaugment"),
     )
     cutout: int | None = knob(
-        None, "side in pixels of a blanked square in each training image", low=0
+        None, "side in pixels of a blanked square in each training image", low=0, high=4096
     )
 
-    epochs: int | None = knob(None, "passes over the training images", low=1)
-    batch_size: int | None = knob(None, "images per forward pass and process", low=1)
-    accumulate: int = knob(1, "batches per optimizer step", low=1)
+    epochs: int | None = knob(None, "passes over the training images", low=1, high=10_000)
+    batch_size: int | None = knob(None, "images per forward pass and process", low=1, high=65_536)
+    accumulate: int = knob(1, "batches per optimizer step", low=1, high=4096)
     base_lr: float | None = knob(
-        None, "peak learning rate per 256 images of an optimizer step", low=0
+        None, "peak learning rate per 256 images of an optimizer step", low=0, high=100
     )
     lr: float | None = knob(
-        None, "peak learning rate as it is; default: base_lr x images per step / 256", low=0
+        None,
+        "peak learning rate as it is; default: base_lr x images per step / 256",
+        low=0,
+        high=100,
     )
     optimizer: str = knob("sgd", "what takes the steps", ("sgd", "adamw"))
-    momentum: float = knob(0.9, "of SGD, Nesterov's form", low=0)
-    weight_decay: float | None = knob(None, "on weights; biases and norms have none", low=0)
-    label_smoothing: float | None = knob(None, "share of each label spread over all classes", low=0)
+    momentum: float = knob(0.9, "of SGD, Nesterov's form", low=0, high=0.9999)
+    weight_decay: float | None = knob(
+        None, "on weights; biases and norms have none", low=0, high=100
+    )
+    label_smoothing: float | None = knob(
+        None, "share of each label spread over all classes", low=0, high=0.9
+    )
     schedule: str = knob(
         "cosine",
         "of the learning rate",
         ("cosine", "linear", "onecycle", "step", "plateau", "constant"),
     )
-    warmup: float | None = knob(None, "epochs in which the learning rate rises linearly", low=0)
-    clip: float = knob(0.0, "largest gradient norm; 0: no limit", low=0)
+    warmup: float | None = knob(
+        None, "epochs in which the learning rate rises linearly", low=0, high=10_000
+    )
+    clip: float = knob(0.0, "largest gradient norm; 0: no limit", low=0, high=1e6)
     ema: float | None = knob(
-        None, "decay per step of a running average of the weights, e.g. 0.999; 0: none", low=0
+        None,
+        "decay per step of a running average of the weights, e.g. 0.999; 0: none",
+        low=0,
+        high=0.999999,
     )
     patience: int = knob(
-        0, "stop after so many epochs without a better validation loss; 0: never", low=0
+        0,
+        "stop after so many epochs without a better validation loss; 0: never",
+        low=0,
+        high=10_000,
     )
 
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -81,13 +121,13 @@ class TrainConfig:
     auto_batch: bool = knob(True, "on CUDA out of memory halve the batch and double --accumulate")
     sync_bn: bool = knob(False, "BatchNorm over all processes")
     workers: int | None = knob(
-        None, "processes that decode images; default: one per core, 8 at most", low=0
+        None, "processes that decode images; default: one per core, 8 at most", low=0, high=128
     )
-    seed: int = knob(0, "of weights, data order, augmentation and splits", low=0)
+    seed: int = knob(0, "of weights, data order, augmentation and splits", low=0, high=2**32 - 1)
 
     run_dir: str = knob("runs", "results go to RUN_DIR/<lesson>/<run name>/")
     resume: str = knob("", "run folder, or its last.pt, to go on with")
-    save_every: float = knob(60.0, "seconds between checkpoints within an epoch", low=0)
+    save_every: float = knob(60.0, "seconds between checkpoints within an epoch", low=0, high=1e6)
     pretrained: bool = knob(
         False, "start from trained weights: the course's own if it has some, else official ones"
     )
@@ -162,13 +202,17 @@ class TrainConfig:
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             flag = "--" + spec.name.replace("_", "-")
-            choices, low = spec.metadata.get("choices"), spec.metadata.get("low")
+            choices, low, high = (spec.metadata.get(key) for key in ("choices", "low", "high"))
             if value is None:
                 continue
             if choices and value not in choices:
                 raise unknown(flag.lstrip("-"), value, choices)
-            if low is not None and not value >= low:
-                raise UserError(f"{flag} {value}: the least that makes sense is {low:g}")
+            if low is not None:
+                for number in numbers(value, flag):
+                    if not number >= low:  # nor is nan
+                        raise UserError(f"{flag} {value}: the least that makes sense is {low:g}")
+                    if number > high:
+                        raise UserError(f"{flag} {value}: the most that makes sense is {high:,}")
         if self.lr is not None and self.lr == 0:
             raise UserError("--lr 0: a learning rate of zero learns nothing")
 

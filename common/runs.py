@@ -25,6 +25,7 @@ from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
 from common.engine.errors import UserError
 from common.engine.files import write_csv, write_json
 from common.engine.records import EpochRecord, Evaluation, Profile
+from common.engine.signals import on_leave
 from common.engine.weights import find_bundle
 from common.evaluation import most_wrong
 from common.profiling import count_macs, count_parameters, layer_table, thop_macs
@@ -390,6 +391,13 @@ class Run:
             print(f"figure     {path}")
         print(f"report     {page}", flush=True)
         return outcome
+
+
+@on_leave
+def how_to_go_on() -> str | None:
+    """Of the run in hand, once it has a checkpoint."""
+    run = Run.current
+    return run.farewell() if run is not None and run.last.exists() else None
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

@@ -489,7 +489,7 @@ def test_search_through_the_command_line(cli: Callable, tmp_path: Path) -> None:
 def test_a_rate_of_one_is_refused_in_one_line(cli: Callable) -> None:
     code, _, errors = cli("04", "--stochastic-depth", "1")
     assert code == 2
-    assert errors.strip() == "error: --stochastic-depth 1.0: a rate is below 1"
+    assert errors.strip() == "error: --stochastic-depth 1.0: the most that makes sense is 0.95"
 
 
 def test_what_the_lesson_says_to_notice() -> None:

@@ -5,6 +5,7 @@ one line, exit codes, help at once, no side effects.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,10 +13,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
+from common.engine.errors import UserError
 from tests.conftest import LESSONS, ROOT, lesson
 
 STANDARD_FLAGS = (
@@ -245,3 +248,19 @@ def test_a_run_with_workers_ends_in_silence(image_folder: Callable, tmp_path: Pa
         "--device", "cpu", "--smoke", "--run-dir", str(tmp_path / "runs"),
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_every_number_has_finite_bounds_on_both_sides(name: str) -> None:
+    kind = lesson(name[:2]).Config
+    types = get_type_hints(kind)
+    for spec in fields(kind):
+        low, high = spec.metadata.get("low"), spec.metadata.get("high")
+        numeric = {int, float} & {types[spec.name], *get_args(types[spec.name])}
+        if numeric or low is not None:
+            assert low is not None and high is not None, f"--{spec.name} has no bounds"
+            assert math.isfinite(low) and math.isfinite(high) and low < high, spec.name
+            kind(**{spec.name: low if numeric else str(low)}) if low else None
+            for beyond in (math.nan, math.inf, -math.inf, high + 1, low - 1):
+                with pytest.raises(UserError, match="that makes sense is"):
+                    kind(**{spec.name: beyond if numeric else str(beyond)})

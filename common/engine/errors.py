@@ -4,8 +4,9 @@ here: flags are checked before it is imported.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -20,16 +21,22 @@ class Diverged(UserError):
     losses: list[float] = []
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM. Exit code 128 + signal number: 130 or 143."""
+class Interrupted(KeyboardInterrupt):
+    """A signal asked to stop. Exit code 128 + its number: 130, 143 or 129.
 
-    def __init__(self, signum: int, message: str = "interrupted") -> None:
+    As Python's own for Ctrl-C it is no `Exception`: nobody's `except Exception` may swallow it.
+    The message says how to go on; where it is empty, `on_leave`'s callbacks are asked.
+    """
+
+    def __init__(self, signum: int, message: str = "") -> None:
         super().__init__(message)
         self.signum = signum
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """'unknown model resnet19 (did you mean resnet18?); known: ...', to raise."""
+    import difflib  # here: errors are imported before a signal can be answered
+
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f" (did you mean {close[0]}?)" if close else ""

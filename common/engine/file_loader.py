@@ -16,6 +16,7 @@ from common.engine import processes
 from common.engine.device import seeded
 from common.engine.errors import UserError
 from common.engine.progress import Bar
+from common.engine.signals import leave_signals_to_the_main_process, on_leave
 from common.engine.sources import Pictures, read_image
 
 Item = tuple[str, int, int]  # split, row, seed
@@ -84,7 +85,7 @@ class Pool:
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
-            worker_init_fn=_leave_ctrl_c_to_the_main_process,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # or each epoch would draw from the one that dropout uses
         )
         _pools.add(self)
@@ -112,6 +113,7 @@ class Pool:
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
+@on_leave
 def close_workers() -> None:
     """End all worker processes now: left to Python's exit, each of them delays it by 5 seconds."""
     for pool in list(_pools):
@@ -164,9 +166,8 @@ def _collate(items: list[tuple[Tensor | str, int]]) -> tuple[Tensor | str, Tenso
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
 
 
-def _leave_ctrl_c_to_the_main_process(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which Python ends them when it exits itself
+def _start_worker(worker: int) -> None:
+    leave_signals_to_the_main_process()
     torch.set_num_threads(1)
 
 
@@ -227,7 +228,7 @@ def read_files(
                 ],
                 num_workers=worker_count(workers) if len(pictures) > 2000 else 0,
                 collate_fn=_whole_and_broken,
-                worker_init_fn=_leave_ctrl_c_to_the_main_process,
+                worker_init_fn=_start_worker,
                 generator=torch.Generator(),
             )
             pixels, good = [], []

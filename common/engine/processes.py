@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.engine.errors import UserError
+from common.engine.signals import on_leave
 
 
 def rank() -> int:
@@ -45,6 +46,7 @@ def join_processes(device_name: str) -> None:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
 
 
+@on_leave
 def leave_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,34 +1,165 @@
-"""Signals that wait until a step is done."""
+"""How a process is stopped and how it leaves. No torch here: a signal may come while torch is
+being imported.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
+from contextlib import contextmanager, suppress
+
+from common.engine.errors import Interrupted
+
+TYPE_CHECKING = False  # typing's own would take as long to import as all the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+# Ctrl-C, the request of a cluster or a service manager, a terminal that is closed (not on Windows).
+STOPPING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+COURSE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+NOTHING_YET = "stopped before anything was saved: there is nothing to resume"
+
+_callbacks: list[Callable[[], str | None]] = []
+_came = 0  # the signal that asked this process to stop
+_held = 0  # blocks in which it has to wait
+_caught = 0  # blocks that turn `Interrupted` into a line and an exit code
+_owner = 0  # the process that these handlers are of; a fork inherits them
+
+
+# ---------------------------------------------------------------------------------------- leaving
+
+
+def on_leave(callback: Callable[[], str | None]) -> Callable[[], str | None]:
+    """Have `callback()` called when the process leaves, however it does; usable as a decorator.
+
+    Where a signal stopped it, the text that the latest of the callbacks returns is told to the
+    user: how to go on. None leaves that to the others.
+    """
+    if callback not in _callbacks:
+        _callbacks.append(callback)
+    return callback
+
+
+def leave() -> str:
+    """Call them all, the latest first; the line for a user who stopped the process."""
+    lines = [line for callback in reversed(_callbacks) if (line := callback())]
+    return lines[0] if lines else NOTHING_YET
+
+
+def say(line: str) -> None:
+    """`line` on stderr, if there is one and it's this process's turn: of torchrun's, the first."""
+    if not line:
+        return
+    # Closed, or on a disk that is full: the exit code has to do.
+    with suppress(AttributeError, OSError, ValueError):
+        print("\r" + line if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------- signals
+
+
+def in_script() -> bool:
+    """Whether this process was started to run one of the lessons, and not by a worker's parent."""
+    script = sys.argv[0] if sys.argv and sys.argv[0] in sys.orig_argv else ""
+    return os.path.dirname(os.path.abspath(script)) == COURSE and script.endswith(".py")
+
+
+def catch() -> dict[int, object]:
+    """Handle the signals that stop a process from now on; returns the handlers of before.
+
+    Nothing changes off the main thread, which signals never reach.
+    """
+    global _owner
+    before: dict[int, object] = {}
+    for signum in STOPPING:
+        handler = signal.getsignal(signum)
+        hung_up = signum not in (signal.SIGINT, signal.SIGTERM)
+        if handler is _stop or (hung_up and handler == signal.SIG_IGN):  # nohup
+            continue
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signum, _stop)
+            before[signum] = handler
+    _owner = os.getpid()
+    return before
+
+
+def release(before: dict[int, object]) -> None:
+    """Undo `catch`."""
+    global _came
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    if before:
+        _came = 0
+
+
+def leave_signals_to_the_main_process() -> None:
+    """For a worker process: a signal to the whole group is answered by the process that works for
+    the user. That one ends its workers itself, with SIGTERM.
+    """
+    for signum in STOPPING:
+        signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.SIG_IGN)
+
+
+@contextmanager
+def caught() -> Iterator[None]:
+    """Inside, a signal raises `Interrupted`; the caller turns it into a line and an exit code."""
+    global _caught, _held, _came
+    before = catch()
+    _caught += 1
+    try:
+        yield
+        raise_if_stopped()  # an exception in a destructor is lost, the signal isn't
+    finally:
+        _caught -= 1
+        if not _caught:
+            _held = _came = 0
+        release(before)
+
+
+def raise_if_stopped() -> None:
+    if _came and not _held:
+        raise Interrupted(_came)
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM inside the `with` only set a flag, so that a step can end and be saved.
+    """Inside the `with` a signal only sets `signum`, so that a step can end and be saved; the end
+    of the block raises `Interrupted`. A second signal exits at once.
 
-    A second signal exits at once. Outside the block the handlers are what they were.
+    Raises:
+        Interrupted: at the end of the outermost of such blocks.
     """
 
-    def __init__(self) -> None:
-        self.signum = 0
+    @property
+    def signum(self) -> int:
+        return _came
 
     def __enter__(self) -> StopSignal:
-        try:
-            self._before = {
-                s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)
-            }
-        except ValueError:  # not the main thread: signals go elsewhere
-            self._before = {}
+        global _held
+        self._before = catch()
+        _held += 1
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        global _held
+        _held = max(0, _held - 1)
+        came = _came
+        release(self._before)
+        if came and kind is None and not _held:
+            raise Interrupted(came)
 
-    def _note(self, signum: int, frame: object) -> None:
-        if self.signum:
-            os._exit(128 + signum)
-        self.signum = signum
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    global _came
+    if os.getpid() != _owner or _came:  # a worker; or asked for the second time
+        os._exit(128 + signum)
+    _came = signum
+    if _held:
+        return
+    if _caught:
+        raise Interrupted(signum)
+    # While modules are imported, or after the last line: an exception would end in a traceback.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        say(leave())
+    os._exit(128 + signum)
