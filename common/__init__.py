@@ -1,21 +1,23 @@
-"""What the lessons share. Each module is imported where it is needed; none works at import.
+"""What the lessons share, in floors: imports go down only.
 
-errors, config, cli      from flags to a frozen config, from an outcome to an exit code
-records, progress        what a run is, as plain data; how it is shown while it lasts
-runtime                  device, precision, seeds, processes, signals
+What a lesson's reader opens, one file after the other:
 
-sources, data            where images come from; the same batches in the same order, always
-augmentation             whole batches, each image by its own draw
-training, checkpoint     the loop, and what it can be resumed from
-evaluation, profiling    how good a model is, and what it costs
-inspection, plotting     looks inside a model; figures from records and arrays
-pretrained, bundle       official weights, and the course's own
-runs, report             a run's folder, its results and its page
-experiments              what the lessons' experiments share
+config, cli                  from flags to a frozen config, from an outcome to an exit code
+data, augmentation           batches of images, in the same order always
+training, schedule           the loop, the optimizer, the learning rate
+evaluation, profiling        how good a model is, and what it costs
+inspection, plotting         looks inside a model; figures from records and arrays
+pretrained, runs             trained weights; a run's folder, its results and its page
+experiments                  arms, seeds and claims
+lessons                      finds a lesson by its number or a model's name
 
-comparison, transfer     what lessons 7 and 8 stand on
-lessons                  finds a lesson by its number or a model's name
-starter, grade, sandbox, exercises    assignments that are made from lessons and mark themselves
+Doors for `python -m`: starter, grade, bundle, notebook, slides, index, kit.
+
+What nobody has to open to understand a lesson:
+
+comparison/, transfer/       what lessons 7 and 8 stand on
+grading/                     what marks exercises
+engine/                      machine, processes, files, signals, checkpoints, worker pool
 """
 
 from common.engine import signals

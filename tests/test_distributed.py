@@ -57,6 +57,23 @@ if processes.is_main():
         "probabilities": test.probabilities.tolist(), "lr": config.lr,
     }}
     json.dump(outcome, open(out + "/outcome.json", "w"))
+
+# Each process has BatchNorm statistics of its own images; what is validated is the same in all.
+import common.training
+seen = []
+def noted(model, loader):
+    seen.append([b.clone() for b in model.buffers()])
+    return score(model, loader)
+common.training.score = noted
+for ema in (0.0, 0.5):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+    short = dataclasses.replace(config, epochs=1, smoke=True, ema=ema)
+    optimizer = make_optimizer(net, short)
+    fit(net, data, loss_fn, optimizer, make_schedule(optimizer, short, data.train), short)
+    there = processes.from_all(seen.pop())
+    for one in there:
+        assert all(map(torch.equal, one, there[0])), "another model was validated"
 processes.leave_processes()
 """
 

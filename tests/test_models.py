@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.profiling import count_macs, count_parameters
-from tests.conftest import LESSONS, lesson
+from tests.conftest import LESSONS, ROOT, lesson
 
 ENTRIES = [
     (name[:2], model)
@@ -18,6 +19,9 @@ ENTRIES = [
     if name[:2] < "08"
     for model in getattr(lesson(name[:2]), "MODELS", {})
 ]
+
+with (ROOT / "tests" / "imagenet_models.csv").open(encoding="utf-8") as file:
+    REFERENCE = list(csv.DictReader(file))
 
 
 def builder(number: str, model: str) -> Callable[..., nn.Module]:
@@ -28,6 +32,16 @@ def first_logits(output: torch.Tensor | tuple) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("row", REFERENCE, ids=lambda row: row["model"])
+def test_parameters_are_as_many_as_published(row: dict[str, str]) -> None:
+    (build,) = [builder(*entry) for entry in ENTRIES if entry[1] == row["model"]]
+    with torch.device("meta"):
+        model = build()
+    assert count_parameters(model) == int(row["params"]) + int(row["params_aux_heads"])
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(("number", "model"), ENTRIES)
 def test_classifier_is_reached_and_replaced_alike(number: str, model: str) -> None:
     with torch.device("meta"):
@@ -50,6 +64,7 @@ SMALL = [e for e in ENTRIES if e[0] != "07" and not e[1].startswith("efficientne
 SMALL += [("04", "efficientnet_b0")]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("number", "model"), SMALL)
 def test_small_form_takes_32_and_8_pixels(number: str, model: str) -> None:
     with torch.device("meta"):

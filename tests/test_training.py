@@ -305,7 +305,8 @@ class SourceOnly(Hungry):
     """The logits of the first half of a batch, which alone has labels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[: len(x) // 2]
+        logits = super().forward(x)
+        return logits[: len(x) // 2] if self.training else logits
 
 
 def test_an_optimizer_that_is_not_fused_is_not_told_to_skip() -> None:
@@ -329,8 +330,13 @@ def test_an_optimizer_that_is_not_fused_is_not_told_to_skip() -> None:
 
 def test_weights_that_are_not_finite_after_the_last_step_are_not_tested() -> None:
     """The gradient of the last step is finite, the weights that it makes are not."""
+    data, config = colours(epochs=1, batch_size=81, schedule="constant", warmup=0.0)
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=3e38)
+    schedule = make_schedule(optimizer, config, data.train)
     with pytest.raises(Diverged, match="no longer finite"):
-        train(epochs=1, batch_size=81, lr=3e38, schedule="constant", warmup=0.0)
+        fit(net, data, nn.CrossEntropyLoss(), optimizer, schedule, config)
+    assert schedule.taken == 1
 
 
 def test_a_run_begun_without_a_scaler_goes_on_with_one(
@@ -350,6 +356,51 @@ def test_a_run_begun_without_a_scaler_goes_on_with_one(
     (folder,) = (tmp_path / "here").iterdir()
     monkeypatch.setattr(training, "amp_dtype", lambda *_: torch.float16)
     assert len(begin(dataclasses.replace(config, resume=str(folder)))) == 1
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_best_epoch_is_kept_and_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float
+) -> None:
+    """Of three epochs the second validates best: its weights, averaged or not, are what is left."""
+    data, config = colours(epochs=3, run_dir=str(tmp_path), ema=ema)
+    said, weights = iter([(0.9, 0.5), (0.5, 0.9), (0.4, 0.6)]), []
+
+    def scripted(model: nn.Module, loader: object) -> tuple[float, float]:
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+        return next(said)
+
+    monkeypatch.setattr(training, "score", scripted)
+    net = make_net(batch_norm=True)
+    optimizer = make_optimizer(net, config)
+    schedule = make_schedule(optimizer, config, data.train)
+    run = Run.open(config, "here")
+    fit(net, data, nn.CrossEntropyLoss(), optimizer, schedule, config, run)
+    kept = run.load_best()
+    assert kept["best"] == {"top1": 0.9, "loss": 0.5, "epoch": 2}
+    for state in (kept["model"], net.state_dict()):
+        assert all(torch.equal(state[name], value) for name, value in weights[1].items())
+    assert not torch.equal(weights[1]["0.weight"], weights[2]["0.weight"])
+
+
+def test_the_limit_of_the_gradient_is_of_the_gradient_unscaled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, _, _ = train(epochs=1, clip=0.1, weight_decay=0.0)
+    monkeypatch.setattr(training, "amp_dtype", lambda *_: torch.float16)
+    scaled, _, _ = train(epochs=1, clip=0.1, weight_decay=0.0)
+    start = make_net()
+    moves = [
+        torch.cat([(a - b).flatten() for a, b in zip(net.parameters(), start.parameters())])
+        for net in (plain, scaled)
+    ]
+    assert (moves[0] - moves[1]).norm() < 0.05 * moves[0].norm()
+
+
+def test_a_short_run_is_not_all_warm_up() -> None:
+    assert TrainConfig(epochs=1).resolve("digits").warmup == pytest.approx(0.2)
+    assert TrainConfig(epochs=100).resolve("digits").warmup == 2
+    assert TrainConfig(epochs=1, warmup=1.0).resolve("digits").warmup == 1
 
 
 def test_the_rate_of_an_epoch_is_that_of_its_last_step() -> None:
