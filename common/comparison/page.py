@@ -119,8 +119,7 @@ pre { white-space: pre-wrap; border-left: 3px solid var(--line); padding-left: 1
   margin-right: .4em; }
 td, th { text-align: right; padding: .3rem .6rem; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; }
-.plot { overflow-x: auto; }  /* a phone scrolls the chart, so that its text stays readable */
-svg { width: 100%; min-width: 44rem; max-width: 60rem; height: auto; display: block; }
+svg { max-width: 100%; height: auto; display: block; }
 svg text { fill: var(--ink); font-size: 13px; } svg .grid { stroke: var(--line); }
 svg .front { fill: none; stroke: var(--ink); stroke-dasharray: 5 4; opacity: .6; }
 svg circle { stroke: var(--page); stroke-width: 1.5; cursor: pointer; }
@@ -168,7 +167,9 @@ function draw(section, chart, axis) {
   box.replaceChildren();
   const points = chart.points.filter(p => p.x[axis] > 0);
   if (!points.length) return;
-  const [width, height, left, right, top, bottom] = [960, 440, 64, 20, 16, 52];
+  // As wide as there is room, so that the text has one size on a phone too.
+  const width = Math.max(300, Math.min(960, box.clientWidth)), height = 240 + width / 5;
+  const [left, right, top, bottom] = [64, 20, 16, 52];
   const root = svg(box, 'svg', {viewBox: `0 0 ${width} ${height}`, role: 'group',
     'aria-label': 'top-1 accuracy by ' + chart.axes[axis]});
   const logs = points.map(p => Math.log10(p.x[axis])), tops = points.map(p => 100 * p.top1);
@@ -183,10 +184,12 @@ function draw(section, chart, axis) {
   const py = percent =>
     height - bottom - (percent - y0) / (y1 - y0) * (height - top - bottom);
 
+  let last = -Infinity;
   for (let decade = Math.floor(x0); decade <= x1; decade++)
     for (const step of [1, 2, 5]) {
       const value = step * 10 ** decade, x = px(value);
-      if (Math.log10(value) < x0 || Math.log10(value) > x1) continue;
+      if (Math.log10(value) < x0 || Math.log10(value) > x1 || x < last + 44) continue;
+      last = x;
       svg(root, 'line', {class: 'grid', x1: x, x2: x, y1: top, y2: height - bottom});
       svg(root, 'text', {x, y: height - bottom + 20, 'text-anchor': 'middle'}, si(value));
     }
@@ -198,7 +201,7 @@ function draw(section, chart, axis) {
     svg(root, 'text', {x: left - 8, y: y + 4, 'text-anchor': 'end'}, label);
   }
   svg(root, 'text', {x: (left + width - right) / 2, y: height - 8, 'text-anchor': 'middle'},
-    chart.axes[axis] + ' (log scale); dashed: the Pareto front');
+    chart.axes[axis] + ' (log scale)');
 
   const at = p => [px(p.x[axis]), py(100 * p.top1)];
   const front = chart.fronts[axis].map(name => points.find(p => p.model === name)).filter(Boolean);
@@ -232,11 +235,12 @@ charts.forEach((chart, i) => {
   label.textContent = 'Top-1 accuracy against ';
   const select = document.createElement('select');
   for (const [field, words] of Object.entries(chart.axes)) select.add(new Option(words, field));
-  label.append(select);
+  label.append(select, ' (dashed: the Pareto front)');
   const plot = document.createElement('div');
   plot.className = 'plot';
   box.append(label, plot);
-  select.addEventListener('change', () => draw(section, chart, select.value));
+  for (const [node, event] of [[select, 'change'], [window, 'resize']])
+    node.addEventListener(event, () => draw(section, chart, select.value));
   draw(section, chart, select.value);
 });
 """

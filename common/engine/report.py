@@ -195,8 +195,11 @@ figure input:focus-visible + img { outline: 3px solid var(--soft); }
 .scroll { display: block; overflow-x: auto;
           background: linear-gradient(90deg, var(--page) 1rem, transparent 3rem) local,
                       linear-gradient(-90deg, var(--page) 1rem, transparent 3rem) local,
-                      linear-gradient(90deg, var(--soft), transparent .6rem),
-                      linear-gradient(-90deg, var(--soft), transparent .6rem); }
+                      linear-gradient(90deg, #8888, transparent .6rem),
+                      linear-gradient(-90deg, #8888, transparent .6rem); }
+@media (max-width: 45rem) {
+  figure::after { content: "tap to enlarge"; color: var(--soft); font-size: .8rem; }
+}
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left;
          white-space: nowrap; }
