@@ -1366,7 +1366,7 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 
 # %%
 if in_notebook():
-    print(inspect.getsource(UnfreezingSchedule))
+    print(inspect.getsource(UnfreezingSchedule._apply))
 
 # %% [markdown]
 # ## What to notice

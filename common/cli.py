@@ -9,6 +9,7 @@ import builtins
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import sys
 import typing
@@ -39,7 +40,7 @@ def parse_flags(config_class: type[ConfigT], argv: list[str] | None = None) -> C
     is an error. Exits with code 2 and one line on bad input.
     """
     if argv is None:
-        argv = [] if in_notebook() else sys.argv[1:]
+        argv = sys.argv[1:] if script() else []
     with exit_codes():
         given = vars(_build_parser(config_class).parse_args(argv))
         if given.get("resume"):
@@ -98,7 +99,7 @@ def _resumed(config_class: type[ConfigT], given: dict[str, Any]) -> ConfigT:
         raise UserError(f"--resume {path}: config.json can't be read ({error})") from None
     lesson, here = saved.pop("lesson", None), config_class.__module__
     if here == "__main__":
-        here = Path(sys.argv[0]).stem
+        here = Path(script()).stem or lesson
     if lesson != here:
         raise UserError(
             f"--resume {path}: a run of {lesson}, not of {here}; use python {lesson}.py"
@@ -157,7 +158,7 @@ def exit_codes() -> Iterator[None]:
     """
     line, code = "", 0
     try:
-        with signals.caught() if not in_notebook() else nullcontext():
+        with signals.caught() if script() else nullcontext():
             try:
                 try:
                     yield
@@ -170,10 +171,18 @@ def exit_codes() -> Iterator[None]:
         line, code = str(stop), 128 + getattr(stop, "signum", signal.SIGINT)
     finally:
         how_to_go_on = signals.leave()
+    if code and not script():
+        raise _Stop(line or how_to_go_on)  # the cells after this one don't run
     if code:
         signals.say(line or how_to_go_on)
-        if not in_notebook():
-            sys.exit(code)
+        sys.exit(code)
+
+
+class _Stop(Exception):
+    """What ends a cell in place of an exit code: IPython shows the line and no traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 def _explained(error: Exception) -> tuple[str, int]:
@@ -203,3 +212,22 @@ def in_notebook() -> bool:
     has no command line of its own and must not be exited.
     """
     return hasattr(builtins, "__IPYTHON__")
+
+
+def script() -> str:
+    """The script that runs, as it was typed. Empty for the cells of a notebook or of an editor,
+    where the command line is that of the kernel.
+    """
+    file = getattr(sys.modules["__main__"], "__file__", None) or ""
+    if in_notebook() and Path(file).name != Path(sys.argv[0]).name:
+        return ""
+    return sys.argv[0]
+
+
+def command(*flags: str) -> str:
+    """The line that was typed, or with `flags` the one that goes on; in a notebook, what sets it to
+    them.
+    """
+    if script():
+        return shlex.join(["python", script(), *(flags or sys.argv[1:])])
+    return f"config = parse_flags(Config, {list(flags)})" if flags else "cells of a notebook"

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from common import inspection, plotting
+from common.cli import command
 from common.config import TrainConfig
 from common.data import Data
 from common.engine import checkpoint, processes, report, sources
@@ -251,9 +252,7 @@ class Run:
         return f"; the last good state is in {self.folder}"
 
     def farewell(self) -> str:
-        return (
-            f"stopped; everything is saved. Go on with: python {sys.argv[0]} --resume {self.folder}"
-        )
+        return f"stopped; everything is saved. Go on with: {command('--resume', str(self.folder))}"
 
     # -- results
 
@@ -274,6 +273,10 @@ class Run:
         path = plotting.save(figure, self.folder / f"{name}.png")
         if path not in self.figures:
             self.figures.append(path)
+        if "ipykernel" in sys.modules:  # a notebook shows it
+            from IPython.display import Image, display
+
+            display(Image(path))
         return path
 
     def finish(
@@ -334,7 +337,7 @@ class Run:
             "Training": f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} "
             f"images/s",
             "Device": f"{cost.device}, torch {torch.__version__}",
-            "Command": " ".join(["python", *sys.argv]),
+            "Command": command(),
         }
         tables = {
             "Per class": [dataclasses.asdict(c) for c in test.per_class],
@@ -380,7 +383,7 @@ class Run:
             return outcome
         write_json(self.folder / "experiment.json", outcome)
         facts = {k: outcome[k] for k in ("lesson", "seed", "epochs", "device", "torch_version")}
-        facts["command"] = " ".join(["python", *sys.argv])
+        facts["command"] = command()
         tables = {"Measured": rows}
         title = f"{self.config.experiment} on {self.config.dataset}"
         page = report.write_report(self.folder, title, facts, tables, self.figures, notes=verdict)

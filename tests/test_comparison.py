@@ -170,7 +170,7 @@ def test_markdown_shows_only_columns_that_say_something() -> None:
 
 def test_page_needs_nothing_from_outside() -> None:
     page = comparison_page(
-        "A <b>", [Table("T", "</script>", ZOO)], {"a picture": b"\x89PNG"}, "x < y"
+        "A <b>", [Table("T", "</script>", ZOO)], {"a picture": b"\x89PNG\r\n\x1a\n"}, "x < y"
     )
     assert "A &lt;b&gt;" in page and "x &lt; y" in page
     assert (

@@ -22,7 +22,7 @@ PNG = base64.b64decode(
 class Page(HTMLParser):
     """Tags with their attributes, the text, and whether every tag was closed in order."""
 
-    VOID = ("meta", "img", "br", "link")
+    VOID = ("meta", "img", "br", "link", "input")
 
     def __init__(self, path: Path) -> None:
         super().__init__()

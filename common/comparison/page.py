@@ -7,12 +7,12 @@ sorting and the chart.
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
 
 from common.comparison.results import Candidate, Table, filled_columns, pareto_front, percent, si
+from common.engine.report import SORT, figure_html, page
 from common.plotting import PALETTE
 
 # What a chart can have on its x axis: field -> words. Costs; the y axis is always top-1.
@@ -35,36 +35,27 @@ def comparison_page(
         figures: caption -> PNG, shown below.
         text: plain text on top, such as the verdict.
     """
-    sections = "\n".join(_section(i, table) for i, table in enumerate(tables))
-    pictures = "\n".join(
-        f'<figure><img alt="{html.escape(caption)}" '
-        f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for caption, png in (figures or {}).items()
-    )
+    data = _json([_chart_data(table.candidates) for table in tables])
     lessons = sorted({c.lesson for table in tables for c in table.candidates})
     legend = "".join(
         f'<span><i style="background:{_color(lesson)}"></i>lesson {lesson}</span>'
         for lesson in lessons
     )
-    return PAGE.format(
-        title=html.escape(title),
-        style=STYLE,
-        text=f"<pre>{html.escape(text)}</pre>" if text else "",
-        legend=legend,
-        sections=sections,
-        pictures=pictures,
-        data=_json([_chart_data(table.candidates) for table in tables]),
-        script=SCRIPT,
-    )
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        f"<pre>{html.escape(text)}</pre>" if text else "",
+        f'<p class="legend">{legend}</p>',
+        *(_section(i, table) for i, table in enumerate(tables)),
+        *(figure_html(png, caption) for caption, png in (figures or {}).items()),
+        '<div id="tip" role="status"></div>',
+        f'<script type="application/json" id="data">{data}</script>',
+    ]
+    return page(title, "\n".join(body), STYLE, SORT + SCRIPT)
 
 
 def _section(number: int, table: Table) -> str:
     columns = filled_columns(table.candidates)
-    heads = "".join(
-        f'<th scope="col"><button type="button">{html.escape(c.head)}</button></th>'
-        for c in columns
-    )
+    heads = "".join(f'<th scope="col">{html.escape(c.head)}</th>' for c in columns)
     rows = []
     for candidate in table.candidates:
         cells = []
@@ -83,7 +74,7 @@ def _section(number: int, table: Table) -> str:
 <h2>{html.escape(table.title)}</h2>
 <p>{html.escape(table.note)}</p>
 <div class="chart"></div>
-<div class="scroll"><table><thead><tr>{heads}</tr></thead>
+<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>
 <tbody>
 {chr(10).join(rows)}
 </tbody></table></div>
@@ -121,84 +112,27 @@ def _json(data: object) -> str:
     return json.dumps(data).replace("<", "\\u003c")
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{text}
-<p class="legend">{legend}</p>
-{sections}
-{pictures}
-<div id="tip" role="status"></div>
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
-
 STYLE = """
-:root { color-scheme: light dark; --ink: #222; --faint: #ddd; --paper: #fff; --mark: #fff3c4; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --faint: #444; --paper: #1b1b1b; --mark: #4a4220; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-pre { white-space: pre-wrap; border-left: 3px solid var(--faint); padding-left: 1rem; }
+pre { white-space: pre-wrap; border-left: 3px solid var(--line); padding-left: 1rem; }
 .legend span { margin-right: 1.2rem; white-space: nowrap; }
 .legend i { display: inline-block; width: .75em; height: .75em; border-radius: 50%;
   margin-right: .4em; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums;
-  white-space: nowrap; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; }
+td, th { text-align: right; padding: .3rem .6rem; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; }
-th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0;
-  padding: 0; cursor: pointer; }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-th[aria-sort=descending] button::after { content: " \\2193"; }
-tr.marked { background: var(--mark); }
-svg { width: 100%; height: auto; max-width: 60rem; display: block; }
-svg text { fill: var(--ink); font-size: 13px; } svg .grid { stroke: var(--faint); }
+svg { max-width: 100%; height: auto; display: block; }
+svg text { fill: var(--ink); font-size: 13px; } svg .grid { stroke: var(--line); }
 svg .front { fill: none; stroke: var(--ink); stroke-dasharray: 5 4; opacity: .6; }
-svg circle { stroke: var(--paper); stroke-width: 1.5; cursor: pointer; }
+svg circle { stroke: var(--page); stroke-width: 1.5; cursor: pointer; }
 svg circle.marked { stroke: var(--ink); }
 svg circle:focus { outline: none; stroke: var(--ink); }
 #tip { position: fixed; display: none; pointer-events: none; padding: .3rem .6rem;
-  border-radius: .3rem; background: var(--ink); color: var(--paper); font-size: .87rem;
+  border-radius: .3rem; background: var(--ink); color: var(--page); font-size: .87rem;
   max-width: 24rem; z-index: 1; }
-figure { margin: 2rem 0; } figure img { max-width: 100%; background: #fff; }
 """
 
 SCRIPT = """
-'use strict';
 const tip = document.getElementById('tip');
 const charts = JSON.parse(document.getElementById('data').textContent);
-
-// A click on a head sorts by it, a second click turns the order round. Empty cells stay last.
-function sortBy(table, column) {
-  const head = table.tHead.rows[0].cells[column];
-  const up = head.getAttribute('aria-sort') !== 'ascending';
-  for (const cell of table.tHead.rows[0].cells) cell.removeAttribute('aria-sort');
-  head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
-  const key = row => row.cells[column].dataset.key;
-  const rows = [...table.tBodies[0].rows];
-  rows.sort((a, b) => {
-    const [p, q] = [key(a), key(b)];
-    if (p === '' || q === '') return (p === '') - (q === '');
-    const order = isNaN(p) || isNaN(q) ? p.localeCompare(q) : p - q;
-    return up ? order : -order;
-  });
-  table.tBodies[0].append(...rows);
-}
 
 function svg(parent, name, attributes, text) {
   const node = document.createElementNS('http://www.w3.org/2000/svg', name);
@@ -233,7 +167,9 @@ function draw(section, chart, axis) {
   box.replaceChildren();
   const points = chart.points.filter(p => p.x[axis] > 0);
   if (!points.length) return;
-  const [width, height, left, right, top, bottom] = [960, 440, 64, 20, 16, 52];
+  // As wide as there is room, so that the text has one size on a phone too.
+  const width = Math.max(300, Math.min(960, box.clientWidth)), height = 240 + width / 5;
+  const [left, right, top, bottom] = [64, 20, 16, 52];
   const root = svg(box, 'svg', {viewBox: `0 0 ${width} ${height}`, role: 'group',
     'aria-label': 'top-1 accuracy by ' + chart.axes[axis]});
   const logs = points.map(p => Math.log10(p.x[axis])), tops = points.map(p => 100 * p.top1);
@@ -248,10 +184,12 @@ function draw(section, chart, axis) {
   const py = percent =>
     height - bottom - (percent - y0) / (y1 - y0) * (height - top - bottom);
 
+  let last = -Infinity;
   for (let decade = Math.floor(x0); decade <= x1; decade++)
     for (const step of [1, 2, 5]) {
       const value = step * 10 ** decade, x = px(value);
-      if (Math.log10(value) < x0 || Math.log10(value) > x1) continue;
+      if (Math.log10(value) < x0 || Math.log10(value) > x1 || x < last + 44) continue;
+      last = x;
       svg(root, 'line', {class: 'grid', x1: x, x2: x, y1: top, y2: height - bottom});
       svg(root, 'text', {x, y: height - bottom + 20, 'text-anchor': 'middle'}, si(value));
     }
@@ -263,7 +201,7 @@ function draw(section, chart, axis) {
     svg(root, 'text', {x: left - 8, y: y + 4, 'text-anchor': 'end'}, label);
   }
   svg(root, 'text', {x: (left + width - right) / 2, y: height - 8, 'text-anchor': 'middle'},
-    chart.axes[axis] + ' (log scale); dashed: the Pareto front');
+    chart.axes[axis] + ' (log scale)');
 
   const at = p => [px(p.x[axis]), py(100 * p.top1)];
   const front = chart.fronts[axis].map(name => points.find(p => p.model === name)).filter(Boolean);
@@ -287,8 +225,6 @@ function draw(section, chart, axis) {
 charts.forEach((chart, i) => {
   const section = document.getElementById('table-' + i);
   const table = section.querySelector('table');
-  [...table.tHead.rows[0].cells].forEach((cell, column) =>
-    cell.querySelector('button').addEventListener('click', () => sortBy(table, column)));
   for (const row of table.tBodies[0].rows) {
     row.addEventListener('mouseenter', () => mark(section, row.dataset.model, true));
     row.addEventListener('mouseleave', () => mark(section, row.dataset.model, false));
@@ -299,11 +235,12 @@ charts.forEach((chart, i) => {
   label.textContent = 'Top-1 accuracy against ';
   const select = document.createElement('select');
   for (const [field, words] of Object.entries(chart.axes)) select.add(new Option(words, field));
-  label.append(select);
+  label.append(select, ' (dashed: the Pareto front)');
   const plot = document.createElement('div');
   plot.className = 'plot';
   box.append(label, plot);
-  select.addEventListener('change', () => draw(section, chart, select.value));
+  for (const [node, event] of [[select, 'change'], [window, 'resize']])
+    node.addEventListener(event, () => draw(section, chart, select.value));
   draw(section, chart, select.value);
 });
 """

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 class UserError(Exception):
     """Bad input or a missing thing: one line that says what, where and what to do. Exit code 2."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback."""
+        return [f"error: {self}"]
+
 
 class Diverged(UserError):
     """The loss or its gradient is no longer finite. `losses` are those of the steps before, where

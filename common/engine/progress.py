@@ -1,5 +1,5 @@
 """Progress of long work: a tqdm bar on a terminal,
-a plain line now and then where there is none.
+a plain line now and then where there is none, as in a notebook, which keeps all that is printed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Bar:
         self.first = done
         self.show = show
         self.bar = None
-        if show and (sys.stderr.isatty() or "ipykernel" in sys.modules):
-            from tqdm.auto import tqdm
+        if show and sys.stderr.isatty():
+            from tqdm import tqdm
 
             self.bar = tqdm(
                 total=total or None,

@@ -1,4 +1,6 @@
-"""One self-contained page that shows a run: facts, figures, tables. It needs no network."""
+"""Self-contained pages, which need no network: a run's facts, figures and tables, and the shell
+that all other pages of the course stand in.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,26 @@ def write_report(
     body += [f'<p class="note">{escape(note)}</p>' for note in notes]
     if facts:
         body.append(_facts(facts))
-    body += [_figure(path, captions.get(path.stem, "")) for path in map(Path, figures)]
+    for figure in map(Path, figures):
+        try:
+            body.append(
+                figure_html(figure.read_bytes(), figure.stem, captions.get(figure.stem, ""))
+            )
+        except ValueError:
+            raise ValueError(f"{figure} is not a PNG") from None
     body += [_table(heading, rows) for heading, rows in tables.items() if rows]
-    page = PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
     path = Path(folder) / "report.html"
-    write_atomically(path, page)
+    write_atomically(path, page(title, "\n".join(body)))
     return path
+
+
+def page(title: str, body: str, style: str = "", script: str = "") -> str:
+    """The whole page around `body`, which is HTML already; it may load nothing from outside."""
+    allowed = "; script-src 'unsafe-inline'" if script else ""
+    script = f"\n<script>\n'use strict';{script}</script>" if script else ""
+    return PAGE.format(
+        title=escape(title), style=STYLE + style, body=body, allowed=allowed, script=script
+    )
 
 
 def _facts(facts: Mapping[str, object]) -> str:
@@ -59,18 +75,23 @@ def _facts(facts: Mapping[str, object]) -> str:
     return '<dl class="facts">' + "".join(items) + "</dl>"
 
 
-def _figure(path: Path, caption: str) -> str:
-    data = path.read_bytes()
-    if data[:8] != b"\x89PNG\r\n\x1a\n":
-        raise ValueError(f"{path} is not a PNG")
-    # At 96 CSS pixels an inch all figures have text of one size; a phone scrolls the wide ones.
-    width = int.from_bytes(data[16:20], "big") * 96 // DPI
-    size = f'class="wide" width="{width}"' if width > 700 else f'width="{width}"'
-    source = f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
+def figure_html(png: bytes, name: str, caption: str = "") -> str:
+    """A figure as part of a page.
+
+    Raises:
+        ValueError: it is not a PNG.
+    """
+    if png[:8] != b"\x89PNG\r\n\x1a\n":
+        raise ValueError(f"{name} is not a PNG")
+    # At 96 CSS pixels an inch all figures have text of one size. A phone shows them whole; a tap
+    # gives their full size, to be scrolled.
+    width = int.from_bytes(png[16:20], "big") * 96 // DPI
+    source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
     text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    alt = escape(caption or _words(path.stem))
+    alt = escape(caption or _words(name.removesuffix(".png")))
     return (
-        f'<figure><div class="scroll"><img alt="{alt}" {size} src="{source}"></div>{text}</figure>'
+        f'<figure><label class="scroll"><input type="checkbox" aria-label="full size">'
+        f'<img alt="{alt}" width="{width}" src="{source}"></label>{text}</figure>'
     )
 
 
@@ -128,23 +149,25 @@ PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{allowed}">
 <title>{title}</title>
 <style>{style}</style>
 </head>
 <body>
 <main>
 {body}
-</main>
+</main>{script}
 </body>
 </html>
 """
 
 STYLE = """
 :root { color-scheme: light dark;
-        --ink: #222; --soft: #667; --line: #ddd; --card: #f5f6f8; --page: #fff; }
+        --ink: #222; --soft: #667; --line: #ddd; --card: #f5f6f8; --page: #fff;
+        --mark: #fff3c4; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --soft: #a3a8b3; --line: #3a3d44; --card: #24262b; --page: #17181b; }
+  :root { --ink: #e8e8e8; --soft: #a3a8b3; --line: #3a3d44; --card: #24262b; --page: #17181b;
+          --mark: #4a4220; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); overflow-wrap: break-word;
@@ -165,11 +188,54 @@ figure { margin: 1.5rem 0; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff;
       border-radius: .5rem; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; text-align: center; }
-img.wide { min-width: min(40rem, 100vw * 2); }
-.scroll { overflow-x: auto; }
+figure input { position: absolute; opacity: 0; }
+figure input:checked + img { max-width: none; }
+figure input:focus-visible + img { outline: 3px solid var(--soft); }
+/* A shadow at the side where there is more to see. */
+.scroll { display: block; overflow-x: auto;
+          background: linear-gradient(90deg, var(--page) 1rem, transparent 3rem) local,
+                      linear-gradient(-90deg, var(--page) 1rem, transparent 3rem) local,
+                      linear-gradient(90deg, #8888, transparent .6rem),
+                      linear-gradient(-90deg, #8888, transparent .6rem); }
+@media (max-width: 45rem) {
+  figure::after { content: "tap to enlarge"; color: var(--soft); font-size: .8rem; }
+}
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left;
          white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
+th button { font: inherit; color: inherit; background: none; border: 0; padding: 0;
+            cursor: pointer; }
+th[aria-sort=ascending] button::after { content: " \\2191"; }
+th[aria-sort=descending] button::after { content: " \\2193"; }
+tr.marked { background: var(--mark); }
+"""
+
+# For pages with tables of class "sortable": a click on a head sorts by it, a second click turns the
+# order round. A cell sorts by its data-key, where it has one. Empty cells stay last.
+SORT = """
+function sortBy(table, column) {
+  const head = table.tHead.rows[0].cells[column];
+  const up = head.getAttribute('aria-sort') !== 'ascending';
+  for (const cell of table.tHead.rows[0].cells) cell.removeAttribute('aria-sort');
+  head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
+  const key = row => row.cells[column].dataset.key ?? row.cells[column].textContent;
+  const rows = [...table.tBodies[0].rows];
+  rows.sort((a, b) => {
+    const [p, q] = [key(a), key(b)];
+    if (p === '' || q === '') return (p === '') - (q === '');
+    const order = isNaN(p) || isNaN(q) ? p.localeCompare(q) : p - q;
+    return up ? order : -order;
+  });
+  table.tBodies[0].append(...rows);
+}
+
+for (const table of document.querySelectorAll('table.sortable'))
+  [...table.tHead.rows[0].cells].forEach((cell, column) => {
+    const button = document.createElement('button');
+    button.append(...cell.childNodes);
+    button.addEventListener('click', () => sortBy(table, column));
+    cell.append(button);
+  });
 """

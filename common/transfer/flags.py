@@ -19,7 +19,7 @@ EXTERNAL = "torchvision:"
 def parse_flags(config_class: type[ConfigT], argv: list[str] | None = None) -> ConfigT:
     """As `common.cli.parse_flags`, with `--from RUN` and `--predict IMAGE IMAGE ...`."""
     if argv is None:
-        argv = [] if cli.in_notebook() else sys.argv[1:]
+        argv = sys.argv[1:] if cli.script() else []
     config = cli.parse_flags(config_class, spell_out(argv))
     with cli.exit_codes():
         return locate(config)
