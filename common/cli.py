@@ -5,11 +5,9 @@ to an exit code. Flags are read before torch is imported.
 from __future__ import annotations
 
 import argparse
-import builtins
 import dataclasses
 import json
 import os
-import shlex
 import signal
 import sys
 import typing
@@ -22,6 +20,7 @@ from common.config import TrainConfig
 from common.engine import signals
 from common.engine.errors import UserError, unknown
 from common.engine.signals import on_leave
+from common.engine.surroundings import in_notebook, script
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 __all__ = ["exit_codes", "in_notebook", "main", "on_leave", "parse_flags"]
@@ -205,29 +204,3 @@ def _write_nowhere() -> None:
     """What is still in the buffer of a full or closed stdout can't be told to anyone."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def in_notebook() -> bool:
-    """Whether a Jupyter kernel or IPython runs this: it
-    has no command line of its own and must not be exited.
-    """
-    return hasattr(builtins, "__IPYTHON__")
-
-
-def script() -> str:
-    """The script that runs, as it was typed. Empty for the cells of a notebook or of an editor,
-    where the command line is that of the kernel.
-    """
-    file = getattr(sys.modules["__main__"], "__file__", None) or ""
-    if in_notebook() and Path(file).name != Path(sys.argv[0]).name:
-        return ""
-    return sys.argv[0]
-
-
-def command(*flags: str) -> str:
-    """The line that was typed, or with `flags` the one that goes on; in a notebook, what sets it to
-    them.
-    """
-    if script():
-        return shlex.join(["python", script(), *(flags or sys.argv[1:])])
-    return f"config = parse_flags(Config, {list(flags)})" if flags else "cells of a notebook"
