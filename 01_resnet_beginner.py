@@ -82,7 +82,7 @@ from common.engine.device import memory_format
 from common.data import load_data
 from common.engine.errors import UserError
 from common.evaluation import evaluate
-from common.experiments import Trial, train_trial
+from common.experiments import Trial, conclude, train_trial
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import profile
 from common.runs import Run, banner, draw_figures, prepare
@@ -525,7 +525,7 @@ def skip_connections(config: Config) -> dict[str, object]:
         {**t.row(), "first gradient": f"{mean(t.first_layer_gradient[:steps]):.3g}"}
         for t in named.values()
     ]
-    return run.conclude(rows, skip_verdict(trials, depths))
+    return conclude(run, rows, skip_verdict(trials, depths))
 
 
 def parse_depths(text: str) -> list[int]:

@@ -91,7 +91,7 @@ from common.engine.device import memory_format
 from common.data import load_data
 from common.engine.errors import Diverged
 from common.evaluation import evaluate
-from common.experiments import Trial, train_trial
+from common.experiments import Trial, conclude, train_trial
 from common.inspection import to_images
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, count_parameters, profile
@@ -477,7 +477,7 @@ def receptive_field(config: Config) -> dict[str, object]:
         }
         for s in (*choices, *layers)
     ]
-    return run.conclude(rows, field_verdict(choices, layers, config.model))
+    return conclude(run, rows, field_verdict(choices, layers, config.model))
 
 
 def field_verdict(choices: list[Seen], layers: list[Seen], model: str) -> list[str]:
@@ -609,7 +609,7 @@ def batch_norm(config: Config) -> dict[str, object]:
     plotting.bars(tests, "test top-1", "Test accuracy", percent=True, colors=colors, ax=final)
     run.figure("batch_norm", figure)
     verdict = batch_norm_verdict(outcomes, len(data.test.labels))
-    return run.conclude([o.row() for o in outcomes], verdict)
+    return conclude(run, [o.row() for o in outcomes], verdict)
 
 
 def batch_norm_verdict(outcomes: list[Outcome], test_images: int) -> list[str]:

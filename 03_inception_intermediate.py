@@ -95,7 +95,7 @@ from common.engine.device import memory_format
 from common.data import Loader, load_data
 from common.engine.errors import UserError
 from common.evaluation import evaluate
-from common.experiments import Trial, mean_and_spread, train_trial
+from common.experiments import Trial, conclude, mean_and_spread, train_trial
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import profile
 from common.runs import Run, banner, draw_figures, prepare
@@ -787,7 +787,7 @@ def auxiliary(config: Config) -> dict[str, object]:
         }
         for kind, ts in trials.items()
     ]
-    return run.conclude(rows, auxiliary_verdict(trials, early))
+    return conclude(run, rows, auxiliary_verdict(trials, early))
 
 
 def auxiliary_verdict(trials: dict[str, list[Trial]], early: dict[str, float]) -> list[str]:
@@ -927,7 +927,7 @@ def branches(config: Config) -> dict[str, object]:
         for i, name in enumerate(silenced)
         for j, branch in enumerate(BRANCHES)
     ]
-    return run.conclude(rows, branches_verdict(tables, list(silenced)))
+    return conclude(run, rows, branches_verdict(tables, list(silenced)))
 
 
 def branches_verdict(tables: dict[str, np.ndarray], modules: list[str]) -> list[str]:
@@ -1054,7 +1054,7 @@ def bottleneck(config: Config) -> dict[str, object]:
         ax=total_ax,
     )
     run.figure("bottleneck", figure)
-    return run.conclude(rows, bottleneck_verdict(rows, total))
+    return conclude(run, rows, bottleneck_verdict(rows, total))
 
 
 def bottleneck_verdict(

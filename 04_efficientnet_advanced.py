@@ -106,7 +106,7 @@ from common import plotting
 from common.engine.device import set_up_torch
 from common.data import load_data
 from common.evaluation import evaluate
-from common.experiments import Trial, mean_and_spread, train_trial
+from common.experiments import Trial, conclude, mean_and_spread, train_trial
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, profile
 from common.runs import Run, banner, draw_figures, prepare
@@ -649,7 +649,7 @@ def compound_scaling(config: Config) -> dict[str, object]:
         }
         for name, size in sizes.items()
     ]
-    return run.conclude(rows, scaling_verdict(scores, last_losses))
+    return conclude(run, rows, scaling_verdict(scores, last_losses))
 
 
 def blocks_of(size: Size) -> int:
@@ -938,7 +938,7 @@ def architecture_search(config: Config) -> dict[str, object]:
         for name, finalist in finalists.items()
     ]
     verdict = search_verdict(found, len(first), scores)
-    return run.conclude(rows, verdict, proxy_losses=losses)
+    return conclude(run, rows, verdict, proxy_losses=losses)
 
 
 def gene_worth(candidates: list[Candidate]) -> tuple[list[str], np.ndarray]:

@@ -116,7 +116,7 @@ from common import plotting
 from common.data import Loader, load_data
 from common.engine.errors import UserError
 from common.evaluation import evaluate
-from common.experiments import Trial, mean_and_spread, train_trial
+from common.experiments import Trial, conclude, mean_and_spread, train_trial
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, macs_by_module, profile
 from common.runs import Run, banner, draw_figures, prepare
@@ -684,7 +684,7 @@ def separable(config: Config) -> dict[str, object]:
     share = cost_by_kind(trials["separable"][0].model, data.input_size)["1x1"][0]
     verdict = separable_verdict(trials, blocks)
     verdict.append(f"{share:.0%} of the separable net's multiply-adds are in 1x1 convolutions")
-    return run.conclude(rows, verdict, blocks=blocks, width_of_thin_standard=thin)
+    return conclude(run, rows, verdict, blocks=blocks, width_of_thin_standard=thin)
 
 
 def width_for_macs(
@@ -863,7 +863,7 @@ def multipliers(config: Config) -> dict[str, object]:
         }
         for cell in cells
     ]
-    return run.conclude(rows, multipliers_verdict(cells, len(data.test.labels)))
+    return conclude(run, rows, multipliers_verdict(cells, len(data.test.labels)))
 
 
 def factors(flag: str, text: str) -> list[float]:
@@ -1132,7 +1132,7 @@ def quantize(config: Config) -> dict[str, object]:
     run.figure("quantize", figure)
     gap = (logits["FP32 folded"] - logits["FP32"]).abs().max().item()
     verdict = quantize_verdict(rows, errors, gap, len(labels))
-    return run.conclude(rows, verdict, backend=backend, weight_errors=errors)
+    return conclude(run, rows, verdict, backend=backend, weight_errors=errors)
 
 
 def quantize_verdict(

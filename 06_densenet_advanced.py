@@ -109,7 +109,7 @@ from common.engine.device import memory_format, set_up_torch
 from common.data import load_data
 from common.engine.errors import UserError
 from common.evaluation import evaluate
-from common.experiments import Trial, mean_and_spread, train_trial
+from common.experiments import Trial, conclude, mean_and_spread, train_trial
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, count_parameters, profile
 from common.runs import Run, banner, draw_figures, prepare
@@ -597,7 +597,7 @@ def reuse(config: Config) -> dict[str, object]:
     rows.append({"block": "untrained", **{habit: f"1 ± {x:.2f}" for habit, x in chance.items()}})
     verdict = reuse_verdict(habits, chance, kept)
     tables = [[t[: i + 1, i].tolist() for i in range(len(t))] for t in trained]  # without the NaN
-    return run.conclude(rows, verdict, weights_by_reader=tables)
+    return conclude(run, rows, verdict, weights_by_reader=tables)
 
 
 def reading_habits(table: Tensor) -> dict[str, float]:
@@ -746,7 +746,7 @@ def growth_rates(config: Config) -> dict[str, object]:
                 "seconds": round(sum(t.seconds for t in runs) / len(runs), 1),
             }
         )
-    return run.conclude(rows, growth_verdict(trials, races, len(data.test.labels)))
+    return conclude(run, rows, growth_verdict(trials, races, len(data.test.labels)))
 
 
 def final_losses(runs: list[Trial]) -> list[float]:
@@ -934,7 +934,7 @@ def gradient_flow(config: Config, draws: int = 3) -> dict[str, object]:
         kind: [sum(layer) / draws for layer in zip(*before[kind, deepest])] for kind in trials
     }
     verdict = gradient_verdict(profiles, uneven, trials, depths)
-    return run.conclude(rows, verdict, before=profiles, after=after)
+    return conclude(run, rows, verdict, before=profiles, after=after)
 
 
 def gradient_verdict(

@@ -165,7 +165,7 @@ from common.engine.device import (
 from common.data import Data, Loader, make_data, read_once
 from common.engine.errors import UserError
 from common.evaluation import evaluate
-from common.experiments import Trial, mean_and_spread, train_trial
+from common.experiments import Trial, conclude, mean_and_spread, train_trial
 from common.profiling import count_macs, profile
 from common.runs import Run, banner, draw_figures, prepare
 from common.engine.sources import Pictures, Source, load_source
@@ -714,7 +714,7 @@ def compare(task: Task) -> dict[str, object]:
         }
         for k, v in trials.items()
     ]
-    return run.conclude(rows, compare_verdict(stats, config.seeds), source_top1=task.origin.top1)
+    return conclude(run, rows, compare_verdict(stats, config.seeds), source_top1=task.origin.top1)
 
 
 def compare_verdict(stats: dict[str, tuple[float, float]], seeds: int) -> list[str]:
@@ -796,7 +796,7 @@ def label_fractions(task: Task) -> dict[str, object]:
     ax.set_xticks(labels, [f"{n:,}" for n in labels])
     ax.minorticks_off()
     run.figure("label_fractions", figure)
-    return run.conclude(rows, verdict, source_top1=task.origin.top1)
+    return conclude(run, rows, verdict, source_top1=task.origin.top1)
 
 
 def parse_fractions(text: str) -> list[float]:
@@ -856,7 +856,7 @@ def schedules(config: Config) -> dict[str, object]:
             percent=True,
         ),
     )
-    return run.conclude(rows, verdict)
+    return conclude(run, rows, verdict)
 
 
 # %% [markdown]
@@ -977,7 +977,7 @@ def imbalance(config: Config) -> dict[str, object]:
         }
         for k, t in table.items()
     ]
-    return run.conclude(rows, imbalance_verdict(table, names[-1]))
+    return conclude(run, rows, imbalance_verdict(table, names[-1]))
 
 
 def imbalance_verdict(table: dict[str, Tensor], rarest: str) -> list[str]:
@@ -1213,7 +1213,7 @@ def domain_adaptation(config: Config) -> dict[str, object]:
         )
         verdict += adaptation_verdict(name, stats, config.seeds)
     run.figure("domain_adaptation", figure)
-    return run.conclude(rows, verdict)
+    return conclude(run, rows, verdict)
 
 
 def adaptation_verdict(target: str, stats: dict[str, tuple[float, float]], seeds: int) -> list[str]:

@@ -134,6 +134,9 @@ class TrainConfig:
     skip_broken: bool = knob(False, "leave out images that can't be read, and count them")
     summary: bool = knob(False, "print the layer table and stop")
     experiment: str = knob("", "run the lesson's experiment of this name instead of training")
+    seeds: int = knob(
+        3, "trainings of each arm of an experiment, with seeds SEED, SEED + 1, ...", low=1
+    )
     smoke: bool = knob(
         False, "two batches of everything, to see that a long run won't fail at its end"
     )
@@ -195,6 +198,7 @@ class TrainConfig:
             "save_every",
             "compile",
             "auto_batch",
+            "seeds",
         }
     )
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.engine.files import write_atomically
+from common.engine.verdicts import LEVEL, OverSeeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -428,6 +429,47 @@ def bars(
         _say_empty(ax)
     if (drawn < 0).any():
         (ax.axvline if lying else ax.axhline)(0, color=INK, lw=0.8)
+    _title(ax, title)
+    return ax.figure
+
+
+def seeds(
+    values: Mapping[str, Sequence[float | None]],
+    xlabel: str,
+    title: str = "",
+    *,
+    percent: bool = False,
+    log_x: bool = False,
+    ax: Axes | None = None,
+) -> Figure:
+    """One line per name: every seed as a point, their mean as a bar and its 95% interval (Student's
+    t). Names stand at the left, so that they may be long.
+
+    Args:
+        values: None for a seed without a value.
+    """
+    from matplotlib.ticker import PercentFormatter
+
+    ax = ax or panels(1, size=(7.6, 1.6 + 0.42 * len(values)))[1][0]
+    for i, numbers in enumerate(values.values()):
+        known = [v for v in numbers if v is not None and np.isfinite(v)]
+        color = PALETTE[i % len(PALETTE)]
+        if len(known) > 1:
+            low, high = OverSeeds(known).interval(LEVEL)
+            if np.isfinite(low):
+                low = max(low, min(known) / 2) if log_x else low
+                ax.plot([low, high], [i, i], color=color, lw=6, alpha=0.25, solid_capstyle="butt")
+        if known:
+            ax.plot([np.mean(known)] * 2, [i - 0.22, i + 0.22], color=color, lw=2.5)
+        ax.plot(known, [i] * len(known), "o", ms=6, mfc="white", mec=color, mew=1.6)
+    ax.set_yticks(range(len(values)), [_short(name, 30) for name in values], parse_math=False)
+    ax.set_ylim(len(values) - 0.4, -0.6)  # the first name on top
+    _look(ax, xlabel, "", grid="x")
+    ax.yaxis.set_tick_params(length=0)
+    if log_x:
+        ax.set_xscale("log")
+    if percent:
+        ax.xaxis.set_major_formatter(PercentFormatter(1))
     _title(ax, title)
     return ax.figure
 

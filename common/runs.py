@@ -356,74 +356,12 @@ class Run:
         )
         return result
 
-    def conclude(
-        self, rows: list[dict[str, Any]], verdict: list[str], **more: Any
-    ) -> dict[str, Any]:
-        """An experiment's outcome: the table and the verdict printed, experiment.json and
-        report.html written.
-
-        Args:
-            rows: one dict a line; the keys of the first are the columns.
-            verdict: sentences that follow from the numbers.
-            **more: further numbers for experiment.json.
-        """
-        outcome = {
-            "lesson": self.lesson,
-            "experiment": self.config.experiment,
-            "dataset": self.config.dataset,
-            "seed": self.config.seed,
-            "epochs": self.config.epochs,
-            "device": describe(pick_device(self.config.device)),
-            "torch_version": torch.__version__,
-            "rows": rows,
-            "verdict": verdict,
-            **more,
-        }
-        if not processes.is_main():
-            return outcome
-        write_json(self.folder / "experiment.json", outcome)
-        facts = {k: outcome[k] for k in ("lesson", "seed", "epochs", "device", "torch_version")}
-        facts["command"] = command()
-        tables = {"Measured": rows}
-        title = f"{self.config.experiment} on {self.config.dataset}"
-        page = report.write_report(self.folder, title, facts, tables, self.figures, notes=verdict)
-        print(format_table(rows))
-        for sentence in verdict:
-            print(f"verdict    {sentence}")
-        for path in self.figures:
-            print(f"figure     {path}")
-        print(f"report     {page}", flush=True)
-        return outcome
-
 
 @on_leave
 def how_to_go_on() -> str | None:
     """Of the run in hand, once it has a checkpoint."""
     run = Run.current
     return run.farewell() if run is not None and run.last.exists() else None
-
-
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Rows of one kind as aligned text, numbers to the right."""
-    columns = list(rows[0])
-    cells = [[_cell(row.get(c, "")) for c in columns] for row in rows]
-    widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
-    right = [
-        all(not isinstance(row.get(c), str) or row[c][:1].isdigit() for row in rows)
-        for c in columns
-    ]
-
-    def line(values: list[str]) -> str:
-        parts = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right))
-        return "  ".join(parts).rstrip()
-
-    return "\n".join(["", line(columns), *(line(c) for c in cells), ""])
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: ""}[value]
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def draw_figures(

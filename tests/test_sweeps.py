@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from common.comparison import sweeps
-from common.comparison.results import Candidate, Store
+from common.comparison.results import Candidate
 from common.comparison.sweeps import Bench, Entry, Way, agreement, faster, with_weights
 from common.config import TrainConfig
 from common.engine.progress import Bar
+from common.engine.store import Store
 from common.lessons import get_model
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -361,40 +360,6 @@ class Training:
     train_loss: list[float]  # by epoch
     val_top1: list[float]
     failure: str = ""  # why there is no accuracy
-
-
-class Store:
-    """Finished results in one JSON file, each with the settings that it was made under.
-
-    A comparison that was stopped reads them back. What was made under other settings is left out,
-    and replaced when it is made again, so that a table never mixes the two.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, object], tell: bool = False) -> None:
-        self.path = path
-        self.settings = json.loads(json.dumps(settings))  # as it will read back: tuples are lists
-        self.results: dict[str, dict[str, object]] = {}
-        if path.exists():
-            try:
-                saved = json.loads(path.read_text(encoding="utf-8"))
-                self.results = {k: v for k, v in saved.items() if v["settings"] == self.settings}
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(
-                    f"{path} can't be read ({error}): remove it, and all is measured again"
-                ) from None
-            others = len(saved) - len(self.results)
-            if tell:
-                print(f"resume     {len(self.results)} results read from {path.name}", flush=True)
-            if others:
-                print(f"resume     {others} in {path.name} are of other settings: made again")
-
-    def get(self, key: str) -> dict[str, object] | None:
-        """The fields of the record kept under `key`, or None."""
-        return self.results[key]["result"] if key in self.results else None
-
-    def put(self, key: str, record: object) -> None:
-        self.results[key] = {"settings": self.settings, "result": asdict(record)}
-        write_json(self.path, self.results)
 
 
 def summarise(candidate: Candidate, trainings: Sequence[Training]) -> Candidate:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.comparison.results import Candidate, Store
+from common.comparison.results import Candidate
 from common.config import TrainConfig
 from common.engine.device import amp_dtype, describe, memory_format
 from common.engine.errors import UserError
 from common.engine.progress import Bar
+from common.engine.store import Store
 from common.profiling import fold_batchnorm, peak_memory, time_passes
 
 # The fields of a candidate that depend on the machine.

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.comparison.results import Budget, Store, Training, parse_budget
+from common.comparison.results import Budget, Training, parse_budget
 from common.comparison.sweeps import Entry
 from common.config import TrainConfig
 from common.data import Data, load_data
 from common.engine.device import describe
 from common.engine.progress import Bar
+from common.engine.store import Store
 
 if TYPE_CHECKING:
     from common.runs import Run

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,14 @@ class Pictures:
             None if self.paths is None else [self.paths[i] for i in rows.tolist()],
         )
 
+    def and_also(self, other: Pictures) -> Pictures:
+        """Both splits as one; either may hold its images as pixels and have paths too."""
+        return Pictures(
+            torch.cat((self.labels, other.labels)),
+            None if self.pixels is None else torch.cat((self.pixels, other.pixels)),
+            None if self.paths is None else self.paths + other.paths,
+        )
+
 
 @dataclass
 class Source:
@@ -55,6 +63,15 @@ class Source:
     val: Pictures | None = None
     flips: bool = True  # whether a mirrored image is still of its class
     skipped: int = 0  # broken images left out
+    drawn: float = 0.0  # share of all images drawn at random as the test set; 0: it has its own
+
+    def redrawn(self, seed: int) -> Source:
+        """The same images with a test set that `seed` draws, where the dataset brings none."""
+        if not self.drawn:
+            return self
+        every = self.train.and_also(self.test)
+        train, test = stratified_split(every.labels, self.drawn, seed)
+        return replace(self, train=every.take(train), test=every.take(test))
 
     @property
     def fingerprint(self) -> str:
@@ -158,7 +175,7 @@ def load_digits() -> Source:
     # Not config.seed: accuracies of different seeds are to be compared on the same images.
     train, test = stratified_split(every.labels, 0.2, seed=0)
     names = [str(d) for d in range(10)]
-    return Source("digits", names, every.take(train), every.take(test), flips=False)
+    return Source("digits", names, every.take(train), every.take(test), flips=False, drawn=0.2)
 
 
 def load_mnist(name: str, data_dir: str) -> Source:
@@ -241,7 +258,7 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
         rest, test = stratified_split(every.labels, 0.1, seed)
         if len(test) == 0:
             raise UserError(f"{root}: two images or fewer of every class are too few to split")
-        return Source(name, classes, every.take(rest), every.take(test))
+        return Source(name, classes, every.take(rest), every.take(test), drawn=0.1)
     if len(split_dirs) == 1:
         raise UserError(
             f"{root} has train but neither val nor test: add one, or put the classes into "
