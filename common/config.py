@@ -135,7 +135,7 @@ class TrainConfig:
     summary: bool = knob(False, "print the layer table and stop")
     experiment: str = knob("", "run the lesson's experiment of this name instead of training")
     seeds: int = knob(
-        3, "trainings of each arm of an experiment, with seeds SEED, SEED + 1, ...", low=1
+        3, "trainings of each arm of an experiment, with seeds SEED, SEED + 1, ...", low=1, high=100
     )
     smoke: bool = knob(
         False, "two batches of everything, to see that a long run won't fail at its end"

@@ -372,7 +372,7 @@ def run_experiment(
             for name, arm in arms.items():
                 records[name].append(one(arm, seed, **rates[name]))
         return _outcome(run, Results(experiment, records))
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
         kept = f"stopped; {len(store.results)} finished trainings are kept"
         raise Interrupted(signum, f"{kept}. Go on with: {_resume(run)}") from None
