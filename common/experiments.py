@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,6 +30,7 @@ import torch
 from torch import nn
 
 from common import plotting
+from common.cli import command
 from common.config import TrainConfig
 from common.data import Data, make_data, read_once
 from common.engine import processes, report
@@ -374,8 +374,9 @@ def run_experiment(
         return _outcome(run, Results(experiment, records))
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
+        here = "--resume", str(run.folder)
         kept = f"stopped; {len(store.results)} finished trainings are kept"
-        raise Interrupted(signum, f"{kept}. Go on with: {_resume(run)}") from None
+        raise Interrupted(signum, f"{kept}. Go on with: {command(*here)}") from None
 
 
 def _outcome(run: Run, results: Results) -> dict[str, Any]:
@@ -388,7 +389,8 @@ def _outcome(run: Run, results: Results) -> dict[str, Any]:
     sentences = [tell(c, v, seeds) for c, v in zip(experiment.claims, verdicts)]
     sentences += experiment.notes(results) if experiment.notes else []
     if wanted := [v.seeds_to_decide for v in verdicts if v.seeds_to_decide]:
-        sentences.append(f"more seeds: {_resume(run)} --seeds {min(max(wanted), 100)}")
+        flags = "--resume", str(run.folder), "--seeds", str(min(max(wanted), 100))
+        sentences.append(f"more seeds: {command(*flags)}")
     judged = [
         {"text": c.text, **{k: _finite(v) for k, v in asdict(v).items()}}
         for c, v in zip(experiment.claims, verdicts)
@@ -428,10 +430,6 @@ def _left(config: TrainConfig, lesson: str) -> str:
         if found == wanted:
             return str(path.parent)
     return ""
-
-
-def _resume(run: Run) -> str:
-    return f"python {sys.argv[0]} --resume {run.folder}"
 
 
 def _finite(value: Any) -> Any:
@@ -539,7 +537,7 @@ def conclude(
     write_json(run.folder / "experiment.json", outcome)
     shown = ("lesson", "seed", "seeds", "epochs", "device", "torch_version")
     facts = {k: outcome[k] for k in shown if k in outcome}
-    facts["command"] = " ".join(["python", *sys.argv])
+    facts["command"] = command()
     title = f"{run.config.experiment} on {run.config.dataset}"
     page = report.write_report(
         run.folder, title, facts, {"Measured": rows}, run.figures, notes=verdict
