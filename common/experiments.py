@@ -372,10 +372,11 @@ def run_experiment(
             for name, arm in arms.items():
                 records[name].append(one(arm, seed, **rates[name]))
         return _outcome(run, Results(experiment, records))
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
+        here = "--resume", str(run.folder)
         kept = f"stopped; {len(store.results)} finished trainings are kept"
-        raise Interrupted(signum, f"{kept}. Go on with: {_resume(run)}") from None
+        raise Interrupted(signum, f"{kept}. Go on with: {command(*here)}") from None
 
 
 def _outcome(run: Run, results: Results) -> dict[str, Any]:
@@ -388,7 +389,8 @@ def _outcome(run: Run, results: Results) -> dict[str, Any]:
     sentences = [tell(c, v, seeds) for c, v in zip(experiment.claims, verdicts)]
     sentences += experiment.notes(results) if experiment.notes else []
     if wanted := [v.seeds_to_decide for v in verdicts if v.seeds_to_decide]:
-        sentences.append(f"more seeds: {_resume(run)} --seeds {min(max(wanted), 100)}")
+        flags = "--resume", str(run.folder), "--seeds", str(min(max(wanted), 100))
+        sentences.append(f"more seeds: {command(*flags)}")
     judged = [
         {"text": c.text, **{k: _finite(v) for k, v in asdict(v).items()}}
         for c, v in zip(experiment.claims, verdicts)
@@ -428,10 +430,6 @@ def _left(config: TrainConfig, lesson: str) -> str:
         if found == wanted:
             return str(path.parent)
     return ""
-
-
-def _resume(run: Run) -> str:
-    return command("--resume", str(run.folder))
 
 
 def _finite(value: Any) -> Any:

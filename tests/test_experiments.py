@@ -231,9 +231,12 @@ def test_a_rate_is_chosen_on_validation_and_not_counted(tmp_path: Path) -> None:
 
 def test_a_training_that_diverges_counts_as_a_guess(tmp_path: Path) -> None:
     def wild(config: TrainConfig) -> Experiment:
-        return Experiment("", [Arm("wild", net, {"lr": 1e30})], [Claim("", "wild", 0.5)])
+        def infinite(config: TrainConfig) -> Callable[..., torch.Tensor]:
+            return lambda output, y: output.sum() * float("inf")
 
-    outcome = run_experiment(LESSON, wild, config_for(tmp_path, smoke=False))
+        return Experiment("", [Arm("wild", net, loss=infinite)], [Claim("", "wild", 0.5)])
+
+    outcome = run_experiment(LESSON, wild, config_for(tmp_path))
     assert [r["test_top1"] for r in outcome["trainings"]] == [0.1, 0.1]
     assert outcome["rows"][0]["diverged"] == 2 and outcome["claims"][0]["outcome"] == "fails"
 

@@ -16,7 +16,6 @@ from common.comparison.page import comparison_page
 from common.comparison.results import (
     Candidate,
     Constraint,
-    Store,
     Table,
     choose,
     describe_choice,
@@ -30,6 +29,7 @@ from common.comparison.results import (
 from common.engine.device import describe
 from common.engine.errors import UserError
 from common.engine.files import write_atomically
+from common.engine.store import Store
 from common.lessons import get_model
 
 if TYPE_CHECKING:
