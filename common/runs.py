@@ -5,10 +5,7 @@ its folder, its checkpoints, its results and its report.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,14 +17,13 @@ from torch import nn
 from common import inspection, plotting
 from common.config import TrainConfig
 from common.data import Data
-from common.engine import checkpoint, processes, report, sources
+from common.engine import checkpoint, processes, report, run_folder, sources
 from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
-from common.engine.errors import UserError
 from common.engine.files import write_csv, write_json
 from common.engine.records import EpochRecord, Evaluation, Profile
 from common.engine.signals import on_leave
 from common.engine.surroundings import command
-from common.engine.weights import find_bundle
+from common.engine.weights import size_for_weights
 from common.evaluation import most_wrong
 from common.profiling import count_macs, count_parameters, layer_table, thop_macs
 
@@ -51,38 +47,17 @@ def prepare(config: ConfigT) -> tuple[ConfigT, torch.device]:
     name, why = processes.from_main(choice)
     image_size = None
     if name == "folder":
-        image_size = _size_of_folder(config.data_dir)
+        image_size = sources.size_of_folder(config.data_dir)
     if config.pretrained:
         # The stems of official weights are made for large images; below about 96 px little is left
         # of them.
-        image_size = _size_for_weights(config, 224 if device.type == "cuda" else 96)
+        image_size = size_for_weights(
+            config.model, config.image_size, 224 if device.type == "cuda" else 96
+        )
     config = config.resolve(name, image_size, processes.world_size())
     if why and processes.is_main():
         print(f"dataset    {why}", flush=True)
     return config, device
-
-
-def _size_of_folder(data_dir: str) -> int:
-    """32 where the pictures are about that small, else ImageNet's 224."""
-    side = sources.usual_side(sources.load_folder(data_dir, seed=0).train.paths)
-    return side if side <= 64 else 224
-
-
-def _size_for_weights(config: TrainConfig, official: int) -> int:
-    """The side in pixels that trained weights are made for: the course's own say it.
-
-    Raises:
-        UserError: --image-size is beyond the 32x32 form, and the course's own weights are of it.
-    """
-    bundle = find_bundle(config.model)
-    if bundle is None:
-        return official
-    if config.image_size is not None and not config.small_input:
-        raise UserError(
-            f"--pretrained {config.model} --image-size {config.image_size}: these weights are for "
-            f"{bundle.image_size} px; leave out --image-size"
-        )
-    return bundle.image_size
 
 
 def banner(
@@ -140,38 +115,15 @@ class Run:
 
     @classmethod
     def _find(cls, config: TrainConfig, lesson: str) -> tuple[str, bool]:
-        plain = {"lesson": lesson, **config.to_dict(), "resume": ""}
         if config.resume:
             path = Path(config.resume)
             return str(path if path.is_dir() else path.parent), True
-        parent = Path(config.run_dir) / lesson
         model, *others = config.model.split(",")  # lesson 7 compares many
         model = model.strip().replace(":", "-")  # torchvision:NAME; Windows has no colon in names
         model += f"-and-{len(others)}-more" if others else ""
         stem = f"{config.experiment or model}-{config.dataset}-s{config.seed}"
-        # torchrun starts its processes again after a fault, with the flags of the first time.
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-            for earlier in sorted(parent.glob(f"{stem}-*"), reverse=True):
-                if (earlier / "last.pt").exists() and _read_config(earlier) == plain:
-                    return str(earlier), True
-        name = base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        for again in range(2, 1000):
-            try:
-                (parent / name).mkdir(parents=True)
-                break
-            except FileExistsError:
-                if not parent.is_dir():
-                    raise UserError(f"--run-dir {config.run_dir}: a file is in the way") from None
-                name = f"{base}-{again}"
-            except OSError as error:
-                raise UserError(
-                    f"--run-dir {config.run_dir} can't be written ({error.strerror})"
-                ) from None
-        try:
-            write_json(parent / name / "config.json", plain)
-        except OSError as error:
-            raise UserError(f"{parent / name} can't be written ({error.strerror})") from None
-        return str(parent / name), False
+        plain = {"lesson": lesson, **config.to_dict(), "resume": ""}
+        return run_folder.new(Path(config.run_dir), lesson, stem, plain)
 
     # -- checkpoints
 
@@ -200,26 +152,8 @@ class Run:
                 )
             return None
         state = checkpoint.load_latest(path)
-        if "optimizer" not in state:
-            raise UserError(f"{path} holds weights only, no training state: resume {self.last}")
-        if state["lesson"] != self.lesson:
-            raise UserError(f"{path} is of {state['lesson']}, not of {self.lesson}")
-        now, free = self.config.to_dict(), self.config.FREE_ON_RESUME
-        for name, value in state["config"].items():
-            if name not in free and now.get(name) != value:
-                raise UserError(
-                    f"{path} was made with {name} {value}, not {now.get(name)}: start a new run "
-                    f"instead"
-                )
-        if state["data"] != data.fingerprint:
-            raise UserError(
-                f"{path}: the images in {self.config.data_dir} have changed since this run began"
-            )
-        if state["world"] != processes.world_size():
-            raise UserError(
-                f"{path} was made by {state['world']} processes, not {processes.world_size()}: "
-                "resume with as many"
-            )
+        here = {"lesson": self.lesson, "data": data.fingerprint, "world": processes.world_size()}
+        run_folder.check(state, path, self.last, here, self.config)
         if processes.is_main():
             meter = state["meter"]
             print(
@@ -415,10 +349,10 @@ def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -
     name, _ = sources.choose_dataset(config.dataset, config.data_dir, gpu=False)
     image_size, classes = None, {"cifar100": 100, "imagenet": 1000}.get(name, 10)
     if name == "folder":
-        image_size = _size_of_folder(config.data_dir)
+        image_size = sources.size_of_folder(config.data_dir)
         classes = len(sources.load_folder(config.data_dir, seed=0).class_names)
     if config.pretrained:
-        image_size = _size_for_weights(config, 224)
+        image_size = size_for_weights(config.model, config.image_size, 224)
     config = config.resolve(name, image_size)
     with torch.device("meta"):
         model = build(config, classes)
@@ -439,10 +373,3 @@ def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -
     print(
         f"thop counts {thop_macs(model, size):,} MACs: BatchNorm and pooling too, but no attention."
     )
-
-
-def _read_config(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -321,6 +321,12 @@ def usual_side(paths: list[str], sample: int = 64) -> int:
     return int(np.median(sides)) if sides else 224
 
 
+def size_of_folder(data_dir: str) -> int:
+    """32 where the pictures are about that small, else ImageNet's 224."""
+    side = usual_side(load_folder(data_dir, seed=0).train.paths)
+    return side if side <= 64 else 224
+
+
 def read_image(path: str) -> Tensor:
     """Any picture as (3, H, W) uint8: turned as its EXIF says, transparency on white, 16 bits to 8,
     CMYK to RGB.

@@ -64,6 +64,27 @@ def find_bundle(name: str) -> Bundle | None:
     return Bundle(**{n: saved[n] for n in names})
 
 
+def size_for_weights(name: str, image_size: int | None, official: int) -> int:
+    """The side in pixels that trained weights are made for: the course's own say it.
+
+    Args:
+        image_size: the one that was asked for.
+        official: the answer where the course has no weights of its own.
+
+    Raises:
+        UserError: --image-size is beyond the 32x32 form, and the course's own weights are of it.
+    """
+    bundle = find_bundle(name)
+    if bundle is None:
+        return official
+    if image_size is not None and image_size > 64:
+        raise UserError(
+            f"--pretrained {name} --image-size {image_size}: these weights are for "
+            f"{bundle.image_size} px; leave out --image-size"
+        )
+    return bundle.image_size
+
+
 def official_state(name: str) -> dict[str, Tensor]:
     """Torchvision's official ImageNet checkpoint of `name`, version 1, from its cache or the
     network.
