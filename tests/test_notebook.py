@@ -13,7 +13,8 @@ from common.lessons import ROOT, lesson_names
 
 # What makes a lesson small enough for a test, beside smoke=True.
 MINIATURE = {
-    "02": "model='vgg11_bn', ",
+    "01": "model='resnet20', ",
+    "02": "image_size=8, ",
     "03": "model='googlenet', ",
     "06": "model='densenet40_k12', ",
     "07": "model='lenet5,simple_cnn', seeds=1, ",
