@@ -10,15 +10,15 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from common.config import TrainConfig
+from common.config import TrainConfig, knob_types
 from common.engine import signals
 from common.engine.errors import UserError, unknown
 from common.engine.signals import on_leave
@@ -56,13 +56,9 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    types = typing.get_type_hints(config_class)
+    types = knob_types(config_class)
     for spec in dataclasses.fields(config_class):
-        kinds = [
-            t
-            for t in typing.get_args(types[spec.name]) or (types[spec.name],)
-            if t is not type(None)
-        ]
+        kinds = [kind for kind in types[spec.name] if kind is not type(None)]
         help_text = spec.metadata.get("help", "").replace("%", "%%")
         if spec.default not in (None, "", False):
             help_text += f" (default: {spec.default})"
@@ -97,6 +93,8 @@ def _resumed(config_class: type[ConfigT], given: dict[str, Any]) -> ConfigT:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {path}: config.json can't be read ({error})") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"--resume {path}: config.json holds no settings")
     lesson, here = saved.pop("lesson", None), config_class.__module__
     if here == "__main__":
         here = Path(script()).stem or lesson
@@ -229,5 +227,20 @@ def command(*flags: str) -> str:
     them.
     """
     if script():
-        return shlex.join(["python", script(), *(flags or sys.argv[1:])])
+        words = [*_launcher(), script(), *(flags or sys.argv[1:])]
+        return shlex.join(words)
     return f"config = parse_flags(Config, {list(flags)})" if flags else "cells of a notebook"
+
+
+def _launcher() -> list[str]:
+    """What runs a script in this shell as it was run: python as it was typed, or torchrun."""
+    typed = sys.orig_argv[0] if sys.orig_argv else "python"
+    python = "python" if shutil.which("python") == sys.executable else typed
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    if here is None:
+        return [python]
+    # A worker can't see torchrun's own flags; those that join several machines are the user's.
+    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    flags = ["--standalone"] if nodes == "1" else [f"--nnodes={nodes}"]
+    start = ["torchrun"] if shutil.which("torchrun") else [python, "-m", "torch.distributed.run"]
+    return [*start, *flags, f"--nproc-per-node={here}"]

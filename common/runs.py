@@ -24,7 +24,7 @@ from common.data import Data
 from common.engine import checkpoint, processes, report, sources
 from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
 from common.engine.errors import UserError
-from common.engine.files import write_csv, write_json
+from common.engine.files import claim_folder, write_csv, write_json
 from common.engine.records import EpochRecord, Evaluation, Profile
 from common.engine.signals import on_leave
 from common.engine.weights import find_bundle
@@ -134,6 +134,7 @@ class Run:
         folder = None
         if processes.is_main():
             folder = cls._find(config, lesson)
+            claim_folder(Path(folder[0]))
         folder, resumed = processes.from_main(folder)
         cls.current = cls(Path(folder), config, lesson, resumed)
         return cls.current
@@ -167,10 +168,7 @@ class Run:
                 raise UserError(
                     f"--run-dir {config.run_dir} can't be written ({error.strerror})"
                 ) from None
-        try:
-            write_json(parent / name / "config.json", plain)
-        except OSError as error:
-            raise UserError(f"{parent / name} can't be written ({error.strerror})") from None
+        write_json(parent / name / "config.json", plain)
         return str(parent / name), False
 
     # -- checkpoints
@@ -202,6 +200,7 @@ class Run:
         state = checkpoint.load_latest(path)
         if "optimizer" not in state:
             raise UserError(f"{path} holds weights only, no training state: resume {self.last}")
+        checkpoint.check(state, checkpoint.LAST, path)
         if state["lesson"] != self.lesson:
             raise UserError(f"{path} is of {state['lesson']}, not of {self.lesson}")
         now, free = self.config.to_dict(), self.config.FREE_ON_RESUME
@@ -246,7 +245,9 @@ class Run:
             torch.distributed.barrier()  # the others read it at the end
 
     def load_best(self) -> dict[str, Any]:
-        return checkpoint.load(self.best)
+        state = checkpoint.load(self.best)
+        checkpoint.check(state, checkpoint.BEST, self.best)
+        return state
 
     def kept(self) -> str:
         return f"; the last good state is in {self.folder}"
