@@ -10,13 +10,12 @@ import json
 import os
 import signal
 import sys
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from common.config import TrainConfig
+from common.config import TrainConfig, knob_types
 from common.engine import signals
 from common.engine.errors import UserError, unknown
 from common.engine.signals import on_leave
@@ -55,13 +54,9 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    types = typing.get_type_hints(config_class)
+    types = knob_types(config_class)
     for spec in dataclasses.fields(config_class):
-        kinds = [
-            t
-            for t in typing.get_args(types[spec.name]) or (types[spec.name],)
-            if t is not type(None)
-        ]
+        kinds = [kind for kind in types[spec.name] if kind is not type(None)]
         help_text = spec.metadata.get("help", "").replace("%", "%%")
         if spec.default not in (None, "", False):
             help_text += f" (default: {spec.default})"
@@ -96,6 +91,8 @@ def _resumed(config_class: type[ConfigT], given: dict[str, Any]) -> ConfigT:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {path}: config.json can't be read ({error})") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"--resume {path}: config.json holds no settings")
     lesson, here = saved.pop("lesson", None), config_class.__module__
     if here == "__main__":
         here = Path(script()).stem or lesson

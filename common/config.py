@@ -5,6 +5,10 @@ are the flags, and a recipe for what they leave open.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import numbers
+import os
+import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,7 +36,7 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def numbers(value: float | str, flag: str) -> list[float]:
+def numbers_of(value: float | str, flag: str) -> list[float]:
     """The one number that a knob holds, or those of a text such as 0.25,0.5,1.
 
     Raises:
@@ -44,6 +48,22 @@ def numbers(value: float | str, flag: str) -> list[float]:
         return [float(part) for part in value.split(",")] if value else []
     except ValueError:
         raise UserError(f"{flag} {value}: wants numbers with commas between them") from None
+
+
+@functools.cache
+def knob_types(config_class: type[TrainConfig]) -> dict[str, tuple[type, ...]]:
+    """What each knob may be: (int,), or (int, NoneType) where the recipe may decide."""
+    hints = typing.get_type_hints(config_class)
+    names = (spec.name for spec in dataclasses.fields(config_class))
+    return {name: typing.get_args(hints[name]) or (hints[name],) for name in names}
+
+
+def fits(value: object, kinds: tuple[type, ...]) -> bool:
+    """Whether a value, of a JSON file perhaps, is of one of the types; an int is a float too."""
+    if isinstance(value, bool):
+        return bool in kinds
+    wider = {int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}
+    return any(isinstance(value, wider.get(kind, kind)) for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -203,16 +223,20 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        kinds = knob_types(type(self))
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             flag = "--" + spec.name.replace("_", "-")
             choices, low, high = (spec.metadata.get(key) for key in ("choices", "low", "high"))
+            if not fits(value, kinds[spec.name]):
+                wanted = " or ".join(k.__name__ for k in kinds[spec.name] if k is not type(None))
+                raise UserError(f"{flag} {value!r}: wants {wanted}, not {type(value).__name__}")
             if value is None:
                 continue
             if choices and value not in choices:
                 raise unknown(flag.lstrip("-"), value, choices)
             if low is not None:
-                for number in numbers(value, flag):
+                for number in numbers_of(value, flag):
                     if not number >= low:  # nor is nan
                         raise UserError(f"{flag} {value}: the least that makes sense is {low:g}")
                     if number > high:

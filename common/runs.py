@@ -19,7 +19,7 @@ from common.config import TrainConfig
 from common.data import Data
 from common.engine import checkpoint, processes, report, run_folder, sources
 from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
-from common.engine.files import write_csv, write_json
+from common.engine.files import claim_folder, write_csv, write_json
 from common.engine.records import EpochRecord, Evaluation, Profile
 from common.engine.signals import on_leave
 from common.engine.surroundings import command
@@ -109,6 +109,7 @@ class Run:
         folder = None
         if processes.is_main():
             folder = cls._find(config, lesson)
+            claim_folder(Path(folder[0]))
         folder, resumed = processes.from_main(folder)
         cls.current = cls(Path(folder), config, lesson, resumed)
         return cls.current
@@ -180,7 +181,9 @@ class Run:
             torch.distributed.barrier()  # the others read it at the end
 
     def load_best(self) -> dict[str, Any]:
-        return checkpoint.load(self.best)
+        state = checkpoint.load(self.best)
+        checkpoint.check(state, checkpoint.BEST, self.best)
+        return state
 
     def kept(self) -> str:
         return f"; the last good state is in {self.folder}"

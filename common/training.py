@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from common.config import TrainConfig
 from common.data import Data, Loader
-from common.engine import processes
+from common.engine import checkpoint, processes
 from common.engine.device import amp_dtype, autocast, restore_rng_state, rng_state
 from common.engine.errors import Interrupted, UserError
 from common.engine.guard import Guard
@@ -199,13 +199,14 @@ def fit(
         parts["scaler"] = scaler
     saved = run.load(data) if run else None
     if saved is not None:
-        for name, part in parts.items():
-            if name in saved or name != "scaler":  # begun where float16 was not used
-                part.load_state_dict(saved[name])
-        history += [EpochRecord(**record) for record in saved["history"]]
-        best.update(saved["best"])
-        data.train.rebatch(*saved["batching"])
-        restore_rng_state(saved["rng"][processes.rank() % len(saved["rng"])], device)
+        with checkpoint.fitting(run.last):
+            for name, part in parts.items():
+                if name in saved or name != "scaler":  # begun where float16 was not used
+                    part.load_state_dict(saved[name])
+            history += [EpochRecord(**record) for record in saved["history"]]
+            best.update(saved["best"])
+            data.train.rebatch(*saved["batching"])
+            restore_rng_state(saved["rng"][processes.rank() % len(saved["rng"])], device)
     elif run is not None:
         save()  # proves before the first step that the folder takes it
     farewell = run.farewell if run else lambda: "interrupted; nothing was saved"
@@ -251,7 +252,8 @@ def fit(
                 meter.announce(history[-1].seconds * config.epochs)
             keeper.pause(now=meter.epoch == config.epochs)
     if run is not None:
-        model.load_state_dict(run.load_best()["model"])
+        with checkpoint.fitting(run.best):
+            model.load_state_dict(run.load_best()["model"])
     return history
 
 

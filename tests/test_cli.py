@@ -283,5 +283,5 @@ def test_every_number_has_finite_bounds_on_both_sides(name: str) -> None:
             assert math.isfinite(low) and math.isfinite(high) and low < high, spec.name
             kind(**{spec.name: low if numeric else str(low)}) if low else None
             for beyond in (math.nan, math.inf, -math.inf, high + 1, low - 1):
-                with pytest.raises(UserError, match="that makes sense is"):
+                with pytest.raises(UserError, match=r"makes sense is|wants int"):
                     kind(**{spec.name: beyond if numeric else str(beyond)})

@@ -280,6 +280,45 @@ def test_files_and_workers_resume_within_an_epoch(
     assert_same(outcome(stopped), outcome(whole), "resumed")
 
 
+# SWEEP=0.05 pytest tests/test_resume.py -k any_instant: a signal every 50 ms.
+EVERY = float(os.environ.get("SWEEP", 0))
+SAMPLE = [(0.1, signal.SIGINT), (1.2, signal.SIGTERM), (4.5, signal.SIGHUP)]
+
+
+def test_a_signal_at_any_instant_is_one_true_line(tmp_path: Path) -> None:
+    """From the imports to the report: the exit code, one line, and a command that does go on."""
+    numbers = itertools.cycle([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    moments = zip(itertools.count(0.05, EVERY), numbers) if EVERY else SAMPLE
+    ended, told = 0, []
+    for after, number in moments:
+        with subprocess.Popen(
+            [sys.executable, "01_resnet_beginner.py", "--dataset", "digits", "--model", "resnet20",
+             "--epochs", "1", "--device", "cpu", "--run-dir", f"{tmp_path}/the runs/{after:.2f}"],
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ) as process:  # fmt: skip
+            time.sleep(after)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+        if process.returncode == -number and not err and not out and after < 0.5:
+            continue  # before Python had read the first line
+        if process.returncode in (0, -number) and "report " in out and not err:
+            ended += 1  # after the last line
+            if ended == 5 or not EVERY:
+                break
+            continue
+        assert process.returncode == 128 + number, (after, number, err)
+        assert len(err.splitlines()) == 1 and err.startswith("stopped"), (after, number, err)
+        told.append(err)
+        if "Go on with: " in err and (not EVERY or len(told) % 5 == 0):
+            again = subprocess.run(
+                err.split("Go on with: ")[1], shell=True, cwd=ROOT, capture_output=True, text=True
+            )
+            assert again.returncode == 0 and "report " in again.stdout, (after, again.stderr)
+    print(f"{len(told)} signals, {sum('Go on' in t for t in told)} with a command")
+    assert told
+
+
 # --------------------------------------------------------------------------------- checkpoint files
 
 

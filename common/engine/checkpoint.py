@@ -6,14 +6,47 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from common.engine import files
 from common.engine.errors import UserError
+from common.engine.records import EpochRecord
 
-FORMAT = 1  # of the dict below; a file of another format is refused, not guessed at
+FORMAT = 1  # of the dicts below; a file of another format is refused, not guessed at
+
+Schema = dict[str, Any]  # key -> type, schema of a dict, or [schema of each item]
+_BEST: Schema = {"top1": float, "loss": float, "epoch": int}
+BEST: Schema = {
+    "lesson": str,
+    "config": dict,
+    "model": dict,
+    "class_names": [str],
+    "mean": Tensor,
+    "std": Tensor,
+    "best": _BEST,
+}
+LAST: Schema = {
+    "lesson": str,
+    "world": int,
+    "config": dict,
+    "data": str,
+    "model": dict,
+    "optimizer": dict,
+    "schedule": dict,
+    "meter": {"epoch": int, "batch": int, "sums": Tensor, "seconds": float},
+    "history": [
+        {name: {"int": int}.get(t, float) for name, t in EpochRecord.__annotations__.items()}
+    ],
+    "best": _BEST,
+    "rng": [dict],
+    "batching": [int],
+}
 
 
 def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
@@ -29,29 +62,20 @@ def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None
         UserError: the disk is full or the folder can't be written; what was at `path` is still
             there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous and path.exists():
-            _link(path, previous(path))
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with files.temporary(path) as temporary:
+            with temporary.open("wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep_previous and path.exists():
+                _link(path, previous(path))
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
     # torch wraps a failed write in a RuntimeError of its zip writer.
     except (OSError, RuntimeError) as error:
-        reason = (
-            error.strerror
-            if isinstance(error, OSError) and error.strerror
-            else str(error).split("\n")[0]
-        )
         kept = "the previous checkpoint is untouched" if path.exists() else "nothing was lost"
-        raise UserError(
-            f"{path} can't be written ({reason}); {kept}: free some space and resume"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise files.cannot_write(path, error, f"; {kept}: resume when there is room") from None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -81,6 +105,47 @@ def load(path: Path) -> dict[str, Any]:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path} is of checkpoint format {found}, this version reads {FORMAT}")
     return state
+
+
+def check(state: Any, schema: Any, path: Path, where: str = "") -> None:
+    """Whether `state` has every key that the schema names, of its type.
+
+    Raises:
+        UserError: the first that is missing or of another type.
+    """
+    if isinstance(schema, dict):
+        check(state, dict, path, where)
+        for key, part in schema.items():
+            name = f"{where}.{key}".lstrip(".")
+            if key not in state:
+                raise UserError(f"{path} has no {name}: it's damaged, or of another version")
+            check(state[key], part, path, name)
+    elif isinstance(schema, list):
+        check(state, list, path, where)
+        for item in state:
+            check(item, schema[0], path, where)
+    elif not isinstance(state, (int, float) if schema is float else schema):
+        kind = type(state).__name__
+        raise UserError(
+            f"{path}: {where or 'it'} is of type {kind}, not {schema.__name__}: it's damaged, or "
+            "of another version"
+        )
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Inside, the state in `path` goes into a model, an optimizer, ...; one line if it doesn't fit.
+
+    Raises:
+        UserError: the weights are of another model, a part is damaged.
+    """
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        first = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{path} doesn't fit this run ({first}): it's of another model or version; start anew"
+        ) from None
 
 
 def load_latest(path: Path) -> dict[str, Any]:

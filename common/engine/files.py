@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+
+from common.engine.errors import UserError
+from common.engine.signals import StopSignal
 
 
 def write_json(path: Path, record: object) -> None:
@@ -31,16 +39,115 @@ def write_csv(path: Path, rows: list[Any]) -> None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` in one step: a reader, or a crash,
     sees the old file or the new one, never half of it.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content if isinstance(content, bytes) else content.encode("utf-8")
     try:
-        if isinstance(content, bytes):
-            temporary.write_bytes(content)
+        with temporary(path) as new:
+            new.write_bytes(data)
+            os.replace(new, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+@contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path` for what is to replace it. A signal waits, and the file is removed."""
+    name = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with StopSignal():
+        try:
+            yield name
+        finally:
+            name.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: BaseException, more: str = "") -> UserError:
+    """One line for a write that failed, to raise. A full disk is named."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    reason = (cause and cause.strerror) or str(error).split("\n")[0]
+    if cause is not None and cause.errno == errno.ENOSPC:
+        disk = path.resolve().parent
+        while not os.path.ismount(disk):
+            disk = disk.parent
+        usage = shutil.disk_usage(disk)
+        reason = f"{reason}: the disk at {disk} has {usage.free / 2**20:,.0f} MiB free of "
+        reason += f"{usage.total / 2**20:,.0f}"
+    return UserError(f"{path} can't be written ({reason}){more}")
+
+
+# ------------------------------------------------------------------------------------------ locks
+
+_locks: dict[Path, IO[bytes]] = {}  # of this process, until it ends or gives them back
+
+
+def lock(path: Path) -> bool:
+    """Whether this process has the lock that the file `path` stands for, now or since before.
+
+    The system takes it back when the process ends, however it ends. True too where the file system
+    knows no locks.
+    """
+    path = path.resolve()
+    if path in _locks:
+        return True
+    file = path.open("ab")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked worker doesn't inherit it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            file.close()
+            return False
+    _locks[path] = file
+    return True
+
+
+def unlock(path: Path) -> None:
+    if file := _locks.pop(path.resolve(), None):
+        file.close()
+
+
+@contextmanager
+def locked(path: Path, waiting_for: str) -> Iterator[None]:
+    """Inside, only this process has the lock; another one that has it is waited for."""
+    told = False
+    while not lock(path):
+        if not told:
+            told = True
+            print(f"waiting for another process: {waiting_for}", flush=True)
+        time.sleep(0.2)
+    try:
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        unlock(path)
+
+
+def claim_folder(folder: Path) -> None:
+    """Keep the run folder for this process until it ends; remove what killed runs left half-written
+    in it and in its neighbours.
+
+    Raises:
+        UserError: another process is working in it.
+    """
+    if not lock(folder / ".lock"):
+        raise UserError(
+            f"{folder}: another process is working in this folder: wait for it, or stop it"
+        )
+    for left in folder.parent.glob("*/.*.tmp"):
+        mine = left.parent.resolve() == folder.resolve()
+        if mine or lock(left.parent / ".lock"):
+            left.unlink(missing_ok=True)
+            if not mine:
+                unlock(left.parent / ".lock")
 
 
 def _plain(value: object) -> object:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.engine import checkpoint
 from common.engine.errors import UserError
 from common.engine.files import write_json
 
@@ -36,10 +37,7 @@ def new(run_dir: Path, lesson: str, stem: str, settings: Mapping[str, Any]) -> t
             name = f"{base}-{again}"
         except OSError as error:
             raise UserError(f"--run-dir {run_dir} can't be written ({error.strerror})") from None
-    try:
-        write_json(parent / name / "config.json", settings)
-    except OSError as error:
-        raise UserError(f"{parent / name} can't be written ({error.strerror})") from None
+    write_json(parent / name / "config.json", settings)
     return str(parent / name), False
 
 
@@ -57,6 +55,7 @@ def check(
     """
     if "optimizer" not in state:
         raise UserError(f"{path} holds weights only, no training state: resume {last}")
+    checkpoint.check(state, checkpoint.LAST, path)
     if state["lesson"] != here["lesson"]:
         raise UserError(f"{path} is of {state['lesson']}, not of {here['lesson']}")
     now = config.to_dict()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,5 +32,20 @@ def command(*flags: str) -> str:
     them.
     """
     if script():
-        return shlex.join(["python", script(), *(flags or sys.argv[1:])])
+        words = [*_launcher(), script(), *(flags or sys.argv[1:])]
+        return shlex.join(words)
     return f"config = parse_flags(Config, {list(flags)})" if flags else "cells of a notebook"
+
+
+def _launcher() -> list[str]:
+    """What runs a script in this shell as it was run: python as it was typed, or torchrun."""
+    typed = sys.orig_argv[0] if sys.orig_argv else "python"
+    python = "python" if shutil.which("python") == sys.executable else typed
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    if here is None:
+        return [python]
+    # A worker can't see torchrun's own flags; those that join several machines are the user's.
+    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    flags = ["--standalone"] if nodes == "1" else [f"--nnodes={nodes}"]
+    start = ["torchrun"] if shutil.which("torchrun") else [python, "-m", "torch.distributed.run"]
+    return [*start, *flags, f"--nproc-per-node={here}"]
