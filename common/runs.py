@@ -23,6 +23,7 @@ from common.engine.files import claim_folder, write_csv, write_json
 from common.engine.records import EpochRecord, Evaluation, Profile
 from common.engine.signals import on_leave
 from common.engine.surroundings import command
+from common.engine.verdicts import wilson
 from common.engine.weights import size_for_weights
 from common.evaluation import most_wrong
 from common.profiling import count_macs, count_parameters, layer_table, thop_macs
@@ -229,7 +230,7 @@ class Run:
         outcome, and return what result.json holds.
         """
         best = self.load_best()["best"]
-        amp = amp_dtype(next(model.parameters()).device, self.config.amp, self.config.image_size)
+        device = next(model.parameters()).device
         # The first epoch pays for start-up; its rate is told only where it is all there is.
         steady = history[1:] or history
         result = {
@@ -237,9 +238,9 @@ class Run:
             "model": self.config.model,
             "dataset": self.config.dataset,
             "image_size": self.config.image_size,
-            "device": next(model.parameters()).device.type,
+            "device": device.type,
             "hardware": cost.device,
-            "amp": amp is not None,
+            "amp": amp_dtype(device, self.config.amp, self.config.image_size) is not None,
             "seed": self.config.seed,
             "epochs": len(history),
             "best_epoch": best["epoch"],
@@ -247,6 +248,7 @@ class Run:
             "macs": cost.macs,
             "val_top1": best["top1"],
             "test_top1": test.top1,
+            "test_top1_interval": wilson(round(test.top1 * len(test.targets)), len(test.targets)),
             "test_top5": test.top5,
             "test_loss": test.loss,
             "per_class": [dataclasses.asdict(c) for c in test.per_class],
@@ -261,36 +263,12 @@ class Run:
         if not processes.is_main():
             return result
         write_json(self.folder / "result.json", result)
-        facts = {
-            "Test accuracy": f"{test.top1:.2%} (top-5 {test.top5:.2%})",
-            "Validation accuracy": f"{best['top1']:.2%}, at epoch {best['epoch']} of "
-            f"{len(history)}",
-            "Data": data.describe(),
-            "Parameters": f"{cost.params:,}",
-            "Multiply-adds": f"{cost.macs / 1e6:,.1f} M for one image",
-            "Latency": f"{cost.latency_ms:.2f} ms (IQR {cost.latency_iqr_ms:.2f}), batch "
-            f"{cost.batch_size}",
-            "Peak memory": f"{cost.peak_memory_mb:.1f} MB, inference, batch {cost.batch_size}",
-            "Training": f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} "
-            f"images/s",
-            "Device": f"{cost.device}, torch {torch.__version__}",
-            "Command": command(),
-        }
-        tables = {
-            "Per class": [dataclasses.asdict(c) for c in test.per_class],
-            "Epochs": [dataclasses.asdict(r) for r in history],
-        }
+        facts = {"Data": data.describe(), **report.facts_of(result), "Command": command()}
+        epochs = [dataclasses.asdict(r) for r in history]
+        tables = {"Per class": result["per_class"], "Epochs": epochs}
         title = f"{self.config.model} on {self.config.dataset}"
         page = report.write_report(self.folder, title, facts, tables, self.figures)
-        print(
-            f"test       top-1 {test.top1:.2%}, top-5 {test.top5:.2%}, with the weights of "
-            f"epoch {best['epoch']}\n"
-            f"cost       {result['train_seconds']:.0f} s of training, {cost.latency_ms:.2f} ms "
-            f"an image, "
-            f"{cost.peak_memory_mb:.0f} MB\n"
-            f"report     {page}",
-            flush=True,
-        )
+        print(f"{report.outcome_of(result)}\nreport     {page}", flush=True)
         return result
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from common.engine.files import write_atomically
 
@@ -64,6 +65,39 @@ def page(title: str, body: str, style: str = "", script: str = "") -> str:
     return PAGE.format(
         title=escape(title), style=STYLE + style, body=body, allowed=allowed, script=script
     )
+
+
+def facts_of(result: Mapping[str, Any]) -> dict[str, str]:
+    """What one looks for first in a result.json."""
+    low, high = result["test_top1_interval"]
+    return {
+        "Test accuracy": f"{result['test_top1']:.2%}{_top5(result)}",
+        "95% interval": f"{low:.1%} to {high:.1%}, if the test images are drawn at random",
+        "Validation accuracy": f"{result['val_top1']:.2%}, at epoch {result['best_epoch']} of "
+        f"{result['epochs']}",
+        "Parameters": f"{result['params']:,}",
+        "Multiply-adds": f"{result['macs'] / 1e6:,.1f} M for one image",
+        "Latency": f"{result['latency_ms']:.2f} ms (IQR {result['latency_iqr_ms']:.2f}), batch 1",
+        "Peak memory": f"{result['peak_memory_mb']:.1f} MB, inference, batch 1",
+        "Training": f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} images/s",
+        "Device": f"{result['hardware']}, torch {result['torch_version']}",
+    }
+
+
+def outcome_of(result: Mapping[str, Any]) -> str:
+    """The last lines of a run on the terminal."""
+    low, high = result["test_top1_interval"]
+    return (
+        f"test       top-1 {result['test_top1']:.2%} (95% interval {low:.1%} to {high:.1%})"
+        f"{_top5(result)}, with the weights of epoch {result['best_epoch']}\n"
+        f"cost       {result['train_seconds']:.0f} s of training, {result['latency_ms']:.2f} ms an "
+        f"image, {result['peak_memory_mb']:.0f} MB"
+    )
+
+
+def _top5(result: Mapping[str, Any]) -> str:
+    """Of five classes or fewer it says nothing."""
+    return f", top-5 {result['test_top5']:.2%}" if len(result["per_class"]) > 5 else ""
 
 
 def _facts(facts: Mapping[str, object]) -> str:
