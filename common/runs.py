@@ -17,11 +17,11 @@ from torch import nn
 from common import inspection, plotting
 from common.config import TrainConfig
 from common.data import Data
-from common.engine import checkpoint, processes, report, run_folder, sources
+from common.engine import processes, report, sources
 from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
-from common.engine.files import claim_folder, write_csv, write_json
+from common.engine.files import write_csv, write_json
 from common.engine.records import EpochRecord, Evaluation, Profile
-from common.engine.signals import on_leave
+from common.engine.run_folder import RunFolder
 from common.engine.surroundings import command
 from common.engine.verdicts import wilson
 from common.engine.weights import size_for_weights
@@ -88,111 +88,16 @@ def banner(
         print(f"folder     {run.folder}", flush=True)
 
 
-class Run:
-    """The folder runs/<lesson>/<run name>/ and what
-    is written there. Only the main process writes.
+class Run(RunFolder):
+    """The folder runs/<lesson>/<run name>/ and what is written there, by the main process alone.
+
+    `Run.open(config, lesson)` makes it, or finds the one to resume; `save`, `load`, `save_best` and
+    `load_best` are its checkpoints.
     """
 
-    current: Run | None = None  # the one to be named when a signal ends the process
-
     def __init__(self, folder: Path, config: TrainConfig, lesson: str, resumed: bool) -> None:
-        self.folder, self.config, self.lesson, self.resumed = folder, config, lesson, resumed
-        self.last, self.best = folder / "last.pt", folder / "best.pt"
+        super().__init__(folder, config, lesson, resumed)
         self.figures: list[Path] = []
-
-    @classmethod
-    def open(cls, config: TrainConfig, lesson: str) -> Run:
-        """A new folder, or that of the run that `--resume` names.
-
-        Raises:
-            UserError: the folder can't be written; better now than after the first epoch.
-        """
-        folder = None
-        if processes.is_main():
-            folder = cls._find(config, lesson)
-            claim_folder(Path(folder[0]))
-        folder, resumed = processes.from_main(folder)
-        cls.current = cls(Path(folder), config, lesson, resumed)
-        return cls.current
-
-    @classmethod
-    def _find(cls, config: TrainConfig, lesson: str) -> tuple[str, bool]:
-        if config.resume:
-            path = Path(config.resume)
-            return str(path if path.is_dir() else path.parent), True
-        model, *others = config.model.split(",")  # lesson 7 compares many
-        model = model.strip().replace(":", "-")  # torchvision:NAME; Windows has no colon in names
-        model += f"-and-{len(others)}-more" if others else ""
-        stem = f"{config.experiment or model}-{config.dataset}-s{config.seed}"
-        plain = {"lesson": lesson, **config.to_dict(), "resume": ""}
-        return run_folder.new(Path(config.run_dir), lesson, stem, plain)
-
-    # -- checkpoints
-
-    def save(self, state: dict[str, Any]) -> None:
-        if processes.is_main():
-            checkpoint.save(
-                self.last, {"lesson": self.lesson, "world": processes.world_size(), **state}, True
-            )
-
-    def load(self, data: Data) -> dict[str, Any] | None:
-        """The state to go on from, or None at the start.
-
-        Raises:
-            UserError: the checkpoint is damaged, or of another lesson, config, dataset or number of
-                processes.
-        """
-        if not self.resumed:
-            return None
-        path = Path(self.config.resume or self.last)
-        path = path if path.is_file() else self.last
-        if not path.exists() and not checkpoint.previous(self.last).exists():
-            if processes.is_main():
-                print(
-                    f"resume     {self.folder} was stopped before its first checkpoint: "
-                    f"starting over"
-                )
-            return None
-        state = checkpoint.load_latest(path)
-        here = {"lesson": self.lesson, "data": data.fingerprint, "world": processes.world_size()}
-        run_folder.check(state, path, self.last, here, self.config)
-        if processes.is_main():
-            meter = state["meter"]
-            print(
-                f"resume     after {meter['epoch']} epochs and {meter['batch']} batches", flush=True
-            )
-        return state
-
-    def save_best(self, model: nn.Module, best: dict[str, Any], data: Data) -> None:
-        """The weights of the best epoch, with what it
-        takes to use them: classes and normalisation.
-        """
-        if processes.is_main():
-            state = {
-                "lesson": self.lesson,
-                "config": self.config.to_dict(),
-                "model": model.state_dict(),
-                "class_names": data.class_names,
-                "mean": data.mean,
-                "std": data.std,
-                "best": best,
-            }
-            checkpoint.save(self.best, state)
-        if processes.world_size() > 1:
-            torch.distributed.barrier()  # the others read it at the end
-
-    def load_best(self) -> dict[str, Any]:
-        state = checkpoint.load(self.best)
-        checkpoint.check(state, checkpoint.BEST, self.best)
-        return state
-
-    def kept(self) -> str:
-        return f"; the last good state is in {self.folder}"
-
-    def farewell(self) -> str:
-        return f"stopped; everything is saved. Go on with: {command('--resume', str(self.folder))}"
-
-    # -- results
 
     def note_epoch(self, history: list[EpochRecord], epochs: int) -> None:
         if not processes.is_main():
@@ -270,13 +175,6 @@ class Run:
         page = report.write_report(self.folder, title, facts, tables, self.figures)
         print(f"{report.outcome_of(result)}\nreport     {page}", flush=True)
         return result
-
-
-@on_leave
-def how_to_go_on() -> str | None:
-    """Of the run in hand, once it has a checkpoint."""
-    run = Run.current
-    return run.farewell() if run is not None and run.last.exists() else None
 
 
 def draw_figures(

@@ -17,11 +17,10 @@ from common.config import TrainConfig
 from common.data import Data, Loader
 from common.engine import checkpoint, processes
 from common.engine.device import amp_dtype, autocast, restore_rng_state, rng_state
-from common.engine.errors import Interrupted, UserError
 from common.engine.guard import Guard
 from common.engine.keeper import Keeper
+from common.engine.memory import with_less_memory
 from common.engine.meter import Meter
-from common.engine.progress import Bar
 from common.engine.records import EpochRecord
 from common.evaluation import score
 from common.schedule import Schedule, make_schedule
@@ -217,7 +216,14 @@ def fit(
         while meter.epoch < config.epochs and not _out_of_patience(history, config.patience):
             # ---- epoch
             title = f"{label} epoch {meter.epoch + 1}".lstrip()
-            _train_epoch(trained, data.train, loss_fn, optimizer, schedule, aids, config, title)
+            with_less_memory(
+                lambda: train_one_epoch(trained, data.train, loss_fn, optimizer, schedule, aids),
+                data.train,
+                meter,
+                optimizer,
+                config.auto_batch,
+                title,
+            )
             train_loss, train_top1 = meter.means()
             seconds = meter.elapsed()
             if show and meter.epoch == 0 and not data.in_memory:
@@ -255,48 +261,6 @@ def fit(
         with checkpoint.fitting(run.best):
             model.load_state_dict(run.load_best()["model"])
     return history
-
-
-def _train_epoch(
-    model: nn.Module,
-    loader: Loader,
-    loss_fn: nn.Module,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    aids: Aids,
-    config: TrainConfig,
-    title: str,
-) -> None:
-    """`train_one_epoch` under a bar; out of CUDA memory, again with half the images a batch."""
-    meter, keeper = aids.meter, aids.keeper
-    while True:
-        done = meter.batch * loader.images_per_batch
-        try:
-            with Bar(loader.images_per_epoch, title, "img", done, show=meter.show) as bar:
-                meter.begin_epoch(bar)
-                return train_one_epoch(model, loader, loss_fn, optimizer, schedule, aids)
-        except UserError as error:
-            # SIGTERM to the whole process group: the workers died of it before the step was done.
-            if keeper.stop.signum and "worker process" in str(error):
-                raise Interrupted(keeper.stop.signum, keeper.farewell()) from None
-            raise
-        except torch.OutOfMemoryError as error:
-            if not config.auto_batch or processes.world_size() > 1 or loader.batch_size % 2:
-                raise UserError(
-                    f"out of memory with {loader.batch_size} images a batch: try a smaller "
-                    "--batch-size with a larger --accumulate, or a smaller --image-size"
-                ) from error
-        # Outside the except clause, which would hold on to the failed step's tensors.
-        meter.rewind()
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        loader.rebatch(loader.batch_size // 2, 2 * loader.accumulate)
-        meter.batch, meter.batch_at_step = 2 * meter.batch, 2 * meter.batch
-        print(
-            f"out of memory: going on with --batch-size {loader.batch_size} --accumulate "
-            f"{loader.accumulate}, the same images per step",
-            flush=True,
-        )
 
 
 def _out_of_patience(history: list[EpochRecord], patience: int) -> bool:

@@ -239,7 +239,7 @@ def test_ctrl_c_before_and_after_training(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "load_data", interrupt)
-        patch.setattr("common.runs.Run.current", None)
+        patch.setattr("common.engine.run_folder.RunFolder.current", None)
         code, _, err = cli("01", *flags)
         assert code == 130 and "nothing to resume" in err
     with monkeypatch.context() as patch:

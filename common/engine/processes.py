@@ -52,6 +52,12 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
+def wait_for_all() -> None:
+    """Until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The tensor summed over all processes, in place; unchanged where there is one."""
     if world_size() > 1:
