@@ -6,17 +6,26 @@ if live():
 
 from __future__ import annotations
 
+import ast
+import inspect
+import io
+import linecache
+import sys
 from typing import TYPE_CHECKING
 
 from common.cli import in_notebook
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
 def live() -> bool:
-    """Whether someone steps through the lesson: in a notebook, or the window of an editor."""
-    return in_notebook()
+    """Whether someone steps through the lesson that asks: in a notebook, or the window of an
+    editor. Not where another lesson imports it.
+    """
+    return in_notebook() and sys._getframe(1).f_globals["__name__"] == "__main__"
 
 
 def digits(count: int = 8, size: int = 8) -> Tensor:
@@ -35,7 +44,8 @@ def digits(count: int = 8, size: int = 8) -> Tensor:
 
 
 def show(*things: object, titles: list[str] | None = None) -> None:
-    """Images or maps (N, C, H, W) and figures as pictures; anything else as text.
+    """Images or maps (N, C, H, W) and figures as pictures, a class or function as its source,
+    anything else as text.
 
     Of several channels each is a grey picture; three in the range of `digits` are one in colour.
     """
@@ -45,11 +55,30 @@ def show(*things: object, titles: list[str] | None = None) -> None:
         if isinstance(thing, torch.Tensor) and thing.dim() == 4:
             thing = _picture(thing.detach(), titles)
         if hasattr(thing, "savefig"):
-            from IPython.display import display
+            from IPython.display import Image, display
 
-            display(thing)
+            png = io.BytesIO()
+            thing.savefig(png, dpi=100)  # IPython itself shows figures of pyplot only
+            display(Image(png.getvalue()))
+        elif inspect.isclass(thing) or inspect.isfunction(thing):
+            print(source(thing))
         else:
             print(thing)
+
+
+def source(thing: type | Callable[..., object]) -> str:
+    """As `inspect.getsource`, also for a class that a notebook's cell defines: its file is that of
+    its methods.
+    """
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        files = {m.__code__.co_filename for m in vars(thing).values() if inspect.isfunction(m)}
+        for text in ("".join(linecache.getlines(file)) for file in files):
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.ClassDef) and node.name == thing.__name__:
+                    return ast.get_source_segment(text, node) or ""
+        raise
 
 
 def _picture(x: Tensor, titles: list[str] | None) -> object:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from common import notebook
 from common.lessons import ROOT, lesson_names
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 # What makes a lesson small enough for a test, beside smoke=True.
 MINIATURE = {
@@ -45,9 +50,9 @@ def test_a_notebook_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFix
     assert path.read_text().startswith("{")
 
 
-@pytest.mark.timeout(600)
-def test_all_lessons_run_from_the_first_to_the_last_cell(tmp_path: Path) -> None:
-    """In one kernel, which imports torch once; each begins with an empty namespace."""
+@pytest.fixture
+def run_cells(tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """`run_cells(book)` in one kernel, each book in an empty namespace of its own."""
     pytest.importorskip("jupytext")
     pytest.importorskip("ipykernel")
     nbclient = pytest.importorskip("nbclient")
@@ -55,26 +60,76 @@ def test_all_lessons_run_from_the_first_to_the_last_cell(tmp_path: Path) -> None
 
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path))
     client.stop_channels()
-    try:
-        for name in lesson_names():
-            book = notebook.make_notebook(ROOT / f"{name}.py", tmp_path)
-            (settings,) = (c for c in book.cells if c.source.startswith("config = Config("))
-            small = MINIATURE.get(name[:2], "")
-            settings.source = f"config = Config({small}dataset='digits', smoke=True)"
-            book.cells[0:0] = [notebook._cell("code", "%reset -f")]
-            nbclient.NotebookClient(book, km=manager, timeout=300).execute()
 
-            outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
-            printed = "".join(o.text for o in outputs if o.output_type == "stream")
-            kinds = {key for o in outputs for key in o.get("data", {})}
-            assert not [o.text for o in outputs if o.get("name") == "stderr"], name
-            assert len(outputs) < 60 and "\r" not in printed, name
-            assert "image/png" in kinds, f"{name}: figures are shown"
-            (page,) = (tmp_path / "runs" / name).glob("*/report.html")
-            assert f"report     {page.relative_to(tmp_path)}" in printed
-            assert "ipykernel" not in page.read_text(), name
-    finally:
-        manager.shutdown_kernel(now=True)
+    def run(book: NotebookNode, allow_errors: bool = False) -> None:
+        book.cells.insert(0, notebook._cell("code", "%reset -f"))
+        nbclient.NotebookClient(book, km=manager, timeout=300, allow_errors=allow_errors).execute()
+
+    yield run
+    manager.shutdown_kernel(now=True)
+
+
+@pytest.mark.timeout(600)
+def test_all_lessons_run_from_the_first_to_the_last_cell(
+    tmp_path: Path, run_cells: Callable[..., None]
+) -> None:
+    """In one kernel, which imports torch once."""
+    for name in lesson_names():
+        book = notebook.make_notebook(ROOT / f"{name}.py", tmp_path)
+        (settings,) = (c for c in book.cells if c.source.startswith("config = Config("))
+        small = MINIATURE.get(name[:2], "")
+        settings.source = f"config = Config({small}dataset='digits', smoke=True)"
+        run_cells(book)
+
+        outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+        printed = "".join(o.text for o in outputs if o.output_type == "stream")
+        kinds = {key for o in outputs for key in o.get("data", {})}
+        assert not [o.text for o in outputs if o.get("name") == "stderr"], name
+        assert len(outputs) < 60 and "\r" not in printed, name
+        assert "image/png" in kinds, f"{name}: figures are shown"
+        (page,) = (tmp_path / "runs" / name).glob("*/report.html")
+        assert f"report     {page.relative_to(tmp_path)}" in printed
+        assert "ipykernel" not in page.read_text(), name
+
+
+LIVE = """
+from common.live import digits, live, show
+from common.config import TrainConfig
+
+if live():
+    print("here")
+---
+import another
+---
+show(digits(2), (1, 2))
+---
+class Block:
+    def forward(self):
+        return "its source"
+
+show(Block)
+---
+TrainConfig(epochs=0)
+---
+from common.cli import exit_codes
+with exit_codes():
+    open("no such file")
+"""
+
+
+def test_live_cells_and_errors(tmp_path: Path, run_cells: Callable[..., None]) -> None:
+    book = notebook.make_notebook(ROOT / f"{lesson_names()[0]}.py", tmp_path)
+    (tmp_path / "another.py").write_text('from common.live import live\nif live(): print("there")')
+    cells = [notebook._cell("code", text) for text in LIVE.split("---\n")]
+    book.cells = [book.cells[1], *cells]
+    run_cells(book, allow_errors=True)
+    here, imported, picture, source, wrong, missing = (cell.outputs for cell in book.cells[2:])
+    assert here[0].text == "here\n" and imported == []
+    assert [o.output_type for o in picture] == ["display_data", "stream"]
+    assert "image/png" in picture[0].data and picture[1].text == "(1, 2)\n"
+    assert source[0].text.startswith("class Block:") and "its source" in source[0].text
+    assert wrong[0].traceback == ["error: --epochs 0: the least that makes sense is 1"]
+    assert len(missing[0].traceback) == 1 and "no such file" in missing[0].traceback[0]
 
 
 def test_flags_are_honoured_in_ipython() -> None:
