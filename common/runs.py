@@ -20,6 +20,7 @@ from common.data import Data
 from common.engine import checkpoint, processes, report, run_folder, sources
 from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
 from common.engine.files import write_csv, write_json
+from common.engine.overview import write_index
 from common.engine.records import EpochRecord, Evaluation, Profile
 from common.engine.signals import on_leave
 from common.engine.surroundings import command
@@ -279,13 +280,14 @@ class Run:
         }
         title = f"{self.config.model} on {self.config.dataset}"
         page = report.write_report(self.folder, title, facts, tables, self.figures)
+        index = write_index(self.folder.parent.parent)
         print(
             f"test       top-1 {test.top1:.2%}, top-5 {test.top5:.2%}, with the weights of "
             f"epoch {best['epoch']}\n"
             f"cost       {result['train_seconds']:.0f} s of training, {cost.latency_ms:.2f} ms "
             f"an image, "
             f"{cost.peak_memory_mb:.0f} MB\n"
-            f"report     {page}",
+            f"report     {page}, all runs: {index}",
             flush=True,
         )
         return result
