@@ -36,6 +36,7 @@ from common.engine import processes, report
 from common.engine.device import describe, memory_format, pick_device, set_up_torch
 from common.engine.errors import Diverged, Interrupted
 from common.engine.files import write_json
+from common.engine.overview import write_index
 from common.engine.records import EpochRecord
 from common.engine.sources import load_source
 from common.engine.store import Store
@@ -547,7 +548,7 @@ def conclude(
         print(f"verdict    {sentence}")
     for path in run.figures:
         print(f"figure     {path}")
-    print(f"report     {page}", flush=True)
+    print(f"report     {page}, all runs: {write_index(run.folder.parent.parent)}", flush=True)
     return outcome
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.engine.files import write_atomically
+from common.engine.report import DPI, PALETTE
 from common.engine.verdicts import LEVEL, OverSeeds
 
 if TYPE_CHECKING:
@@ -36,12 +37,8 @@ if TYPE_CHECKING:
 
     from common.engine.records import EpochRecord, Evaluation
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the light ones are darkened so
-# that they can be read on white.
-PALETTE = ["#0072B2", "#D55E00", "#009E73", "#B5509A", "#B98500", "#2F8FC4", "#5A5A5A"]
 INK, FAINT, MISSING = "#222222", "#DDDDDD", "#EEEEEE"
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 13, 11, 9.5  # points; a panel is about 6 inches wide
-DPI = 130
 
 
 def save(figure: Figure, path: Path | str) -> Path:

@@ -20,6 +20,7 @@ from common.data import Data
 from common.engine import processes, report, sources
 from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
 from common.engine.files import write_csv, write_json
+from common.engine.overview import write_index
 from common.engine.records import EpochRecord, Evaluation, Profile
 from common.engine.run_folder import RunFolder
 from common.engine.surroundings import command
@@ -173,7 +174,9 @@ class Run(RunFolder):
         tables = {"Per class": result["per_class"], "Epochs": epochs}
         title = f"{self.config.model} on {self.config.dataset}"
         page = report.write_report(self.folder, title, facts, tables, self.figures)
-        print(f"{report.outcome_of(result)}\nreport     {page}", flush=True)
+        index = write_index(self.folder.parent.parent)
+        print(f"{report.outcome_of(result)}
+report     {page}, all runs: {index}", flush=True)
         return result
 
 

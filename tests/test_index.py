@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from common.engine.errors import UserError
-from common.index import main, write_index
+from common.engine.overview import write_index
+from common.index import main
 
 
 def make_run(runs: Path, name: str, losses: list[float], **result: object) -> Path:

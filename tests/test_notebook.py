@@ -74,6 +74,7 @@ def test_all_lessons_run_from_the_first_to_the_last_cell(
     tmp_path: Path, run_cells: Callable[..., None]
 ) -> None:
     """In one kernel, which imports torch once."""
+    index = tmp_path / "runs" / "index.html"
     for name in lesson_names():
         book = notebook.make_notebook(ROOT / f"{name}.py", tmp_path)
         (settings,) = (c for c in book.cells if c.source.startswith("config = Config("))
@@ -88,8 +89,9 @@ def test_all_lessons_run_from_the_first_to_the_last_cell(
         assert len(outputs) < 60 and "\r" not in printed, name
         assert "image/png" in kinds, f"{name}: figures are shown"
         (page,) = (tmp_path / "runs" / name).glob("*/report.html")
-        assert f"report     {page.relative_to(tmp_path)}" in printed
+        assert f"report     {page.relative_to(tmp_path)}, all runs: runs/index.html" in printed
         assert "ipykernel" not in page.read_text(), name
+        assert f'href="{page.relative_to(tmp_path / "runs")}"' in index.read_text()
 
 
 LIVE = """

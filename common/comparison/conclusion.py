@@ -29,6 +29,7 @@ from common.comparison.results import (
 from common.engine.device import describe
 from common.engine.errors import UserError
 from common.engine.files import write_atomically
+from common.engine.overview import write_index
 from common.engine.store import Store
 from common.lessons import get_model
 
@@ -122,7 +123,8 @@ def present(
         print(f"\n{table.title}. {table.note}\n\n{markdown_table(table.candidates)}")
     print("", *(f"verdict    {sentence}" for sentence in verdicts), sep="\n")
     print(*(f"\n{choice}" for choice in choices), sep="\n")
-    print(f"report     {run.folder / 'report.html'}", flush=True)
+    index = write_index(run.folder.parent.parent)
+    print(f"report     {run.folder / 'report.html'}, all runs: {index}", flush=True)
     return tables
 
 

@@ -12,8 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from common.comparison.results import Candidate, Table, filled_columns, pareto_front, percent, si
-from common.engine.report import SORT, figure_html, page
-from common.plotting import PALETTE
+from common.engine.report import PALETTE, SORT, figure_html, page
 
 # What a chart can have on its x axis: field -> words. Costs; the y axis is always top-1.
 AXES = {

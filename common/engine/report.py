@@ -14,7 +14,10 @@ from typing import Any
 from common.engine.files import write_atomically
 
 LONG_TABLE = 30  # rows; longer ones are folded
-DPI = 130  # of the figures, as common.plotting saves them
+DPI = 130  # of the figures
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the light ones are darkened so
+# that they can be read on white.
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#B5509A", "#B98500", "#2F8FC4", "#5A5A5A"]
 
 
 def write_report(
