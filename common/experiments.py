@@ -500,12 +500,26 @@ def _spread(values: Sequence[float], percent: bool) -> str:
 
 
 def draw(results: Results) -> Figure:
-    """Every seed as a point, with mean and interval, for each measure that a claim is about."""
+    """What the records hold as lists, such as the loss by epoch, as curves; each measure that a
+    claim is about with every seed as a point, mean and interval.
+
+    The key of a list names its axes: "gradient by layer, at the start".
+    """
+    record = max((rs[0] for rs in results.records.values()), key=len)
+    lists = [key for key, value in record.items() if isinstance(value, list)]
     measures = list(dict.fromkeys(c.measure for c in results.experiment.claims)) or ["test_top1"]
-    figure, axes = plotting.panels(len(measures), results.experiment.heading)
-    for measure, ax in zip(measures, axes):
+    figure, axes = plotting.panels(len(lists) + len(measures), results.experiment.heading)
+    for key, ax in zip(lists, axes):
+        series = {name: [v for v in results.values(name, key) if v] for name in results.records}
+        every = [number for runs in series.values() for values in runs for number in values]
+        steep = min(every) > 0 and max(every) > 50 * min(every)
+        title = "training loss by epoch" if key == "losses" else key
+        ylabel, _, x = title.partition(",")[0].partition(" by ")
+        plotting.curves(series, x, ylabel, title.capitalize(), log_y=steep, ax=ax)
+    for measure, ax in zip(measures, axes[len(lists) :]):
         values = {name: results.values(name, measure) for name in results.records}
-        plotting.seeds(values, _column(measure), percent="top1" in measure, ax=ax)
+        title = _column(measure).capitalize()
+        plotting.seeds(values, _column(measure), title, percent="top1" in measure, ax=ax)
     return figure
 
 
