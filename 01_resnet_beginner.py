@@ -72,7 +72,6 @@ class Config(TrainConfig):
     shortcut: str = knob("", "A pads, B projects, C always does (sec. 3.3)", ("A", "B", "C", ""))
     zero_init_residual: bool = knob(True, "start each residual branch at zero")
     deep: int = knob(5, "blocks per stage of the experiment's deeper nets", low=4, high=200)
-    seeds: int = knob(5, "trainings of each arm of an experiment", low=1, high=100)
 
     # What differs from the defaults of common/config.py; the record was measured with these.
     RECIPES = {"digits": {"image_size": 8, "epochs": 12, "batch_size": 64, "base_lr": 0.2}}

@@ -35,7 +35,7 @@ from common.data import Data, make_data, read_once
 from common.engine import processes, report
 from common.engine.device import describe, memory_format, pick_device, set_up_torch
 from common.engine.errors import Diverged, Interrupted
-from common.engine.files import write_json
+from common.engine.files import lock, write_json
 from common.engine.records import EpochRecord
 from common.engine.sources import load_source
 from common.engine.store import Store
@@ -368,9 +368,13 @@ def run_experiment(
     try:
         rates = {name: rate(arm) for name, arm in arms.items()}
         records: dict[str, list[Record]] = {name: [] for name in arms}
+        began = time.monotonic()
         for seed in range(config.seed, config.seed + config.seeds):
             for name, arm in arms.items():
                 records[name].append(one(arm, seed, **rates[name]))
+            if seed == config.seed and config.seeds > 1 and processes.is_main():
+                rest = (time.monotonic() - began) * (config.seeds - 1)
+                print(f"expected   {rest:.0f} s for the other {config.seeds - 1} seeds", flush=True)
         return _outcome(run, Results(experiment, records))
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
@@ -427,7 +431,7 @@ def _left(config: TrainConfig, lesson: str) -> str:
             found = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if found == wanted:
+        if found == wanted and lock(path.parent / ".lock"):  # no other process is at it
             return str(path.parent)
     return ""
 
