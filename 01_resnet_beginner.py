@@ -81,7 +81,6 @@ class Config(TrainConfig):
 config = parse_flags(Config) if __name__ == "__main__" else Config()
 
 # %%
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -571,7 +570,7 @@ def run(config: Config) -> dict[str, object]:
 
 # %%
 if live():
-    print(inspect.getsource(train_one_epoch))
+    show(train_one_epoch)
     print(torch.log(torch.tensor(10.0)))
 
 # %% [markdown]
