@@ -11,80 +11,91 @@ output, and a network of a hundred layers trains as easily as one of ten.
 
 Measured on two cores of an Intel Xeon with AMX, torch 2.15, seed 0:
 
-    default, resnet18            digits at 8 px, 12 epochs: test 98.61%, 26 s of training
-    skip-connections             the same, 56 layers: plain 25.35%, residual 98.05%, pre-activation
-                                 98.61%; all six nets in 72 s
-    resnet20, CIFAR-10           JPEG copy, 8 epochs, bfloat16: test 80.53%, 380 s of training
+    default, resnet18      digits at 8 px, 12 epochs: test 98.61%, 26 s of training
+    resnet20, CIFAR-10     JPEG copy, 8 epochs, bfloat16: test 80.53%, 380 s of training
+
+What the experiment gave stands at the end of the file, lest it spoil your guess.
 """
+
+# %% [markdown]
+# **You will** write a residual block, build the networks of the papers' tables from it, and test
+# the claim. **You need** to know what a linear layer, a convolution and a gradient are. **Time**:
+# 30 minutes to read, 2 to run, 3 for the experiment, about 2 hours for the exercises.
+#
+# <details><summary>1. Why should a deeper net never do worse on the training set?</summary>Its
+# extra layers could copy their input: it would compute what the shallower net does.</details>
+# <details><summary>2. What does a residual block compute when its branch gives zero?</summary>Its
+# input, rectified. A plain block computes zero.</details>
+# <details><summary>3. How does the shortcut pass a place where the shape changes?</summary>It takes
+# every second pixel and appends zeros (A), or is a 1x1 convolution (B).</details>
+# <details><summary>4. Why has ResNet-50 bottlenecks and ResNet-34 none?</summary>Two 3x3
+# convolutions at four times the width would have 17 times the weights.</details>
+# <details><summary>5. Which number shows that a net is hard to train, not overfitted?</summary>
+# The loss on the training images.</details>
 
 # %% [markdown]
 # ## The problem, and the one equation
 #
 # A deeper network contains the shallower one: let the extra layers copy their input, and it
 # computes the same. So it should never do worse. Before 2015 it did, on the *training* set too: 56
-# plain layers ended above 20 (the paper's figure 1). Solvers find it hard to make a stack of layers
+# plain layers ended above 20 (the paper's figure 1). A stack of layers does not easily learn to
 # copy. ResNet makes copying the default:
 #
-# $$y = x + F(x)$$
+# $$y = x + F(x) \qquad \partial y / \partial x = 1 + F'(x)$$
 #
-# With $F = 0$ the block is the identity, and the gradient reaches $x$ undiminished, whatever $F$
-# does: $\partial y / \partial x = 1 + F'(x)$.
+# With $F = 0$ the block is the identity. Of the gradient, one part passes as it is, by the 1. The
+# other part is added. It could cancel the first, but hardly does: $F'$ would have to be -1.
 #
 #         x ──────────────┬── conv ── BN ── ReLU ── conv ── BN ──(+)── ReLU ── y
 #                         └──────────── shortcut ─────────────────┘
+#
+#         image ─ stem ─ [block block] ─ [block block] ─ [block block] ─ [block block] ─ head
+#                           C, H, W       2C, H/2, W/2    4C, H/4, W/4    8C, H/8, W/8
+#
+# BN is BatchNorm: it gives each channel mean 0 and deviation 1 over the batch, then a scale and a
+# shift that are learned. Lesson 2 writes it by hand.
 
 # %%
-from common.cli import in_notebook, main, parse_flags
+from common.cli import main, parse_flags
 from common.config import TrainConfig, knob
 
 from dataclasses import dataclass
+
+LESSON = "01_resnet_beginner"
 
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
     """What this lesson can be told; every field is a flag, and `--help` prints them all."""
 
-    model: str = knob(
-        "resnet18", "a name of MODELS: resnet18, resnet50, resnext50_32x4d, resnet20, ..."
-    )
-    shortcut: str = knob(
-        "",
-        "where the shape changes: A pads with zeros, B projects (default: as in the paper)",
-        ("A", "B", ""),
-    )
+    model: str = knob("resnet18", "a name of MODELS: resnet50, resnext50_32x4d, resnet20, ...")
+    shortcut: str = knob("", "A pads, B projects, C always does (sec. 3.3)", ("A", "B", "C", ""))
     zero_init_residual: bool = knob(True, "start each residual branch at zero")
-    depths: str = knob(
-        "20,56", "layers of the nets that --experiment skip-connections compares", low=8, high=1202
-    )
+    deep: int = knob(5, "blocks per stage of the experiment's deeper nets", low=4, high=200)
 
-    # What differs from the defaults of common/config.py; the record at the top was measured with
-    # these.
+    # What differs from the defaults of common/config.py; the record was measured with these.
     RECIPES = {"digits": {"image_size": 8, "epochs": 12, "batch_size": 64, "base_lr": 0.2}}
 
 
-# Flags are read before torch is imported, so that --help answers at once; a notebook gets the
-# defaults.
+# Flags are read before torch is imported, so that --help answers at once.
 config = parse_flags(Config) if __name__ == "__main__" else Config()
 
 # %%
-import inspect
 from collections.abc import Callable
 from functools import partial
-from statistics import mean
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import plotting
+from common.data import Data, load_data
 from common.engine.device import memory_format
-from common.data import load_data
-from common.engine.errors import UserError
 from common.evaluation import evaluate
-from common.experiments import Trial, conclude, train_trial
+from common.experiments import Arm, Claim, Experiment, run_experiment
+from common.live import digits, live, show
 from common.pretrained import load_pretrained, weights_mean_std
-from common.profiling import profile
+from common.profiling import count_parameters, profile
 from common.runs import Run, banner, draw_figures, prepare
 from common.training import fit, make_optimizer, make_schedule, train_one_epoch
 
@@ -93,15 +104,15 @@ from common.training import fit, make_optimizer, make_schedule, train_one_epoch
 #
 # Where a block keeps its shape the shortcut is the identity. Where it halves the resolution and
 # widens the channels, something has to give. The paper's options: **A** subsamples and pads with
-# zeros (no parameters), **B** projects with a 1x1 convolution.
+# zeros (no parameters), **B** projects with a 1x1 convolution, **C** projects everywhere, also
+# where the shape stays. C was a little better in the paper's table 3 and costs much: it's dropped.
 
 
 # %%
 class PadShortcut(nn.Module):
-    """Option A: every `stride`-th pixel, missing channels filled with zeros.  He et al. 2015, sec.
-    3.3.
+    """Option A: every `stride`-th pixel, missing channels filled with zeros.  He et al., sec. 3.3.
 
-    (N, C_in, H, W) -> (N, C_out, H/stride, W/stride), no parameters.
+    (N, C_in, H, W) -> (N, C_out, H/stride, W/stride)
 
     >>> PadShortcut(16, 32, stride=2)(torch.ones(1, 16, 8, 8)).shape
     torch.Size([1, 32, 4, 4])
@@ -119,17 +130,74 @@ class PadShortcut(nn.Module):
 
 
 def make_shortcut(option: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """The identity where the shape stays; else option "A" (pad) or "B" (project)."""
-    if stride == 1 and in_channels == out_channels:
+    """What the option puts beside a block: identity, padding or projection."""
+    if option not in ("A", "B", "C"):
+        raise ValueError(f"shortcut is 'A' (pad), 'B' or 'C' (project), not {option!r}")
+    if stride == 1 and in_channels == out_channels and option != "C":
         return nn.Identity()
     if option == "A":
         return PadShortcut(in_channels, out_channels, stride)
-    if option != "B":
-        raise ValueError(f"shortcut is 'A' (pad) or 'B' (project), not {option!r}")
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-        nn.BatchNorm2d(out_channels),
-    )
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+
+# %% [markdown]
+# **Say it first**: 16 channels become 32. How many parameters has B? What does A leave of a digit?
+
+# %%
+if live():
+    print(count_parameters(make_shortcut("B", 16, 32, stride=2)))  # 16 * 32 + 2 * 32
+    show(digits(4), PadShortcut(3, 3, stride=2)(digits(4)))
+
+# %% [markdown]
+# ## The basic block: learn the difference, add it to the input
+#
+# `se` is squeeze-and-excitation, a later addition that is off by default: it comes next.
+
+
+# %%
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut.  He et al. 2015, fig. 5 left.
+
+    (N, C_in, H, W) -> (N, channels, H/stride, W/stride)
+
+    >>> BasicBlock(64, 128, stride=2)(torch.zeros(1, 64, 8, 8)).shape
+    torch.Size([1, 128, 4, 4])
+    """
+
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B",
+        se_reduction: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.se = SqueezeExcitation(channels, se_reduction) if se_reduction else nn.Identity()
+        self.shortcut = make_shortcut(shortcut, in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = F.relu(self.bn1(self.conv1(x)))  # (N, channels, H/stride, W/stride)
+        residual = self.se(self.bn2(self.conv2(residual)))
+        return F.relu(residual + self.shortcut(x))
+
+
+# %% [markdown]
+# **By hand**: at 64 channels a 3x3 convolution has $9 \cdot 64 \cdot 64 = 36{,}864$ weights and a
+# BatchNorm 128, so the block has $2 \cdot (36{,}864 + 128) = 73{,}984$ parameters.
+#
+# **Say it first**: the scale of the last BatchNorm is zero. Which picture comes out? Digits are
+# drawn from -1 (black) to 1 (white).
+
+# %%
+if live():
+    print(count_parameters(BasicBlock(64, 64)))
+    block = BasicBlock(3, 3)
+    nn.init.zeros_(block.bn2.weight)
+    show(digits(4), block(digits(4)))
 
 
 # %% [markdown]
@@ -139,10 +207,9 @@ def make_shortcut(option: str, in_channels: int, out_channels: int, stride: int)
 # %%
 class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate in (0, 1) computed from all channels' means.  Hu et al. 2018,
-    sec. 3.
+    sec. 3. 1x1 convolutions are linear layers that keep the last two dimensions.
 
-    (N, C, H, W) -> (N, C, H, W). 1x1 convolutions are linear layers that keep the last two
-    dimensions.
+    (N, C, H, W) -> (N, C, H, W).  NOTE: the paper's equation 3 has no biases, torchvision's has.
 
     >>> SqueezeExcitation(64)(torch.zeros(1, 64, 8, 8)).shape
     torch.Size([1, 64, 8, 8])
@@ -161,50 +228,21 @@ class SqueezeExcitation(nn.Module):
 
 
 # %% [markdown]
-# ## The basic block: learn the difference, add it to the input
-
+# **Say it first**: all weights and biases are zero. By what is each channel multiplied?
 
 # %%
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut.  He et al. 2015, fig. 5 left.
-
-    (N, C_in, H, W) -> (N, channels, H/stride, W/stride)
-
-    >>> BasicBlock(64, 128, stride=2)(torch.zeros(1, 64, 8, 8)).shape
-    torch.Size([1, 128, 4, 4])
-    """
-
-    expansion = 1
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int = 1,
-        shortcut: str = "B",
-        se_reduction: int = 0,
-    ) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.se = SqueezeExcitation(channels, se_reduction) if se_reduction else nn.Identity()
-        self.shortcut = make_shortcut(shortcut, in_channels, channels, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        residual = F.relu(self.bn1(self.conv1(x)))
-        residual = self.se(self.bn2(self.conv2(residual)))
-        return F.relu(residual + self.shortcut(x))
-
+if live():
+    gate = SqueezeExcitation(3, reduction=1)
+    for parameter in gate.parameters():
+        nn.init.zeros_(parameter)
+    print((gate(digits(1)) / digits(1)).unique())
 
 # %% [markdown]
 # ## The bottleneck: squeeze, convolve, expand
 #
 # At 50 layers and more, two 3x3 convolutions at full width cost too much. A 1x1 first narrows the
-# channels by four, so that the 3x3 in the middle is cheap, and a second 1x1 widens them again. With
-# `groups` the middle convolution becomes ResNeXt's set of parallel paths; with a larger
-# `base_width` the net becomes a Wide ResNet.
+# channels by four, the 3x3 in the middle is cheap, and a second 1x1 widens them again. `groups`
+# makes of the middle ResNeXt's parallel paths; a larger `base_width` makes a Wide ResNet.
 
 
 # %%
@@ -223,15 +261,9 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int = 1,
-        shortcut: str = "B",
-        se_reduction: int = 0,
-        groups: int = 1,
-        base_width: int = 64,
-    ) -> None:
+        self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B",
+        se_reduction: int = 0, groups: int = 1, base_width: int = 64,
+    ) -> None:  # fmt: skip
         super().__init__()
         width = channels * base_width // 64 * groups
         out_channels = self.expansion * channels
@@ -252,30 +284,29 @@ class Bottleneck(nn.Module):
 
 
 # %% [markdown]
-# ## Two relatives for the experiment: no shortcut, and a shortcut that nothing touches
+# **Say it first**: 256 channels come in and go out. How many times as many parameters has the basic
+# block: twice, 17 times, 100 times?
+
+# %%
+if live():
+    print(count_parameters(BasicBlock(256, 256)), count_parameters(Bottleneck(256, 64)))
+
+# %% [markdown]
+# ## Two relatives: no shortcut, and a shortcut without anything on it
+#
+# After the sum of 2015 a ReLU cuts off what is negative, signal and gradient. In 2016 the authors
+# moved BatchNorm and ReLU in front of the convolutions. Then $x_L = x_l + \sum_i F_i(x_i)$ within a
+# stage, and the gradient at block $L$ reaches block $l$ whole, plus what the branches add.
 
 
 # %%
-class PlainBlock(nn.Module):
-    """The basic block without its shortcut: what everyone stacked before 2015.  He et al. 2015,
-    fig. 3 middle.
-
-    (N, C_in, H, W) -> (N, channels, H/stride, W/stride)
-
-    >>> PlainBlock(64, 128, stride=2)(torch.zeros(1, 64, 8, 8)).shape
-    torch.Size([1, 128, 4, 4])
-    """
-
-    expansion = 1
+class PlainBlock(BasicBlock):
+    """The basic block without its shortcut; shapes as there.  He et al. 2015, fig. 3 middle."""
 
     def __init__(
         self, in_channels: int, channels: int, stride: int = 1, shortcut: str = ""
     ) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        super().__init__(in_channels, channels, stride, shortcut="A")  # which has no parameters
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -283,10 +314,12 @@ class PlainBlock(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """BatchNorm and ReLU before each convolution, so that the sum is never rectified and the
-    identity runs from the stem to the head.  He et al. 2016, fig. 4(e).
+    """BatchNorm and ReLU before each convolution, none after the sum.  He et al. 2016, fig. 4(e).
 
     (N, C_in, H, W) -> (N, channels, H/stride, W/stride)
+
+    NOTE: in the figure both paths start from x. Where the shape changes the shortcut starts from
+    the activated input here, as in the authors' code.
 
     >>> PreActBlock(64, 128, stride=2)(torch.zeros(1, 64, 8, 8)).shape
     torch.Size([1, 128, 4, 4])
@@ -309,11 +342,56 @@ class PreActBlock(nn.Module):
         residual = self.conv2(F.relu(self.bn2(self.conv1(activated))))
         if isinstance(self.shortcut, nn.Identity):
             return residual + x
-        # A projection starts from the activated input, as in the authors' code.
         return residual + self.shortcut(activated)
 
 
 # %% [markdown]
+# **Say it first**: the last convolution of each block is zero. What is left of the digits in a
+# plain, a basic and a pre-activation block: all, half, nothing?
+
+# %%
+if live():
+    for block in (PlainBlock(3, 3), BasicBlock(3, 3), PreActBlock(3, 3)):
+        nn.init.zeros_(block.conv2.weight)
+        show(block(digits(4)))
+
+# %% [markdown]
+# ## The papers' tables as data
+
+
+# %%
+class Row(NamedTuple):
+    """One line of the table: which block, how many per stage, and what the block is told."""
+
+    block: type[nn.Module]
+    depths: tuple[int, ...]
+    options: dict[str, int | str] = {}
+
+
+TABLE: dict[str, Row] = {
+    # He et al. 2015, table 1
+    "resnet18": Row(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Row(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Row(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Row(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": Row(Bottleneck, (3, 8, 36, 3)),
+    # Zagoruyko and Komodakis 2016; Xie et al. 2017, table 1
+    "wide_resnet50_2": Row(Bottleneck, (3, 4, 6, 3), {"base_width": 128}),
+    "resnext50_32x4d": Row(Bottleneck, (3, 4, 6, 3), {"groups": 32, "base_width": 4}),
+    "resnext101_32x8d": Row(Bottleneck, (3, 4, 23, 3), {"groups": 32, "base_width": 8}),
+    # Hu et al. 2018, table 1; the small one is not in the paper and follows the same rule
+    "se_resnet50": Row(Bottleneck, (3, 4, 6, 3), {"se_reduction": 16}),
+    "se_resnet18": Row(BasicBlock, (2, 2, 2, 2), {"se_reduction": 16}),
+    # He et al. 2016; He et al. 2015, fig. 3 middle
+    "preact_resnet18": Row(PreActBlock, (2, 2, 2, 2)),
+    "plainnet18": Row(PlainBlock, (2, 2, 2, 2)),
+    "plainnet34": Row(PlainBlock, (3, 4, 6, 3)),
+}
+
+# %% [markdown]
+# **Say it first**: the 18 of ResNet-18 counts the layers with weights on the longest way. Which
+# are they? How many has the row `resnet50`?
+#
 # ## The model: stem, stages, head
 
 
@@ -325,34 +403,24 @@ class ResNet(nn.Module):
     widens the channels, and the head averages what is left.
 
     Args:
-        block: the class that every stage repeats.
-        depths: blocks per stage.
-        channels: width of each stage, before the block's `expansion`.
-        stem_channels: width of the stem; 64 on ImageNet, 16 on CIFAR.
+        block: the class that every stage repeats, as often as `depths` says.
+        channels: width of each stage, before the block's `expansion`; `stem_channels` of the stem.
         small_input: a 3x3 stem of stride 1 and no max-pool, for images of 32 pixels and less.
-            NOTE: the paper has no such form of ResNet-18 to -152; it's the one of the CIFAR
-                literature.
+            NOTE: the form of the CIFAR literature; the paper has none of ResNet-18 to -152.
         zero_init_residual: start the last BatchNorm of each residual branch at zero, so that each
             block starts as the identity.  Goyal et al. 2017, sec. 5.1.
         **block_options: handed to each block: `shortcut`, `se_reduction`, `groups`, `base_width`.
     """
 
     def __init__(
-        self,
-        block: type[nn.Module],
-        depths: tuple[int, ...],
-        channels: tuple[int, ...] = (64, 128, 256, 512),
-        stem_channels: int = 64,
-        num_classes: int = 1000,
-        small_input: bool = False,
-        zero_init_residual: bool = True,
+        self, block: type[nn.Module], depths: tuple[int, ...],
+        channels: tuple[int, ...] = (64, 128, 256, 512), stem_channels: int = 64,
+        num_classes: int = 1000, small_input: bool = False, zero_init_residual: bool = True,
         **block_options: int | str,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
-        if small_input:
-            stem = [nn.Conv2d(3, stem_channels, 3, padding=1, bias=False)]
-        else:
-            stem = [nn.Conv2d(3, stem_channels, 7, stride=2, padding=3, bias=False)]
+        size, stride = (3, 1) if small_input else (7, 2)
+        stem = [nn.Conv2d(3, stem_channels, size, stride, padding=size // 2, bias=False)]
         preact = block is PreActBlock  # its blocks bring their own BatchNorm and ReLU
         if not preact:
             stem += [nn.BatchNorm2d(stem_channels), nn.ReLU()]
@@ -376,16 +444,16 @@ class ResNet(nn.Module):
         self.init_weights(zero_init_residual)
 
     def init_weights(self, zero_init_residual: bool) -> None:
-        """He initialisation keeps the variance through ReLUs.  He et al. 2015, "Delving deep"."""
+        """He initialisation, "fan_out": a convolution with its ReLU keeps the variance of the
+        gradient on its way back; "fan_in" would keep the signal's.  He et al. 2015, "Delving deep"
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            # A plain net has no shortcut to fall back on, and a pre-activation branch ends in a
-            # convolution.
-            elif zero_init_residual and isinstance(module, BasicBlock):
-                nn.init.zeros_(module.bn2.weight)
-            elif zero_init_residual and isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
+            # A plain block has no shortcut to fall back on; PreActBlock ends in a convolution.
+            elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
+                last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
+                nn.init.constant_(last.weight, float(isinstance(module, PlainBlock)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C, H/32, W/32), the last feature map; H/8, W/8 if small."""
@@ -402,62 +470,22 @@ class ResNet(nn.Module):
         self.head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
 
 
-# %% [markdown]
-# ## The paper's tables as data
-
-
-# %%
-class Row(NamedTuple):
-    """One line of the table: which block, how many per stage, and what the block is told."""
-
-    block: type[nn.Module]
-    depths: tuple[int, ...]
-    options: dict[str, int | str] = {}
-
-
-TABLE: dict[str, Row] = {
-    # He et al. 2015, table 1
-    "resnet18": Row(BasicBlock, (2, 2, 2, 2)),
-    "resnet34": Row(BasicBlock, (3, 4, 6, 3)),
-    "resnet50": Row(Bottleneck, (3, 4, 6, 3)),
-    "resnet101": Row(Bottleneck, (3, 4, 23, 3)),
-    "resnet152": Row(Bottleneck, (3, 8, 36, 3)),
-    # Zagoruyko and Komodakis 2016; Xie et al. 2017, table 1
-    "wide_resnet50_2": Row(Bottleneck, (3, 4, 6, 3), {"base_width": 128}),
-    "resnext50_32x4d": Row(Bottleneck, (3, 4, 6, 3), {"groups": 32, "base_width": 4}),
-    "resnext101_32x8d": Row(Bottleneck, (3, 4, 23, 3), {"groups": 32, "base_width": 8}),
-    # Hu et al. 2018, table 1
-    "se_resnet18": Row(BasicBlock, (2, 2, 2, 2), {"se_reduction": 16}),
-    "se_resnet50": Row(Bottleneck, (3, 4, 6, 3), {"se_reduction": 16}),
-    # He et al. 2016; He et al. 2015, fig. 3 middle
-    "preact_resnet18": Row(PreActBlock, (2, 2, 2, 2)),
-    "plainnet18": Row(PlainBlock, (2, 2, 2, 2)),
-    "plainnet34": Row(PlainBlock, (3, 4, 6, 3)),
-}
-
-
 def resnet(
     name: str, num_classes: int = 1000, small_input: bool = False, **options: int | str | bool
 ) -> ResNet:
     """The model of one row of the table; further options are `zero_init_residual`, `shortcut`."""
     row = TABLE[name]
-    options = {**row.options, **options}
-    return ResNet(
-        row.block, row.depths, num_classes=num_classes, small_input=small_input, **options
-    )
+    options = {"num_classes": num_classes, "small_input": small_input, **row.options, **options}
+    return ResNet(row.block, row.depths, **options)
 
 
 def cifar_resnet(
-    depth: int,
-    block: type[nn.Module] = BasicBlock,
-    num_classes: int = 1000,
-    small_input: bool = False,
-    **options: int | str | bool,
-) -> ResNet:
+    depth: int, block: type[nn.Module] = BasicBlock, num_classes: int = 1000,
+    small_input: bool = False, **options: int | str | bool,
+) -> ResNet:  # fmt: skip
     """The nets of section 4.2: depth = 6n + 2, three stages of n blocks, 16, 32 and 64 wide.
 
-    They have one form, for 32x32 images, whatever `small_input` says. `shortcut` is "A" by
-    default, as in the paper; "B" projects.
+    They have one form, whatever `small_input` says. `shortcut` is "A" by default, as in the paper.
 
     >>> sum(p.numel() for p in cifar_resnet(20, num_classes=10).parameters())
     269722
@@ -474,125 +502,29 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
 }
 
-
 # %% [markdown]
-# ## The experiment: does the shortcut do it?
-#
-# Three families at equal depth, with the same parameters but for a few norms, the same seeds and
-# the same recipe: no shortcut, the shortcut of 2015, the clean shortcut of 2016. Watch three
-# things: whether the deeper net *trains* worse than the shallower one, how they test, and how much
-# gradient reaches the first layer.
-
+# **Say it first**: a picture of 32 pixels goes through ResNet-18 in its small form. Which shape has
+# it after each of the four stages?
 
 # %%
-FAMILIES: dict[str, type[nn.Module]] = {
-    "plain": PlainBlock,
-    "residual": BasicBlock,
-    "pre-activation": PreActBlock,
-}
-
-
-def skip_connections(config: Config) -> dict[str, object]:
-    """Figures 1 and 6 of the paper at the size of the dataset: a figure and a verdict."""
-    depths = parse_depths(config.depths)
-    config, device = prepare(config)
-    data = load_data(config, device)
-    run = Run.open(config, "01_resnet_beginner")
-    trials: dict[tuple[str, int], Trial] = {}
-    for depth in depths:
-        for family, block in FAMILIES.items():
-            # Branches that start at zero came later and would help one family only.
-            build = partial(
-                cifar_resnet, depth, block, num_classes=data.num_classes, zero_init_residual=False
-            )
-            trials[family, depth] = train_trial(f"{family}-{depth}", build, data, config, device)
-
-    named = {t.name: t for t in trials.values()}
-    figure, (loss, accuracy, gradient) = plotting.panels(3, "Skip connections at equal depth")
-    losses = {n: [r.train_loss for r in t.history] for n, t in named.items()}
-    plotting.curves(losses, "epoch", "training loss", "Training loss", ax=loss)
-    tests = {n: t.test_top1 for n, t in named.items()}
-    plotting.bars(
-        tests, "test top-1", "Test accuracy", percent=True, colors=plotting.PALETTE, ax=accuracy
-    )
-    norms = {n: t.first_layer_gradient for n, t in named.items()}
-    steps = max(1, len(norms[f"plain-{depths[0]}"]) // 20)
-    plotting.curves(
-        norms, "step", "norm", "Gradient at the first layer", log_y=True, smooth=steps, ax=gradient
-    )
-    run.figure("skip_connections", figure)
-    rows = [
-        {**t.row(), "first gradient": f"{mean(t.first_layer_gradient[:steps]):.3g}"}
-        for t in named.values()
-    ]
-    return conclude(run, rows, skip_verdict(trials, depths))
-
-
-def parse_depths(text: str) -> list[int]:
-    """The depths of a text such as 20,56; each must be of the form 6n + 2."""
-    try:
-        depths = [int(part) for part in text.split(",")]
-    except ValueError:
-        depths = []
-    if not depths or any(depth < 8 or (depth - 2) % 6 for depth in depths):
-        raise UserError(f"--depths {text}: wants depths of the form 6n + 2, such as 20,56")
-    return depths
-
-
-def skip_verdict(trials: dict[tuple[str, int], Trial], depths: list[int]) -> list[str]:
-    """What the numbers say of the paper's two claims, whichever way they fall."""
-    shallow, deep = min(depths), max(depths)
-
-    def loss(family: str, depth: int) -> float:
-        return trials[family, depth].history[-1].train_loss
-
-    verdict = []
-    if shallow != deep:
-        for family in FAMILIES:
-            before, after = loss(family, shallow), loss(family, deep)
-            change = "train worse" if after > before else "train better"
-            verdict.append(
-                f"{family}: {deep} layers {change} than {shallow} (final training loss "
-                f"{after:.4f} against {before:.4f})"
-            )
-    for family in ("residual", "pre-activation"):
-        gap = trials[family, deep].test_top1 - trials["plain", deep].test_top1
-        word = "ahead of" if gap > 0 else "behind" if gap < 0 else "level with"
-        verdict.append(
-            f"at {deep} layers {family} is {word} plain in test accuracy, by {abs(gap):.2%}"
-        )
-    degrades = shallow != deep and loss("plain", deep) > loss("plain", shallow)
-    cured = degrades and loss("residual", deep) - loss("residual", shallow) < loss(
-        "plain", deep
-    ) - loss("plain", shallow)
-    if not degrades:
-        verdict.append(
-            "the degradation of plain nets did not show here: try more depth (--depths 20,110)"
-        )
-    elif cured:
-        verdict.append(
-            "the claim holds here: depth hurts the plain net, and less so with the shortcut"
-        )
-    else:
-        verdict.append("the claim fails here: the shortcut does not undo the harm that depth does")
-    return verdict
-
-
-EXPERIMENTS: dict[str, Callable[[Config], object]] = {"skip-connections": skip_connections}
+if live():
+    net, x = MODELS["resnet18"](num_classes=10, small_input=True), digits(1, size=32)
+    x = net.stem(x)
+    for stage in net.stages:
+        x = stage(x)
+        print(tuple(x.shape))
 
 # %% [markdown]
 # ## One run, from data to report
 #
-# Flat and explicit: this is the whole recipe. `fit` repeats `train_one_epoch`, whose source is in
-# the last cell.
+# Flat and explicit: this is the whole recipe.
 
 
 # %%
 def build(config: Config, num_classes: int) -> nn.Module:
     """The model that the flags ask for."""
-    options = {"zero_init_residual": config.zero_init_residual}
-    if config.shortcut:
-        options["shortcut"] = config.shortcut
+    options = {"shortcut": config.shortcut} if config.shortcut else {}
+    options["zero_init_residual"] = config.zero_init_residual
     return MODELS[config.model](num_classes=num_classes, small_input=config.small_input, **options)
 
 
@@ -602,9 +534,8 @@ def run(config: Config) -> dict[str, object]:
     # Trained weights bring the mean and deviation that they were trained with.
     mean_std = weights_mean_std(config.model) if config.pretrained else None
     data = load_data(config, device, mean_std)
-    model = build(config, data.num_classes).to(
-        device, memory_format=memory_format(config.image_size)
-    )
+    model = build(config, data.num_classes)
+    model = model.to(device, memory_format=memory_format(config.image_size))
     if config.pretrained:
         load_pretrained(model, config.model, data.class_names)
 
@@ -612,7 +543,7 @@ def run(config: Config) -> dict[str, object]:
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, data.train)
 
-    run = Run.open(config, "01_resnet_beginner")
+    run = Run.open(config, LESSON)
     banner(config, device, data, model, run)
     history = fit(model, data, loss_fn, optimizer, schedule, config, run)
 
@@ -624,32 +555,96 @@ def run(config: Config) -> dict[str, object]:
 
 
 # %% [markdown]
-# ## The loop itself
+# `fit` repeats the loop below once an epoch and validates after each. Every step is the same:
+# forward, loss, backward, step. The rest, in the order in which you meet it:
 #
-# Nothing is hidden behind `fit`: this is what runs for every batch.
+# - `aids` holds what helps; `aids.meter` counts batches, hits and losses. `autocast` computes in 16
+#   bits where the chip gains by it; `aids.scaler` then enlarges the loss, lest small gradients
+#   vanish, and shrinks the gradients again (`unscale_`). Without 16 bits both do nothing.
+# - An optimizer step may take several batches (`loader.accumulate`), whose gradients add up; with
+#   several GPUs `gradient_sync` shares them only before a step. `on_step` is for experiments.
+# - `aids.guard` stops the run before a step that is not finite, `aids.average` keeps a running
+#   mean of the weights if asked to, `aids.keeper` saves now and then, and after Ctrl-C.
+#
+# **Say it first**: ten classes, and a net that only guesses. Which loss does it start from?
 
 # %%
-if in_notebook():
-    print(inspect.getsource(train_one_epoch))
+if live():
+    show(train_one_epoch)
+    print(torch.log(torch.tensor(10.0)))
+
+# %% [markdown]
+# ## The experiment: does the shortcut do it?
+#
+# Plain, residual and pre-activation nets of two depths, with the same parameters but for a few
+# norms, the same seeds and recipe. All of them train here; the question is how well. Beforehand we
+# say which difference would matter: 0.05 in training loss (a guess has 2.30), one point in accuracy
+# (four of 359 test images).
+#
+# The figure also has the gradient of each layer before the first step, and after the last.
+# **Say it first**: is that of the plain net's first layer too small, or too large?
+
+# %%
+FAMILIES = {"plain": PlainBlock, "residual": BasicBlock, "pre-activation": PreActBlock}
+
+
+def gradients(model: nn.Module, data: Data) -> list[float]:
+    """Norm of the gradient of each convolution, from the image on, for one batch."""
+    x, y = next(iter(data.train.batches()))
+    F.cross_entropy(model.train()(x), y).backward()
+    return [m.weight.grad.norm().item() for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+
+def skip_connections(config: Config) -> Experiment:
+    """Figures 1 and 6 of the paper at the size of the dataset."""
+    shallow, deep = 20, 6 * config.deep + 2
+    arms = [
+        # Branches that start at zero came later and would help one family only.
+        Arm(f"{family}-{depth}", partial(cifar_resnet, depth, block, zero_init_residual=False))
+        for family, block in FAMILIES.items()
+        for depth in (shallow, deep)
+    ]
+    plain, residual = ((f"{f}-{deep}", f"{f}-{shallow}") for f in ("plain", "residual"))
+    more = "depth harms the plain net more than the residual net"
+    claims = [
+        Claim("depth harms the plain net in training", *plain, "train_loss", margin=0.05),
+        Claim(more, *plain, "train_loss", margin=0.05, beyond=residual),
+        Claim("of the deep nets the residual one tests better", residual[0], plain[0], margin=0.01),
+    ]
+    return Experiment(
+        "Skip connections at equal depth",
+        arms,
+        claims,
+        before=lambda model, data: {"gradient by layer, at the start": gradients(model, data)},
+        after=lambda trial, data: {"gradient by layer, at the end": gradients(trial.model, data)},
+    )
+
+
+EXPERIMENTS: dict[str, Callable[[Config], object]] = {
+    "skip-connections": partial(run_experiment, LESSON, skip_connections)
+}
 
 # %% [markdown]
 # ## What to notice
 #
-# - The training loss starts near $\ln 10 = 2.3$, that of a guess among ten classes.
 # - `most_wrong.png` shows digits that people get wrong too, `grad_cam.png` where the net looked.
 # - ResNet-34 takes a quarter of VGG-16's multiply-adds (`--model resnet34 --image-size 224
 #   --summary`).
 #
+# RESULT
+#
 # ## Exercises
 #
-# 1. Write `BasicBlock` without looking. With its last BatchNorm at zero, what does it compute?
-# 2. Write option A of the shortcut. Why does ResNet-20 lose 2,752 parameters by it?
-# 3. Write `Bottleneck`. How many multiply-adds does it take at 256 channels, and how many would
-#    two 3x3 convolutions at that width?
-# 4. Add squeeze-and-excitation to the basic block (`se_resnet18`). What share of the parameters
-#    is it?
-# 5. Repeat the experiment at 110 layers. From which step on does the plain net's gradient fall
-#    behind?
+# `python -m common.starter 01 --out DIR` makes a copy of this file without the parts that you write
+# and says how to mark it. In order of difficulty:
+#
+# - **1.1** Option A of the shortcut. Why does ResNet-20 lose 2,752 parameters by it? **1.2** The
+#   choice between the shortcuts.
+# - **1.4** `BasicBlock`. With its last BatchNorm at zero, what does it compute?
+# - **1.3** Squeeze-and-excitation. What share of the parameters of `se_resnet18` is it?
+# - **1.5** `Bottleneck`. How many multiply-adds has it at 256 channels, and how many two 3x3?
+# - **1.6** The pre-activation block. **1.7** The whole net: stem, stages, head.
+# - Repeat the experiment at 56 layers (`--deep 9`) and at 110 (18). Do the plain nets still train?
 
 # %%
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from common.data import Data, make_data, read_once
 from common.engine import processes, report
 from common.engine.device import describe, memory_format, pick_device, set_up_torch
 from common.engine.errors import Diverged, Interrupted
-from common.engine.files import write_json
+from common.engine.files import lock, write_json
 from common.engine.overview import write_index
 from common.engine.records import EpochRecord
 from common.engine.sources import load_source
@@ -369,9 +369,13 @@ def run_experiment(
     try:
         rates = {name: rate(arm) for name, arm in arms.items()}
         records: dict[str, list[Record]] = {name: [] for name in arms}
+        began = time.monotonic()
         for seed in range(config.seed, config.seed + config.seeds):
             for name, arm in arms.items():
                 records[name].append(one(arm, seed, **rates[name]))
+            if seed == config.seed and config.seeds > 1 and processes.is_main():
+                rest = (time.monotonic() - began) * (config.seeds - 1)
+                print(f"expected   {rest:.0f} s for the other {config.seeds - 1} seeds", flush=True)
         return _outcome(run, Results(experiment, records))
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
@@ -428,7 +432,7 @@ def _left(config: TrainConfig, lesson: str) -> str:
             found = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if found == wanted:
+        if found == wanted and lock(path.parent / ".lock"):  # no other process is at it
             return str(path.parent)
     return ""
 
@@ -501,12 +505,26 @@ def _spread(values: Sequence[float], percent: bool) -> str:
 
 
 def draw(results: Results) -> Figure:
-    """Every seed as a point, with mean and interval, for each measure that a claim is about."""
+    """What the records hold as lists, such as the loss by epoch, as curves; each measure that a
+    claim is about with every seed as a point, mean and interval.
+
+    The key of a list names its axes: "gradient by layer, at the start".
+    """
+    record = max((rs[0] for rs in results.records.values()), key=len)
+    lists = [key for key, value in record.items() if isinstance(value, list)]
     measures = list(dict.fromkeys(c.measure for c in results.experiment.claims)) or ["test_top1"]
-    figure, axes = plotting.panels(len(measures), results.experiment.heading)
-    for measure, ax in zip(measures, axes):
+    figure, axes = plotting.panels(len(lists) + len(measures), results.experiment.heading)
+    for key, ax in zip(lists, axes):
+        series = {name: [v for v in results.values(name, key) if v] for name in results.records}
+        every = [number for runs in series.values() for values in runs for number in values]
+        steep = min(every) > 0 and max(every) > 50 * min(every)
+        title = "training loss by epoch" if key == "losses" else key
+        ylabel, _, x = title.partition(",")[0].partition(" by ")
+        plotting.curves(series, x, ylabel, title.capitalize(), log_y=steep, ax=ax)
+    for measure, ax in zip(measures, axes[len(lists) :]):
         values = {name: results.values(name, measure) for name in results.records}
-        plotting.seeds(values, _column(measure), percent="top1" in measure, ax=ax)
+        title = _column(measure).capitalize()
+        plotting.seeds(values, _column(measure), title, percent="top1" in measure, ax=ax)
     return figure
 
 

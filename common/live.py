@@ -55,15 +55,21 @@ def show(*things: object, titles: list[str] | None = None) -> None:
         if isinstance(thing, torch.Tensor) and thing.dim() == 4:
             thing = _picture(thing.detach(), titles)
         if hasattr(thing, "savefig"):
-            from IPython.display import Image, display
-
-            png = io.BytesIO()
-            thing.savefig(png, dpi=100)  # IPython itself shows figures of pyplot only
-            display(Image(png.getvalue()))
+            display(thing)
         elif inspect.isclass(thing) or inspect.isfunction(thing):
             print(source(thing))
         else:
             print(thing)
+
+
+def display(figure: object) -> None:
+    """The figure under the cell; IPython itself shows figures of pyplot only."""
+    from IPython.display import Image
+    from IPython.display import display as below
+
+    png = io.BytesIO()
+    figure.savefig(png, dpi=100)
+    below(Image(png.getvalue()))
 
 
 def source(thing: type | Callable[..., object]) -> str:

@@ -175,8 +175,7 @@ class Run(RunFolder):
         title = f"{self.config.model} on {self.config.dataset}"
         page = report.write_report(self.folder, title, facts, tables, self.figures)
         index = write_index(self.folder.parent.parent)
-        print(f"{report.outcome_of(result)}
-report     {page}, all runs: {index}", flush=True)
+        print(f"{report.outcome_of(result)}\nreport     {page}, all runs: {index}", flush=True)
         return result
 
 

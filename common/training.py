@@ -173,6 +173,7 @@ def fit(
     trained = processes.parallel(trained, device, config.sync_bn)
     show = bool(label or run) and processes.is_main()
     meter = Meter(device, config.epochs, show)
+    meter.announced = run is None  # an experiment says how long all of its trainings will take
     guard = Guard(device, config.clip, amp, run.kept() if run else "")
     history: list[EpochRecord] = []
     best: dict[str, Any] = {"top1": -1.0, "loss": math.inf, "epoch": 0}

@@ -9,13 +9,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from common.experiments import Experiment
 from common.profiling import count_macs, count_parameters
 from tests.conftest import lesson
 from tests.parity import PUBLISHED, assert_is_torchvisions
+from tests.simulation import assert_calm, results_of
 
 resnet = lesson("01")
 MODELS = resnet.MODELS
@@ -112,49 +115,63 @@ def test_identity_of_preactivation_is_untouched() -> None:
 
 def test_unknown_shortcut_and_depth_are_refused() -> None:
     with pytest.raises(ValueError, match="shortcut is 'A'"):
-        MODELS["resnet18"](shortcut="C")
+        MODELS["resnet18"](shortcut="D")
     with pytest.raises(ValueError, match="6n \\+ 2"):
         resnet.cifar_resnet(21)
 
 
+def test_option_c_projects_where_the_shape_stays_too() -> None:
+    extra = 3 * (16**2 + 2 * 16) + 2 * (32**2 + 2 * 32) + 2 * (64**2 + 2 * 64)
+    b, c = (count_parameters(MODELS["resnet20"](num_classes=10, shortcut=o)) for o in "BC")
+    assert c - b == extra
+
+
+def test_zero_init_leaves_plain_blocks_alone() -> None:
+    """A plain net whose last norms were zero would give zero for every image."""
+    net = resnet.cifar_resnet(8, resnet.PlainBlock, num_classes=10)
+    assert all(block.bn2.weight.min() == 1 for stage in net.stages for block in stage)
+
+
 def test_experiment_in_miniature(cli: Callable, tmp_path: Path) -> None:
     code, out, err = cli(
-        "01", "--experiment", "skip-connections", "--depths", "8,14", "--dataset", "digits",
-        "--smoke", "--device", "cpu",
+        "01", "--experiment", "skip-connections", "--deep", "4", "--dataset", "digits",
+        "--smoke", "--device", "cpu", "--seeds", "1",
     )  # fmt: skip
     assert code == 0, err
     (outcome,) = (tmp_path / "runs").rglob("experiment.json")
-    rows = json.loads(outcome.read_text())["rows"]
-    assert [r["name"] for r in rows] == [
-        f"{family}-{depth}" for depth in (8, 14) for family in resnet.FAMILIES
+    outcome_text = json.loads(outcome.read_text())
+    assert [r["name"] for r in outcome_text["rows"]] == [
+        f"{family}-{depth}" for family in resnet.FAMILIES for depth in (20, 26)
     ]
-    assert "verdict" in out
+    assert out.count("decides nothing") == 3
+    layers = [len(r["gradient by layer, at the start"]) for r in outcome_text["trainings"]]
+    assert layers == [19, 25] * 3
     assert (outcome.parent / "skip_connections.png").stat().st_size > 10_000
 
 
-def trial(loss: float, top1: float) -> object:
-    record = resnet.Trial.__dataclass_fields__  # the real class, with only what the verdict reads
-    assert {"history", "test_top1"} <= set(record)
+def design() -> Experiment:
+    return resnet.skip_connections(resnet.Config(deep=5).resolve("digits"))
 
-    class Last:
-        train_loss = loss
 
-    return resnet.Trial("", 0, 0, top1, 0.0, [Last()])
+def test_verdicts_are_calm() -> None:
+    assert_calm(design(), seeds=3)
+    assert_calm(design(), seeds=5)
 
 
 @pytest.mark.parametrize(
     ("plain", "residual", "expected"),
     [
-        ((0.1, 0.5), (0.1, 0.05), "the claim holds"),
-        ((0.1, 0.5), (0.1, 0.9), "the claim fails"),
-        ((0.5, 0.1), (0.1, 0.05), "did not show"),
+        # in loss: of plain-20 and plain-32, of residual-20 and residual-32
+        ((0.1, 0.5), (0.1, 0.1), ["holds", "holds", "fails"]),
+        ((0.1, 0.5), (0.1, 0.9), ["holds", "fails", "holds"]),
+        ((0.5, 0.1), (0.1, 0.11), ["fails", "fails", "undecided"]),
+        ((0.1, 0.15), (0.1, 0.1), ["undecided", "undecided", "fails"]),
     ],
 )
-def test_verdict_follows_the_numbers(plain: tuple, residual: tuple, expected: str) -> None:
-    losses = {"plain": plain, "residual": residual, "pre-activation": residual}
-    trials = {
-        (family, depth): trial(losses[family][i], 0.9)
-        for family in losses
-        for i, depth in enumerate((20, 56))
-    }
-    assert any(expected in line for line in resnet.skip_verdict(trials, [20, 56]))
+def test_verdict_follows_the_numbers(plain: tuple, residual: tuple, expected: list[str]) -> None:
+    """As loss and as accuracy: the third claim wants residual-32 above plain-32."""
+    noise = np.random.default_rng(0).normal(0, 0.003, (4, 5))
+    means = zip(("plain-20", "plain-32", "residual-20", "residual-32"), plain + residual)
+    values = {name: (mean + noise[i]).tolist() for i, (name, mean) in enumerate(means)}
+    verdicts = results_of(design(), values, images=359).verdicts()
+    assert [v.outcome for v in verdicts] == expected
