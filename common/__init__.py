@@ -20,7 +20,13 @@ grading/                     what marks exercises
 engine/                      machine, processes, files, signals, checkpoints, worker pool
 """
 
-from common.engine import signals
+import sys
+
+try:
+    from common.engine import signals
+except KeyboardInterrupt:
+    sys.stderr.write("stopped before anything was saved: there is nothing to resume\n")
+    raise SystemExit(130) from None
 
 if signals.in_script():  # from here on, while torch is imported too, Ctrl-C ends in one line
     signals.catch()

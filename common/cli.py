@@ -134,12 +134,16 @@ def main(
             from common.runs import print_summary
 
             print_summary(config, build)
-        elif config.experiment:
-            if config.experiment not in experiments:
-                raise unknown("experiment", config.experiment, experiments)
-            experiments[config.experiment](config)
-        else:
-            run(config)
+            return
+        if config.experiment and config.experiment not in experiments:
+            raise unknown("experiment", config.experiment, experiments)
+        if models[config.model] is not None and not (config.resume or config.pretrained):
+            from common.engine.limits import check_size
+            from common.profiling import count_macs
+
+            check_size(config, build, count_macs)
+        job = experiments[config.experiment] if config.experiment else run
+        job(config)
 
 
 @contextmanager
@@ -163,8 +167,12 @@ def exit_codes() -> Iterator[None]:
             except Exception as error:
                 signals.raise_if_stopped()  # what failed did so since the process is stopped
                 line, code = _explained(error)
+                signals.agreed(line, code, error)
+                if not code:
+                    raise
     except KeyboardInterrupt as stop:
         line, code = str(stop), 128 + getattr(stop, "signum", signal.SIGINT)
+        signals.agreed(line, code)
     finally:
         how_to_go_on = signals.leave()
     if code and not script():
@@ -182,7 +190,7 @@ class _Stop(Exception):
 
 
 def _explained(error: Exception) -> tuple[str, int]:
-    """The line and the exit code of an error that isn't the code's fault; others are raised."""
+    """The line and the exit code of an error that isn't the code's fault; 0 for the others."""
     if isinstance(error, UserError):
         return f"error: {error}", 2
     if isinstance(error, BrokenPipeError):
@@ -194,7 +202,7 @@ def _explained(error: Exception) -> tuple[str, int]:
         return f"error: {where} can't be read or written ({error.strerror})", 2
     if isinstance(error, MemoryError) or "not enough memory" in str(error):
         return "error: this machine has too little memory for that: try a smaller --batch-size", 2
-    raise error
+    return "", 0
 
 
 def _write_nowhere() -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +118,141 @@ def test_two_processes_train_and_count_like_one(tmp_path: Path) -> None:
         assert a["train_top1"] == b["train_top1"] and a["val_top1"] == b["val_top1"]
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
     assert two["out"].count("epoch 1/2") == 1, "one process speaks"
+
+
+# ---------------------------------------------------------------- what goes wrong in one of several
+
+FAULTY = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import torch
+from torch import nn
+from common.cli import main
+from common.config import TrainConfig
+from common.data import load_data
+from common.engine import processes
+from common.engine.errors import UserError
+from common.runs import Run, prepare
+from common.training import fit, make_optimizer, make_schedule
+
+torch.set_num_threads(1)
+fault, again = sys.argv[1], int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+def on_step(loss):
+    step = schedule.taken
+    if step == 25 and not again and processes.rank() == 1:
+        if fault == "error":
+            raise UserError("the disk of process 1 is gone")
+        if fault == "bug":
+            raise KeyError("a bug")
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+    if step == 25 and not again and processes.rank() == 0 and fault == "first killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "slow":
+        print("step", step, flush=True)
+        time.sleep(0.02)
+
+def run(config):
+    global schedule
+    config, device = prepare(config)
+    data = load_data(config, device)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 10))
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, data.train)
+    run = Run.open(config, "ddp")
+    fit(model, data, nn.CrossEntropyLoss(), optimizer, schedule, config, run, on_step=on_step)
+    print("done", processes.rank(), again, flush=True)
+
+config = TrainConfig(
+    model="net", dataset="digits", epochs=2, batch_size=32, device="cpu", run_dir=sys.argv[2],
+    save_every=0.0,
+)
+main(config, {{"net": None}}, None, run, {{}})
+"""
+
+
+def start(folder: Path, fault: str, *torchrun: str, number: int = 2) -> list[subprocess.Popen]:
+    """`number` processes that find each other, or those that torchrun starts."""
+    script = folder / "faulty.py"
+    script.write_text(FAULTY.format(root=str(ROOT)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(script), fault, str(folder)]
+    environments = [
+        {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "JOIN_SECONDS": "8"}
+        for r in range(number)
+    ]  # fmt: skip
+    if torchrun:
+        command[1:1] = ["-m", "torch.distributed.run", "--nproc-per-node=2", *torchrun]
+        environments = [{}]
+    return [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **more},
+        )
+        for more in environments
+    ]
+
+
+def end(started: list[subprocess.Popen], seconds: float = 100) -> tuple[list[int], str]:
+    errors = [process.communicate(timeout=seconds)[1] for process in started]
+    return [process.returncode for process in started], "".join(errors)
+
+
+@pytest.mark.parametrize(
+    ("fault", "codes", "message"),
+    [
+        ("error", [2, 2], "error: the disk of process 1 is gone"),
+        ("killed", [2, -signal.SIGKILL], "error: another process of this run died"),
+        ("first killed", [-signal.SIGKILL, 2], "error: the first process of this run died"),
+        ("bug", [1, 1], "KeyError: 'a bug'"),
+    ],
+)
+def test_a_fault_in_one_process_ends_all_with_one_line(
+    tmp_path: Path, fault: str, codes: list[int], message: str
+) -> None:
+    returned, err = end(start(tmp_path, fault))
+    assert returned == codes, err
+    assert message in err
+    if fault != "bug":
+        assert len(err.splitlines()) == 1, err
+    assert err.count("Traceback") == (fault == "bug")
+    if "killed" in fault:
+        assert "--resume" in err
+
+
+def test_processes_that_do_not_come_are_not_waited_for_long(tmp_path: Path) -> None:
+    returned, err = end(start(tmp_path, "none", number=1))
+    assert returned == [2] and "did not find each other within 8 s" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
+    """--max-restarts=1 after a killed worker: the second round resumes, in the same folder.
+
+    It hung as long as the new workers found the addresses of the old ones in torchrun's store.
+    """
+    (process,) = start(tmp_path, "killed", "--standalone", "--max-restarts=1")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "resume     after" in out and "done 0 1" in out and "done 1 1" in out
+    assert len(list((tmp_path / "ddp").iterdir())) == 1
+
+
+def test_a_signal_under_torchrun_is_one_farewell_that_goes_on(tmp_path: Path) -> None:
+    (process,) = start(tmp_path, "slow", "--standalone")
+    for line in process.stdout:
+        if line.startswith("step 12"):
+            break
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    told = [line for line in err.splitlines() if "Go on with" in line]
+    assert len(told) == 1 and " --standalone --nproc-per-node=2 " in told[0], err
+    (run,) = (tmp_path / "ddp").iterdir()
+    assert told[0].endswith(f"--resume {run}") and (run / "last.pt").exists()

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import shutil
+import subprocess
+import sys
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from common.engine import sources
 from common.engine.errors import UserError
+from common.engine.progress import Bar
 from common.engine.sources import choose_dataset, fetch, unpack_tar
+from tests.conftest import ROOT
 
 CONTENT = bytes(range(256)) * 4000
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -79,7 +87,7 @@ def test_interrupted_download_leaves_nothing_that_passes_for_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources.Bar, "advance", interrupt)
+        patch.setattr(Bar, "advance", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fetch([f"{server}/whole"], path, MD5)
     assert [p.name for p in tmp_path.iterdir()] == ["data.bin.partial"]
@@ -124,7 +132,6 @@ def test_cifar_from_a_dropped_archive(tmp_path: Path, monkeypatch: pytest.Monkey
     """The archive that a user drops in by hand is checked, unpacked and read, with no network."""
     import pickle
 
-    import numpy as np
     from torchvision import datasets
 
     kind = datasets.CIFAR10
@@ -149,3 +156,130 @@ def test_cifar_from_a_dropped_archive(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / kind.base_folder / "test_batch").write_bytes(b"damaged")
     with pytest.raises(UserError, match="delete the folder"):
         sources.load_cifar("cifar10", str(tmp_path))
+
+
+# --------------------------------------------------------------- folders as people really have them
+
+
+def test_loops_are_not_followed(image_folder: Callable) -> None:
+    folder = image_folder(splits=("train", "test"))
+    (folder / "train" / "cat" / "up").symlink_to("..")
+    (folder / "train" / "cat" / "self").symlink_to(".")
+    (folder / "train" / "all").symlink_to(folder)
+    source = sources.load_folder(str(folder), seed=0)
+    assert source.class_names == ["cat", "dog", "eel"]
+    cats = [p for p, label in zip(source.train.paths, source.train.labels) if label == 0]
+    assert len(cats) == 12
+
+
+def test_the_same_file_is_in_one_split_only(image_folder: Callable) -> None:
+    folder = image_folder(splits=("train", "test", "val"))
+    shutil.rmtree(folder / "test" / "cat")
+    (folder / "test" / "cat").symlink_to(folder / "train" / "cat")
+    source = sources.load_folder(str(folder), seed=0)
+    assert len(source.test) == 24 and "12 files of test are links" in source.notes[0]
+    shutil.rmtree(folder / "val")
+    (folder / "val").symlink_to(folder / "train")
+    with pytest.raises(UserError, match="all files of val are links"):
+        sources.load_folder(str(folder), seed=0)
+
+
+def test_the_same_content_in_two_splits_is_counted_and_named(image_folder: Callable) -> None:
+    folder = image_folder(splits=("train", "test"))
+    for i in range(3):
+        shutil.copy(folder / "train" / "dog" / f"{i}.png", folder / "test" / "eel" / f"copy{i}.png")
+    (note,) = sources.shared_content(sources.load_folder(str(folder), seed=0))
+    assert note.startswith("3 pictures of train are in test too")
+    assert f"{folder}/train/dog/0.png = {folder}/test/eel/copy0.png" in note
+
+
+def test_what_no_decoder_reads_is_counted_and_named(
+    image_folder: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = image_folder()
+    for name in ("a.heic", "b.HEIC", "notes.txt"):
+        (folder / "cat" / name).write_bytes(b"?")
+    for clutter in ("__MACOSX", ".DS_Store", "@eaDir"):
+        (folder / clutter).mkdir()
+    (folder / "Thumbs.db").write_bytes(b"?")
+    monkeypatch.setattr(sources, "_decodable", lambda: set(sources.EXTENSIONS))
+    source = sources.load_folder(str(folder), seed=0)
+    assert (
+        source.class_names == ["cat", "dog", "eel"] and len(source.train) + len(source.test) == 36
+    )
+    assert source.notes == [
+        f"2 .heic files in {folder} are left out: pip install pillow-heif reads them"
+    ]
+    for file in (folder / "dog").iterdir():
+        file.rename(file.with_suffix(".heic"))
+    with pytest.raises(
+        UserError, match=r"no images in this class folder .*12 .heic need pillow-heif"
+    ):
+        sources.load_folder(str(folder), seed=0)
+
+
+def test_twelve_bits_in_sixteen_are_seen(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for top, name in ((4095, "12.png"), (65535, "16.png"), (255, "8.png")):
+        ramp = np.linspace(0, top, 64).round().astype(np.uint16).reshape(8, 8)
+        Image.fromarray(ramp).save(tmp_path / name)
+        pixels = sources.read_image(str(tmp_path / name))
+        assert pixels.max() == 255 and 120 < pixels.float().mean() < 135, name
+
+
+def test_an_unreadable_class_folder_says_so(
+    image_folder: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = image_folder()
+    real = os.scandir
+
+    def scandir(path: object) -> object:
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"dog can't be read \(Permission denied\)"):
+        sources.load_folder(str(folder), seed=0)
+
+
+def test_ten_thousand_classes_are_split_at_once() -> None:
+    """One pass over the labels, not one for each class; each class divided alike."""
+    labels = torch.arange(10_000).repeat(3)
+    calls = []
+
+    class Counted(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:
+            calls.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Counted():
+        rest, part = sources.stratified_split(labels, 0.1, seed=0)
+    assert len(part) == 10_000 and labels[part].unique().numel() == 10_000
+    assert len(rest) == 20_000 and calls.count("eq") < 10
+
+
+def test_one_of_several_processes_downloads(server: str, tmp_path: Path) -> None:
+    """They all find the data folder empty; the others wait, and take what is there then."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from common.engine.download import fetch, one_at_a_time
+path = Path({str(tmp_path)!r}) / "data.bin"
+if not path.exists():
+    with one_at_a_time(path.parent):
+        fetch([{server!r} + "/whole"], path, {MD5!r})
+print(len(path.read_bytes()))
+"""
+    started = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for process in started:
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and str(len(CONTENT)) in out
+    assert len(Handler.requested) == 1

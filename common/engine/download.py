@@ -10,9 +10,12 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.engine.errors import UserError
+from common.engine.files import locked
 from common.engine.progress import Bar
 
 
@@ -49,6 +52,14 @@ def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
         f"{path.parent}/ "
         f"by hand, from {urls[0]}"
     )
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Inside, no other process downloads into the folder: torchrun's all want the same files."""
+    _make_folder(folder)
+    with locked(folder / ".download.lock", f"it downloads into {folder}"):
+        yield
 
 
 def _download(url: str, partial: Path, timeout: float) -> int:

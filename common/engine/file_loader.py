@@ -234,7 +234,7 @@ def read_files(
             pixels, good = [], []
             for start, (images, whole, broken) in zip(starts, from_workers(loader)):
                 if broken and not skip_broken:
-                    raise UserError(broken[0])
+                    raise UserError(f"{broken[0]}, or pass --skip-broken")
                 # A tensor that a worker sent holds a file handle as long as it lives: keep a copy.
                 pixels += [images.clone()] if keep and whole else []
                 good += [start + i for i in whole]

@@ -15,6 +15,7 @@ TYPE_CHECKING = False  # typing's own would take as long to import as all the re
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
+    from typing import NoReturn
 
 # Ctrl-C, the request of a cluster or a service manager, a terminal that is closed (not on Windows).
 STOPPING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
@@ -22,6 +23,7 @@ COURSE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file_
 NOTHING_YET = "stopped before anything was saved: there is nothing to resume"
 
 _callbacks: list[Callable[[], str | None]] = []
+_agree: Callable[[str, int, BaseException | None], NoReturn] | None = None
 _came = 0  # the signal that asked this process to stop
 _held = 0  # blocks in which it has to wait
 _caught = 0  # blocks that turn `Interrupted` into a line and an exit code
@@ -48,9 +50,21 @@ def leave() -> str:
     return lines[0] if lines else NOTHING_YET
 
 
-def say(line: str) -> None:
-    """`line` on stderr, if there is one and it's this process's turn: of torchrun's, the first."""
-    if not line:
+def agree_by(agree: Callable[[str, int, BaseException | None], NoReturn]) -> None:
+    """Where several processes work on one run, `agree` ends them all alike."""
+    global _agree
+    _agree = agree
+
+
+def agreed(line: str, code: int, error: BaseException | None = None) -> None:
+    """Before this process leaves for a reason: where it isn't alone, this doesn't return."""
+    if _agree is not None:
+        _agree(line, code, error)
+
+
+def say(line: str, everywhere: bool = False) -> None:
+    """`line` on stderr; where several processes would say the same, by the first of a machine."""
+    if not line or not (everywhere or os.environ.get("LOCAL_RANK", "0") == "0"):
         return
     # Closed, or on a disk that is full: the exit code has to do.
     with suppress(AttributeError, OSError, ValueError):
@@ -160,6 +174,5 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     if _caught:
         raise Interrupted(signum)
     # While modules are imported, or after the last line: an exception would end in a traceback.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        say(leave())
+    say(leave())
     os._exit(128 + signum)

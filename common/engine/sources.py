@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.engine.download import fetch, unpack_gzip, unpack_tar
+from common.engine import processes
+from common.engine.download import fetch, one_at_a_time, unpack_gzip, unpack_tar
 from common.engine.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+# Pictures that Pillow reads only with a package beside it, or in its newest versions.
+DECODERS = {
+    ".heic": "pillow-heif",
+    ".heif": "pillow-heif",
+    ".avif": "pillow-avif-plugin",
+    ".jxl": "pillow-jxl-plugin",
+}
+NO_CLASSES = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
 @dataclass
@@ -63,6 +75,7 @@ class Source:
     val: Pictures | None = None
     flips: bool = True  # whether a mirrored image is still of its class
     skipped: int = 0  # broken images left out
+    notes: list[str] = field(default_factory=list)  # what else was left out, and why
     drawn: float = 0.0  # share of all images drawn at random as the test set; 0: it has its own
 
     def redrawn(self, seed: int) -> Source:
@@ -97,8 +110,8 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     """
     generator = torch.Generator().manual_seed(seed)
     part = []
-    for label in labels.unique():
-        rows = (labels == label).nonzero().squeeze(1)
+    by_label = labels.sort(stable=True).indices
+    for rows in by_label.split(labels.unique(return_counts=True)[1].tolist()):
         # At least one of each class for the smaller part, as long as two stay.
         count = max(round(fraction * len(rows)), 1 if len(rows) > 2 else 0)
         part.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
@@ -160,7 +173,11 @@ def load_source(config: object) -> Source:
         return load_mnist(name, data_dir)
     if name in ("cifar10", "cifar100"):
         return load_cifar(name, data_dir)
-    return load_folder(data_dir, config.seed, name)
+    source = load_folder(data_dir, config.seed, name)
+    if processes.is_main():
+        for note in (*source.notes, *shared_content(source)):
+            print(f"warning    {note}", flush=True)
+    return source
 
 
 def load_digits() -> Source:
@@ -184,11 +201,15 @@ def load_mnist(name: str, data_dir: str) -> Source:
 
     kind = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[name]
     raw = Path(data_dir) / kind.__name__ / "raw"
-    for filename, md5 in kind.resources:
-        if not (raw / filename.removesuffix(".gz")).exists():
-            mirrors = kind.mirrors if isinstance(kind.mirrors, list) else [kind.mirrors]
-            archive = fetch([mirror + filename for mirror in mirrors], raw / filename, md5)
-            unpack_gzip(archive)
+    missing = [r for r in kind.resources if not (raw / r[0].removesuffix(".gz")).exists()]
+    if missing:
+        with one_at_a_time(raw):
+            for filename, md5 in missing:
+                if (raw / filename.removesuffix(".gz")).exists():
+                    continue  # by another process, meanwhile
+                mirrors = kind.mirrors if isinstance(kind.mirrors, list) else [kind.mirrors]
+                archive = fetch([mirror + filename for mirror in mirrors], raw / filename, md5)
+                unpack_gzip(archive)
     splits = []
     for train in (True, False):
         data = kind(data_dir, train=train)
@@ -210,8 +231,10 @@ def load_cifar(name: str, data_dir: str) -> Source:
     kind = _cifar_class(name)
     root = Path(data_dir)
     if not (root / kind.base_folder).is_dir():
-        archive = fetch([kind.url], root / kind.filename, kind.tgz_md5)
-        unpack_tar(archive, kind.base_folder)
+        with one_at_a_time(root):
+            if not (root / kind.base_folder).is_dir():  # nor by another process, meanwhile
+                archive = fetch([kind.url], root / kind.filename, kind.tgz_md5)
+                unpack_tar(archive, kind.base_folder)
     try:
         parts = [kind(data_dir, train=train) for train in (True, False)]
     except RuntimeError:
@@ -254,22 +277,23 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
     if "train" not in split_dirs:
         if split_dirs:
             raise UserError(f"{root} has {' and '.join(split_dirs)} but no train folder")
-        classes, every = _scan(root)
+        classes, every, notes = _scan(root)
         rest, test = stratified_split(every.labels, 0.1, seed)
         if len(test) == 0:
             raise UserError(f"{root}: two images or fewer of every class are too few to split")
-        return Source(name, classes, every.take(rest), every.take(test), drawn=0.1)
+        return Source(name, classes, every.take(rest), every.take(test), notes=notes, drawn=0.1)
     if len(split_dirs) == 1:
         raise UserError(
             f"{root} has train but neither val nor test: add one, or put the classes into "
             f"{root} itself"
         )
-    classes, train = _scan(split_dirs["train"])
+    classes, train, notes = _scan(split_dirs["train"])
     others = {}
     for split, folder in split_dirs.items():
         if split == "train":
             continue
-        names, others[split] = _scan(folder)
+        names, others[split], more = _scan(folder)
+        notes += more
         if names != classes:
             odd = sorted(set(names) ^ set(classes))[0]
             where = split_dirs["train"] if odd in names else folder
@@ -278,33 +302,143 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
                 f"must have the "
                 "same class folders"
             )
-    test = others.pop("test", None) or others.pop("val")
-    return Source(name, classes, train, test, others.get("val"))
+    splits, notes = _apart({"train": train, **others}, notes)
+    test = splits.get("test") or splits.pop("val")
+    return Source(name, classes, splits["train"], test, splits.get("val"), notes=notes)
 
 
-def _scan(folder: Path) -> tuple[list[str], Pictures]:
-    """Class names and files of CLASS/**/*, sorted; hidden files and other types are passed over."""
-    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+def _apart(splits: dict[str, Pictures], notes: list[str]) -> tuple[dict[str, Pictures], list[str]]:
+    """Each file in one split only, the first that has it: a link may lead into another one."""
+    owner: dict[tuple[int, int], str] = {}
+    out, notes = {}, list(notes)
+    for name, pictures in splits.items():
+        rows = []
+        for row, path in enumerate(pictures.paths):
+            status = os.stat(path)
+            if owner.setdefault((status.st_dev, status.st_ino), name) == name:
+                rows.append(row)
+        if not rows:
+            raise UserError(f"all files of {name} are links into another split: nothing is left")
+        if len(rows) < len(pictures):
+            count = len(pictures) - len(rows)
+            notes.append(f"{count:,} files of {name} are links into another split: left out")
+            pictures = pictures.take(torch.tensor(rows))
+        out[name] = pictures
+    return out, notes
+
+
+def _scan(folder: Path) -> tuple[list[str], Pictures, list[str]]:
+    """Class names and files of CLASS/**/*, sorted, and what pictures were left out for want of a
+    decoder. Hidden files and other types are passed over.
+    """
+    here = os.path.realpath(folder)
+    with _readable(folder):
+        entries = [d.name for d in os.scandir(folder) if d.is_dir()]
+    # A link to the folder that it lies in, or to one further up, is no class but a loop.
+    loops = {n for n in entries if f"{here}/".startswith(os.path.realpath(folder / n) + "/")}
+    classes = sorted(n for n in entries if n not in NO_CLASSES | loops and not n.startswith("."))
     if not classes:
         raise UserError(f"{folder}: no class folders in it (expected {folder}/CLASS/IMAGE)")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = [
-            os.path.join(parent, file)
-            for parent, _, files in os.walk(folder / name, followlinks=True)
-            for file in files
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        ]
-        if not found:
-            raise UserError(
-                f"{folder / name}: no images in this class folder ({', '.join(EXTENSIONS[:4])}, "
-                f"...)"
-            )
-        paths += sorted(found)
-        labels += [label] * len(found)
     if len(classes) == 1:
         raise UserError(f"{folder}: one class only ({classes[0]}); there is nothing to tell apart")
-    return classes, Pictures(torch.tensor(labels), paths=paths)
+    paths, labels, readable = [], [], _decodable()
+    left_out: Counter[str] = Counter()
+    for label, name in enumerate(classes):
+        found, missing = [], Counter()
+        for path in _files_below(folder / name):
+            ending = os.path.splitext(path)[1].lower()
+            if ending in readable:
+                found.append(path)
+            elif ending in DECODERS:
+                missing[ending] += 1
+        if not found:
+            kinds = "".join(f"; {n} {e} need {DECODERS[e]}" for e, n in missing.items())
+            raise UserError(
+                f"{folder / name}: no images in this class folder ({', '.join(EXTENSIONS[:4])}, "
+                f"...{kinds})"
+            )
+        left_out += missing
+        paths += sorted(found)
+        labels += [label] * len(found)
+    notes = [
+        f"{count:,} {ending} files in {folder} are left out: pip install {DECODERS[ending]} "
+        "reads them"
+        for ending, count in sorted(left_out.items())
+    ]
+    return classes, Pictures(torch.tensor(labels), paths=paths), notes
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """The files of a folder and of those in it, links followed but never upwards or in a circle."""
+    above = Path(os.path.realpath(folder)).parents
+    seen = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} can't be read ({error.strerror})") from None
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [f for f in folders if not f.startswith(".") and f not in NO_CLASSES]
+        yield from (os.path.join(parent, file) for file in files if not file.startswith("."))
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} can't be read ({error.strerror})") from None
+
+
+def _decodable() -> set[str]:
+    """The endings that Pillow reads here."""
+    from PIL import Image
+
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    for package in ("pillow_avif", "pillow_jxl"):
+        with suppress(ImportError):
+            __import__(package)
+    Image.init()
+    can = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return {*EXTENSIONS, *(can & set(DECODERS))}
+
+
+def shared_content(source: Source, most: int = 200_000) -> list[str]:
+    """Pictures that are in two splits: what is tested, or chosen by, has then been trained on.
+
+    Files of one size and with the same first and last 4 KiB are taken for the same.
+    """
+    splits = {"train": source.train, "val": source.val, "test": source.test}
+    parts = {name: part.paths for name, part in splits.items() if part and part.paths}
+    if sum(map(len, parts.values())) > most:
+        return []
+    sizes = {name: [os.path.getsize(path) for path in paths] for name, paths in parts.items()}
+    common = Counter(size for name in sizes for size in set(sizes[name]))
+    first: dict[bytes, tuple[str, str]] = {}
+    twice: dict[tuple[str, str], list[str]] = {}
+    for name, paths in parts.items():
+        for path, size in zip(paths, sizes[name]):
+            if common[size] == 1:
+                continue
+            with open(path, "rb") as file:
+                content = file.read(4096)
+                file.seek(max(0, size - 4096))
+                content += file.read(4096) + str(size).encode()
+            where, other = first.setdefault(content, (name, path))
+            if where != name:
+                twice.setdefault((where, name), []).append(f"{other} = {path}")
+    return [
+        f"{len(pairs):,} pictures of {a} are in {b} too, so {b} is no independent measure: "
+        f"{pairs[0]}"
+        for (a, b), pairs in twice.items()
+    ]
 
 
 def usual_side(paths: list[str], sample: int = 64) -> int:
@@ -342,20 +476,20 @@ def read_image(path: str) -> Tensor:
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(
-            f"{path} can't be read as an image ({error}): repair or remove it, or pass "
-            f"--skip-broken"
+            f"{path} can't be read as an image ({error}): repair or remove it"
         ) from None
 
 
 def to_rgb(image: Image) -> Image:
     """Any PIL mode to RGB without losing what is seen:
-    16-bit and float greys are scaled, alpha lies on white.
+    12- and 16-bit and float greys are scaled, alpha lies on white.
     """
     from PIL import Image
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float32)
-        top = 65535.0 if values.max() > 255 else 255.0
+        # Cameras and scanners store 12 bits in 16: as 16 they would be all but black.
+        top = next((t for t in (255.0, 4095.0) if values.max() <= t), 65535.0)
         return Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")

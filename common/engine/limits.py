@@ -1,0 +1,99 @@
+"""What a machine can't do is refused before it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from common.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from common.config import TrainConfig
+
+IMAGES = {"digits": 1437, "mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}
+DAYS = 30  # more than that on hardware at its very best is a slip of the keyboard
+
+
+def check_size(
+    config: TrainConfig,
+    build: Callable[[Any, int], nn.Module],
+    count_macs: Callable[[nn.Module, tuple[int, int, int]], int],
+) -> None:
+    """Refuse, before anything starts, what needs more memory or time than this machine has.
+
+    Counted on the meta device, where a net of any size costs nothing. What is counted is the least
+    that a training can do with; so what passes may still be too much.
+
+    Raises:
+        UserError: too large, or too small an image for this model.
+    """
+    name = "digits" if config.dataset == "auto" else config.dataset
+    config = config.resolve(name, 224 if name == "folder" else None)
+    size = (3, config.image_size, config.image_size)
+    images = IMAGES.get(name, 1000)  # of a folder nothing is known yet
+    outputs: list[int] = []
+    try:
+        with torch.device("meta"):
+            model = build(config, 10)
+        hooks = [
+            module.register_forward_hook(lambda m, x, y: outputs.append(_numbers(y)))
+            for module in model.modules()
+            if not list(module.children())
+        ]
+        macs = count_macs(model, size)
+    except (RuntimeError, ValueError) as error:
+        if "must match" not in str(error) and "size" not in str(error):
+            raise
+        raise UserError(
+            f"--image-size {config.image_size}: {config.model} makes nothing of so small an image "
+            f"({str(error).splitlines()[0][:80]})"
+        ) from None
+    for hook in hooks:
+        hook.remove()
+    # Weights, gradients, momentum, and what backward needs of one batch: not every layer's output
+    # (a norm's goes as soon as the ReLU after it is done), hence the half.
+    batch = min(config.batch_size, images)
+    parameters = sum(p.numel() for p in model.parameters()) * (4 if config.ema else 3)
+    needed = 4 * (parameters + batch * sum(outputs) // 2)
+    there = memory(config.device)
+    gib = 2**30
+    if needed > there:
+        advice = "a smaller --batch-size with --accumulate, or a smaller --image-size"
+        if 4 * parameters > there:
+            advice = "a smaller model"
+        raise UserError(
+            f"{config.model} at {config.image_size} px with {batch} images a batch needs about "
+            f"{needed / gib:,.0f} GiB of memory, and there are {there / gib:,.0f}: try {advice}"
+        )
+    # A forward pass and a backward of twice its cost, at the peak of a core or of a large GPU.
+    peak = 1e15 if torch.cuda.is_available() and config.device != "cpu" else 1e11 * os.cpu_count()
+    days = 3 * macs * images * config.epochs / peak / 86_400
+    if days > DAYS and not config.smoke:
+        raise UserError(
+            f"{config.model} at {config.image_size} px would take {days:,.0f} days here, at the "
+            f"very least, for {config.epochs} epochs: try fewer --epochs, a smaller --image-size "
+            "or a smaller model"
+        )
+
+
+def memory(device: str) -> int:
+    """Bytes of memory of the GPU that a run would take, or of this machine (or its container)."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    there = 2**63
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        there = min(there, int(text))
+    return there
+
+
+def _numbers(output: object) -> int:
+    return sum(t.numel() for t in tree_leaves(output) if isinstance(t, Tensor))
