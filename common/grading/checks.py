@@ -133,11 +133,11 @@ def identity(trial: Trial) -> None:
 def initial(trial: Trial) -> None:
     """Fresh weights have the mean and the spread of the reference's: the initialisation ran."""
     _must_build(trial)
-    mine, theirs = _by_text(trial.mine["initial"]), _by_text(trial.theirs["initial"])
-    for text, wanted in theirs.items():
-        if len(mine.get(text, ())) != len(wanted):
-            raise Wrong(f"a {text} is missing, whose fresh weights are looked at")
-        for got, right in zip(mine[text], wanted):
+    mine, theirs = _by_size(trial.mine["initial"]), _by_size(trial.theirs["initial"])
+    for size, wanted in theirs.items():
+        if len(mine.get(size, ())) != len(wanted):
+            raise Wrong(f"a {wanted[0][0]} is missing, whose fresh weights are looked at")
+        for (text, got), (_, right) in zip(mine[size], wanted):
             for role, a, b in zip(("weights", "biases"), got, right):
                 if not _alike(a, b):
                     raise Wrong(
@@ -147,11 +147,14 @@ def initial(trial: Trial) -> None:
                     )
 
 
-def _by_text(layers: list[list]) -> dict[str, list]:
+def _by_size(layers: list[list]) -> dict[str, list]:
     found: dict[str, list] = {}
-    for text, numbers in layers:
-        found.setdefault(text, []).append(numbers)
-    return {text: sorted(group, key=lambda n: [x[2] for x in n]) for text, group in found.items()}
+    for text, size, numbers in layers:
+        found.setdefault(size, []).append((text, numbers))
+    return {
+        size: sorted(group, key=lambda layer: [x[2] for x in layer[1]])
+        for size, group in found.items()
+    }
 
 
 def _alike(a: list[float], b: list[float]) -> bool:
@@ -167,7 +170,7 @@ def result(trial: Trial) -> None:
     """The expression's value."""
     if "error" in trial.mine:
         raise Wrong(trial.mine["error"])
-    difference = _value_difference(trial.mine["value"], trial.theirs["value"])
+    difference = value_difference(trial.mine["value"], trial.theirs["value"])
     if difference:
         raise Wrong(difference)
 
@@ -396,7 +399,7 @@ def _kind(text: str) -> str:
     return "convolution" if "convolution" in text else text.split()[0]
 
 
-def _value_difference(mine: Any, theirs: Any, where: str = "") -> str:
+def value_difference(mine: Any, theirs: Any, where: str = "") -> str:
     """'' if two values of plain data agree (floats to 1e-6), else what was expected where."""
     if isinstance(theirs, dict) and "$tensor" in theirs:
         if not isinstance(mine, dict) or "$tensor" not in mine:
@@ -411,7 +414,7 @@ def _value_difference(mine: Any, theirs: Any, where: str = "") -> str:
         for key in keys:
             if isinstance(theirs, dict) and key not in mine:
                 return f"{where}{key} is missing from {_short(mine)}"
-            if _value_difference(mine[key], theirs[key]):
+            if value_difference(mine[key], theirs[key]):
                 return f"{where}expected {_short(theirs)}, got {_short(mine)}"
         return ""
     if isinstance(theirs, float) and isinstance(mine, (int, float)) and not isinstance(mine, bool):

@@ -7,6 +7,7 @@ wrong output can be named: "the last ReLU is missing". Nothing here knows the ex
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "silu": ("SiLU", F.silu),
     "gelu": ("GELU", F.gelu),
     "tanh": ("tanh", torch.tanh),
-    "softmax": ("softmax", lambda x: x.softmax(-1)),
+    "softmax": ("softmax", lambda x: x.softmax(1 if x.dim() == 4 else -1)),
     "leaky_relu": ("leaky ReLU", F.leaky_relu),
     "elu": ("ELU", F.elu),
 }
@@ -152,6 +153,12 @@ def silent_activations(forward: Callable[[], list[Tensor]]) -> list[str]:
         without = run(forward, {i: _skip})
         if without is not None and _same(without, right, 1e-3):
             silent.append(names[i])
+        # What ends at 6 and what does not: on a net of many steps that is too much to ask.
+        other = {"relu": F.relu6, "hardtanh": torch.relu}.get(call.kind)
+        if other and len(calls) <= 16:
+            exchanged = run(forward, {i: _instead(other)})
+            if exchanged is not None and _same(exchanged, right, 1e-3):
+                silent.append(f"{names[i]} up to 6")
     return silent
 
 
@@ -183,6 +190,10 @@ def mistakes(calls: list[Call]) -> Iterator[tuple[str, dict[int, Change]]]:
             for kind, (word, function) in ACTIVATIONS.items():
                 if kind != call.kind:
                     yield f"{word} in place of {name}", {i: _instead(function)}
+            if call.kind == "relu":
+                for slope in (0.1, 0.2):
+                    leaky = _instead(lambda x, s=slope: F.leaky_relu(x, s))
+                    yield f"leaky ReLU in place of {name}", {i: leaky}
             if call.kind == "softmax":
                 for dim in (0, 1, 2, 3):
                     yield (
@@ -226,18 +237,9 @@ def mistakes(calls: list[Call]) -> Iterator[tuple[str, dict[int, Change]]]:
             )
         if call.kind == "cat":
             yield f"{name} has its parts in another order", {i: _reversed}
-            yield (
-                f"{name} has its first part at the end",
-                {i: lambda f, a, k: f([*a[0][1:], a[0][0]], *a[1:], **k)},
-            )
-            yield (
-                f"{name} has its first two parts exchanged",
-                {i: lambda f, a, k: f([a[0][1], a[0][0], *a[0][2:]], *a[1:], **k)},
-            )
-            yield (
-                f"{name} has its last two parts exchanged",
-                {i: lambda f, a, k: f([*a[0][:-2], a[0][-1], a[0][-2]], *a[1:], **k)},
-            )
+            for count in (2, 3, 4):
+                for order in list(itertools.permutations(range(count)))[1:]:
+                    yield f"{name} has its parts in another order", {i: _reordered(order)}
         if call.kind == _ATTENTION:
             yield from _attention_mistakes(i)
         if call.kind == "dropout":
@@ -267,6 +269,27 @@ def mistakes(calls: list[Call]) -> Iterator[tuple[str, dict[int, Change]]]:
             for other, (instead, function) in ACTIVATIONS.items():
                 if other != kind:
                     yield f"{instead} in place of {word}", dict.fromkeys(places, _instead(function))
+    for kind, instead in (("max_pool2d", _average), ("avg_pool2d", _maximum)):
+        places = [i for i, call in enumerate(calls) if call.kind == kind]
+        if len(places) > 1:
+            word = "an average pool" if kind == "max_pool2d" else "a max-pool"
+            yield f"{word} in place of every {calls[places[0]].what}", dict.fromkeys(places, instead)
+    swaps: dict[int, Change] = {}
+    for i, call in enumerate(calls[:-1]):
+        if call.kind in ACTIVATIONS and calls[i + 1].kind in ("max_pool2d", "avg_pool2d"):
+            act = ACTIVATIONS[call.kind][1]
+            swap = {i: _skip, i + 1: _then(act)}
+            yield f"{names[i]} comes after {names[i + 1]}; it belongs before it", swap
+            swaps |= swap
+        if call.kind in ("max_pool2d", "avg_pool2d"):
+            later = [j for j in range(i + 1, len(calls)) if calls[j].kind in ACTIVATIONS]
+            if later:
+                yield (
+                    f"{names[i]} comes too late: behind {names[later[0]]}",
+                    {i: _skip, later[0]: _pool_behind(calls[i].kind)},
+                )
+    if len(swaps) > 2:
+        yield "every activation comes after its pool; it belongs before it", swaps
     for kind, word in _NORMS.items():
         places = [i for i, call in enumerate(calls) if call.kind == kind]
         if len(places) > 1:
@@ -368,6 +391,13 @@ def _pool_mistakes(i: int, call: Call, name: str) -> Iterator[tuple[str, dict[in
         yield f"a maximum in place of {name}", {i: lambda f, a, k: a[0].amax(*a[1:], **k)}
         return
     yield f"{name} is left out", {i: _skip}
+    if call.kind in ("max_pool2d", "avg_pool2d"):
+        yield f"the size of {name} is rounded the other way (ceil_mode)", {i: _other_rounding}
+        for window, padding in ((3, 1), (3, 0), (2, 0)):
+            yield (
+                f"the window of {name} is {window}",
+                {i: lambda f, a, k, w=window, p=padding: f(a[0], w, _pool_arguments(a, k)[2], p)},
+            )
     if call.kind == "adaptive_avg_pool2d":
         yield (
             f"a maximum in place of {name}",
@@ -395,7 +425,15 @@ def _pool_arguments(args: tuple, kwargs: dict) -> tuple[Any, Any, Any, Any, bool
     x, kernel = args[:2]
     stride = args[2] if len(args) > 2 else kwargs.get("stride")
     padding = args[3] if len(args) > 3 else kwargs.get("padding", 0)
-    return x, kernel, stride, padding, bool(kwargs.get("ceil_mode", False))
+    place = 5 if len(args) > 5 and isinstance(args[4], int) else 4  # max_pool2d has a dilation
+    ceil = args[place] if len(args) > place else kwargs.get("ceil_mode", False)
+    return x, kernel, stride, padding, bool(ceil)
+
+
+def _pool_behind(kind: str) -> Change:
+    """A pool that keeps the size, as inception modules have it."""
+    pool = F.max_pool2d if kind == "max_pool2d" else F.avg_pool2d
+    return lambda func, args, kwargs: pool(func(*args, **kwargs), 3, 1, 1)
 
 
 def _average(func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -406,6 +444,11 @@ def _average(func: Callable, args: tuple, kwargs: dict) -> Any:
 def _maximum(func: Callable, args: tuple, kwargs: dict) -> Any:
     x, kernel, stride, padding, ceil = _pool_arguments(args, kwargs)
     return F.max_pool2d(x, kernel, stride, padding, 1, ceil)
+
+
+def _other_rounding(func: Callable, args: tuple, kwargs: dict) -> Any:
+    x, kernel, stride, padding, ceil = _pool_arguments(args, kwargs)
+    return func(x, kernel, stride, padding, ceil_mode=not ceil)
 
 
 def _subsample(func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -456,6 +499,16 @@ def _reversed(func: Callable, args: tuple, kwargs: dict) -> Any:
     return func(list(args[0])[::-1], *args[1:], **kwargs)
 
 
+def _reordered(order: tuple[int, ...]) -> Change:
+    def change(func: Callable, args: tuple, kwargs: dict) -> Any:
+        parts = list(args[0])
+        if len(parts) != len(order):
+            raise ValueError("another number of parts")
+        return func([parts[i] for i in order], *args[1:], **kwargs)
+
+    return change
+
+
 def _attention_mistakes(i: int) -> Iterator[tuple[str, dict[int, Change]]]:
     def with_scale(scale: Callable[[Tensor], float]) -> Change:
         return lambda f, a, k: f(a[0], a[1], a[2], scale=scale(a[0]))
@@ -475,6 +528,18 @@ def _attention_mistakes(i: int) -> Iterator[tuple[str, dict[int, Change]]]:
         {i: with_scale(lambda q: q.shape[1] ** -0.5)},
     )
     yield "queries and keys are exchanged", {i: lambda f, a, k: f(a[1], a[0], a[2])}
+    yield "queries stand in for keys", {i: lambda f, a, k: f(a[0], a[0], a[2])}
+    yield "keys stand in for queries", {i: lambda f, a, k: f(a[1], a[1], a[2])}
+    yield "keys stand in for values", {i: lambda f, a, k: f(a[0], a[1], a[1])}
+    yield "values and keys are exchanged", {i: lambda f, a, k: f(a[0], a[2], a[1])}
+    yield (
+        "the width is cut into heads across the tokens: (N, T, heads, d) first, then a transpose",
+        {i: lambda f, a, k: _across(f, a)},
+    )
+    yield (
+        "the width is cut into heads across the tokens, and joined the same way",
+        {i: lambda f, a, k: _across(f, a, both=True)},
+    )
     yield "the softmax is missing", {i: lambda f, a, k: _scores(a) @ a[2]}
     yield (
         "the softmax runs over the queries, not over the keys",
@@ -500,6 +565,10 @@ def _attention_mistakes(i: int) -> Iterator[tuple[str, dict[int, Change]]]:
         "there is one head: all of the width in one product",
         {i: lambda f, a, k: _one_head(a)},
     )
+    yield (
+        "there is one head: all of the width in one product",
+        {i: lambda f, a, k: _one_head(a, a[0].shape[-1] ** -0.5)},
+    )
     yield "the values are not weighted: their mean", {
         i: lambda f, a, k: a[2].mean(2, keepdim=True).expand_as(a[2])
     }
@@ -509,9 +578,19 @@ def _scores(args: tuple) -> Tensor:
     return args[0] @ args[1].transpose(-2, -1) * args[0].shape[-1] ** -0.5
 
 
-def _one_head(args: tuple) -> Tensor:
+def _one_head(args: tuple, scale: float | None = None) -> Tensor:
     q, k, v = (t.transpose(1, 2).flatten(2) for t in args[:3])
-    return F.scaled_dot_product_attention(q, k, v).unflatten(2, args[0].shape[1::2]).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return mixed.unflatten(2, args[0].shape[1::2]).transpose(1, 2)
+
+
+def _across(func: Callable, args: tuple, both: bool = False) -> Tensor:
+    """Heads as they come out of a view of (N, T, D) as (N, heads, T, d), without a transpose."""
+    shape = args[0].shape
+    mixed = func(*(t.transpose(1, 2).reshape(shape) for t in args[:3]))
+    if both:
+        return mixed.reshape(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
+    return mixed
 
 
 def _training(args: tuple, kwargs: dict) -> tuple[bool, ...]:

@@ -189,16 +189,22 @@ def arrangements(units: list[Unit], slots: list[list[Any]]) -> Iterator[Arrangem
     """All assignments of the reference's `slots` to the submission's `units` that the shapes allow;
     at most `MOST`, the likeliest first.
     """
-    mine, theirs = _groups(units, _outline), _groups(slots, _slot_outline)
+    mine = _groups(_families(units, lambda unit: unit.key), _outline)
+    theirs = _groups(_families(slots, lambda slot: slot[0]), _slot_outline)
     choices: list[list[list[tuple[Unit, list[Any]]]]] = []
     spare_units, spare_slots = [], []
-    for outline in mine.keys() | theirs.keys():
+    for outline in sorted(mine.keys() | theirs.keys()):
         ours, wanted = mine.get(outline, []), theirs.get(outline, [])
         if len(ours) == len(wanted):
-            choices.append([list(zip(ours, order)) for order in _orders(wanted)])
+            choices.append(
+                [
+                    [pair for a, b in zip(ours, order) for pair in zip(a, b)]
+                    for order in _orders(wanted)
+                ]
+            )
         else:
-            spare_units += ours
-            spare_slots += wanted
+            spare_units += [unit for family in ours for unit in family]
+            spare_slots += [slot for family in wanted for slot in family]
     loose = list(itertools.islice(_loose(spare_units, spare_slots), MOST))
     layouts = list(_layouts(slots)) if not spare_units else [_same]
     count = 0
@@ -218,13 +224,29 @@ def _groups(things: list, outline: Callable[[Any], str]) -> dict[str, list]:
     return groups
 
 
-def _outline(unit: Unit) -> str:
-    return _slot_outline(unit.slot())
+def _families(things: list, key: Callable[[Any], str]) -> list[list]:
+    """Each layer with the norm that follows it: the two stay together."""
+    families: dict[str, list] = {}
+    for thing in things:
+        name = key(thing)
+        if name.startswith("norm of "):
+            parent = name.removeprefix("norm of ").rpartition(" ")[0]
+            if len(families.get(parent, [])) == 1:
+                families[parent].append(thing)
+                continue
+        families[name] = [thing]
+    return list(families.values())
 
 
-def _slot_outline(slot: list[Any]) -> str:
-    _, kind, _, shapes = slot
-    return f"{kind} {sorted((role, _flat(shape)) for role, shape in shapes)}"
+def _outline(family: list[Unit]) -> str:
+    return _slot_outline([unit.slot() for unit in family])
+
+
+def _slot_outline(family: list[list[Any]]) -> str:
+    return " ".join(
+        f"{kind} {sorted((role, _flat(shape)) for role, shape in shapes)}"
+        for _, kind, _, shapes in family
+    )
 
 
 def _flat(shape: list[int]) -> tuple[int, ...]:
@@ -249,41 +271,71 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _loose(units: list[Unit], slots: list[list[Any]]) -> Iterator[list[tuple]]:
-    """Single tensors against single tensors: equal shapes, transposed, or slices of a larger."""
+    """Single tensors against single tensors: equal shapes, slices of a larger, all transposed."""
+    yield from _slices(units, slots)
     tensors = [t for unit in units for t in unit.tensors.values()]
     mine = _groups(tensors, lambda t: str(_flat(list(t.shape))))
-    pieces: list[tuple[tuple[int, ...], list[Any], str, Callable]] = []
+    for transposed in (False, True):
+        theirs = _groups(_pieces(slots, mine, transposed), lambda piece: str(piece[0]))
+        if any(len(theirs.get(shape, [])) != len(ours) for shape, ours in mine.items()):
+            continue
+        choices = [
+            [
+                [(t, slot, role, change) for t, (_, slot, role, change) in zip(ours, order)]
+                for order in _orders(theirs[shape])
+            ]
+            for shape, ours in mine.items()
+        ]
+        for combination in itertools.product(*choices):
+            yield [part for group in combination for part in group]
+
+
+def _slices(units: list[Unit], slots: list[list[Any]]) -> Iterator[list[tuple]]:
+    """Whole layers against slices of a larger one, weight and bias together."""
+    sizes = {len(t) for unit in units for t in unit.tensors.values()}
+    pieces: list[tuple[str, list[Any], int, int]] = []
+    for slot in slots:
+        rows = {shape[0] for _, shape in slot[3]}
+        size = next((s for s in sorted(sizes) if rows and max(rows) % s == 0), 0)
+        if len(rows) != 1 or not size:
+            return
+        outline = str(sorted((role, (size, *_flat(shape)[1:])) for role, shape in slot[3]))
+        pieces += [(outline, slot, i, size) for i in range(0, max(rows), size)]
+    theirs = _groups(pieces, lambda piece: piece[0])
+    mine = _groups(
+        units,
+        lambda unit: str(sorted((role, _flat(list(t.shape))) for role, t in unit.tensors.items())),
+    )
+    if {k: len(v) for k, v in mine.items()} != {k: len(v) for k, v in theirs.items()} or not mine:
+        return
+    for combination in itertools.product(*([*_orders(theirs[k])] for k in mine)):
+        yield [
+            (t, slot, role, lambda t, a=first, n=size: t[a : a + n])
+            for ours, order in zip(mine.values(), combination)
+            for unit, (_, slot, first, size) in zip(ours, order)
+            for role, t in unit.tensors.items()
+        ]
+
+
+def _pieces(slots: list[list[Any]], mine: dict[str, list], transposed: bool) -> list[tuple]:
+    """What the reference's tensors can be cut into: shape, slot, role, how."""
+    pieces: list[tuple] = []
     for slot in slots:
         for role, shape in slot[3]:
             flat = _flat(shape)
+            if transposed and len(flat) == 2:
+                pieces.append((flat[::-1], slot, role, lambda t: t.flatten(1).T))
+                continue
             # Slices: as many as make the shape of one of the submission's.
             parts = next(
                 (k for k in (1, 2, 3, 4) if flat[0] % k == 0 and _key(flat, k) in mine), 1
             )
-            if parts == 1 and str(flat) not in mine and str(flat[::-1]) in mine:
-                pieces.append((flat[::-1], slot, role, lambda t: t.flatten(1).T))
-                continue
-            for i in range(parts):
-                size = flat[0] // parts
-                pieces.append(
-                    ((size, *flat[1:]), slot, role, lambda t, a=i * size, n=size: t[a : a + n])
-                )
-    theirs = _groups(pieces, lambda piece: str(piece[0]))
-    if any(len(theirs.get(shape, [])) != len(ours) for shape, ours in mine.items()):
-        if tensors:
-            return
-    yield from (
-        [part for group in combination for part in group]
-        for combination in itertools.product(
-            *(
-                [
-                    [(t, slot, role, change) for t, (_, slot, role, change) in zip(ours, order)]
-                    for order in _orders(theirs[shape])
-                ]
-                for shape, ours in mine.items()
-            )
-        )
-    )
+            size = flat[0] // parts
+            pieces += [
+                ((size, *flat[1:]), slot, role, lambda t, a=i * size, n=size: t[a : a + n])
+                for i in range(parts)
+            ]
+    return pieces
 
 
 def _key(flat: tuple[int, ...], parts: int) -> str:
