@@ -81,12 +81,19 @@ from common import plotting
 from common.engine.device import memory_format
 from common.data import load_data
 from common.engine.errors import UserError
-from common.evaluation import evaluate
-from common.experiments import Trial, conclude, train_trial
+from common.evaluation import Views, evaluate
+from common.experiments import Trial, conclude, run_experiment, train_trial
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import profile
+from common.resnet9 import ResNet9, bag_of_tricks
 from common.runs import Run, banner, draw_figures, prepare
-from common.training import fit, make_optimizer, make_schedule, train_one_epoch
+from common.training import (
+    fit,
+    make_optimizer,
+    make_schedule,
+    measure_layers,
+    train_one_epoch,
+)
 
 # %% [markdown]
 # ## The shortcut: three ways to carry the input past the block
@@ -472,6 +479,7 @@ def cifar_resnet(
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(resnet, name) for name in TABLE},
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
+    "resnet9": ResNet9,  # nine layers that learn CIFAR-10 on a laptop: common/resnet9.py
 }
 
 
@@ -578,7 +586,10 @@ def skip_verdict(trials: dict[tuple[str, int], Trial], depths: list[int]) -> lis
     return verdict
 
 
-EXPERIMENTS: dict[str, Callable[[Config], object]] = {"skip-connections": skip_connections}
+EXPERIMENTS: dict[str, Callable[[Config], object]] = {
+    "skip-connections": skip_connections,
+    "bag-of-tricks": partial(run_experiment, "01_resnet_beginner", bag_of_tricks),
+}
 
 # %% [markdown]
 # ## One run, from data to report
@@ -590,7 +601,9 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {"skip-connections": skip_c
 # %%
 def build(config: Config, num_classes: int) -> nn.Module:
     """The model that the flags ask for."""
-    options = {"zero_init_residual": config.zero_init_residual}
+    options: dict[str, object] = {}
+    if config.model != "resnet9":
+        options["zero_init_residual"] = config.zero_init_residual
     if config.shortcut:
         options["shortcut"] = config.shortcut
     return MODELS[config.model](num_classes=num_classes, small_input=config.small_input, **options)
@@ -607,6 +620,8 @@ def run(config: Config) -> dict[str, object]:
     )
     if config.pretrained:
         load_pretrained(model, config.model, data.class_names)
+    else:
+        measure_layers(model, data)  # the filters of ResNet-9's stem
 
     loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = make_optimizer(model, config)
@@ -620,7 +635,12 @@ def run(config: Config) -> dict[str, object]:
     test = evaluate(model, data.test, data.class_names)
     cost = profile(model, data.input_size)
     draw_figures(run, model, data, history, test)
-    return run.finish(model, data, history, test, cost)
+    views = {}
+    if config.views:  # the same images from six sides: never mixed with plain accuracy
+        seen = evaluate(Views(model, data.test.part.flips), data.test, data.class_names)
+        views = {"test_top1_views": seen.top1}
+        print(f"views      top-1 {seen.top1:.2%}, shifted and mirrored views averaged")
+    return run.finish(model, data, history, test, cost, **views)
 
 
 # %% [markdown]

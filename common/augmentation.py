@@ -44,6 +44,27 @@ def random_flip(x: Tensor, draws: Tensor) -> Tensor:
     return torch.where((draws[:, FLIP] < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
 
 
+def alternating_flip(x: Tensor, coins: Tensor, epoch: int) -> Tensor:
+    """Mirror half of the images in even epochs, the other half in odd ones.  Jordan 2024, sec. 3.6.
+
+    A fresh coin each time shows half of the images twice the same way in two epochs; this shows
+    both ways of every image. (N, C, H, W) -> the same.
+
+    Args:
+        coins: (N,) bool, of each image and for the whole run.
+    """
+    return torch.where((coins ^ (epoch % 2 == 1)).view(-1, 1, 1, 1), x.flip(3), x)
+
+
+def reflect_pad(pixels: Tensor, edge: int) -> Tensor:
+    """(N, C, H, W) -> (N, C, H + 2 * edge, W + 2 * edge), mirrored at the border, for any dtype."""
+    for dim in (2, 3):
+        last = pixels.shape[dim] - 1
+        away = torch.arange(-edge, last + edge + 1, device=pixels.device).abs()
+        pixels = pixels.index_select(dim, last - (last - away).abs())
+    return pixels
+
+
 def cutout(x: Tensor, side: int, draws: Tensor) -> Tensor:
     """Blank one `side` x `side` square per image, centred anywhere.  DeVries and Taylor 2017.
 

@@ -273,7 +273,14 @@ class MemoryLoader(ImageLoader):
         self.size = tuple(part.pictures.pixels.shape[2:])
         # 4 pixels at 32 (He et al. 2015, sec. 4.2), in proportion elsewhere.
         self.edge = max(1, self.size[0] // 8) if part.train and config.augment != "none" else 0
-        pixels = F.pad(part.pictures.pixels.to(device), (self.edge,) * 4)
+        pixels = part.pictures.pixels.to(device)
+        self.alternating = part.train and config.augment == "alternating"
+        if self.alternating:  # and no black border (Jordan 2024, sec. 3.1 and 3.6)
+            generator = torch.Generator().manual_seed(mixed_seed(config.seed, 6))
+            self.coins = (torch.rand(len(pixels), generator=generator) < 0.5).to(device)
+            pixels = augmentation.reflect_pad(pixels, self.edge)
+        else:
+            pixels = F.pad(pixels, (self.edge,) * 4)
         self.pixels = pixels.contiguous(memory_format=torch.channels_last)
         self.labels_there = self.labels.to(device)
         self.per_image = augmentation.per_image(config.augment) if part.train else None
@@ -289,7 +296,7 @@ class MemoryLoader(ImageLoader):
             rows = slice(at.start, at.stop, at.step)
             index = order[rows]
             if augmented:
-                x = self._augment(index, draws[rows], draws_there[rows])
+                x = self._augment(index, draws[rows], draws_there[rows], epoch)
             else:
                 x = self.pixels[index]
             if self.per_image:
@@ -301,9 +308,11 @@ class MemoryLoader(ImageLoader):
         height, width = (slice(self.edge, self.edge + side) for side in self.size)
         return self._normalise(self.pixels[index][:, :, height, width])
 
-    def _augment(self, index: Tensor, draws: Tensor, draws_there: Tensor) -> Tensor:
+    def _augment(self, index: Tensor, draws: Tensor, draws_there: Tensor, epoch: int) -> Tensor:
         x = augmentation.random_crop(self.pixels, index, self.size, draws_there)
-        if self.part.flips:
+        if self.part.flips and self.alternating:
+            x = augmentation.alternating_flip(x, self.coins[index], epoch)
+        elif self.part.flips:
             x = augmentation.random_flip(x, draws_there)
         if self.config.augment == "strong":
             x = augmentation.trivial_augment(x, draws)

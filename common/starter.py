@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.grading.exercises import exercises, file_name, lesson_path, manifests, worth
+from common.grading.holes import take_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,96 +29,6 @@ def make_starter(lesson: str, only: Iterable[str] | None = None) -> str:
     chosen = [e for e in exercises(lesson).values() if only is None or e.number in set(only)]
     source = lesson_path(lesson).read_text(encoding="utf-8")
     return _with_assignment(take_out(source, chosen), lesson, chosen)
-
-
-def take_out(source: str, chosen: list[Exercise]) -> str:
-    """`source` with the body of every part of the exercises replaced by a NotImplementedError.
-
-    Raises: ValueError, if a part is not in the source.
-    """
-    lines = source.splitlines()
-    tree = ast.parse(source)
-    messages: dict[ast.FunctionDef, list[str]] = {}
-    for exercise in chosen:
-        for part in exercise.parts:
-            for function in functions_of(tree, part):
-                # Two exercises may be about the same part: a block, and the block with BatchNorm.
-                messages.setdefault(function, []).append(
-                    f"Exercise {exercise.number}: {exercise.hint}"
-                )
-    for function in sorted(
-        messages, key=lambda f: -f.lineno
-    ):  # from the end, so that line numbers stay true
-        _empty(lines, function, " ".join(messages[function]))
-    return "\n".join(lines) + "\n"
-
-
-def functions_of(tree: ast.Module, part: str) -> list[ast.FunctionDef]:
-    """What a manifest's part stands for: one function, one method, or all methods of a class.
-
-    Raises: ValueError, if there is no such thing.
-    """
-    owner, _, method = part.partition(".")
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name == part:
-            return [node]
-        if isinstance(node, ast.ClassDef) and node.name == owner:
-            methods = [
-                n for n in node.body if isinstance(n, ast.FunctionDef) and method in ("", n.name)
-            ]
-            if methods:
-                return methods
-    raise ValueError(f"the lesson has no {part}")
-
-
-def _empty(lines: list[str], function: ast.FunctionDef, message: str) -> None:
-    """Replace the function's body in `lines`; keep its docstring."""
-    first = function.body[0]
-    docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
-    indent = " " * (function.col_offset + 4)
-    body = [indent + line for line in _raise(message, 100 - len(indent))]
-    if docstring:
-        start = first.end_lineno
-    elif first.lineno == function.lineno:  # def f(): return 1
-        line = lines[first.lineno - 1]
-        lines[first.lineno - 1] = line[: first.col_offset].rstrip()
-        start = first.lineno
-    else:
-        start = _header_end(lines, function)
-    lines[start : function.end_lineno] = body
-
-
-def _header_end(lines: list[str], function: ast.FunctionDef) -> int:
-    """Number of lines down to the colon that ends the signature. Comments below it belong to the
-    body.
-    """
-    end = function.body[0].lineno - 1
-    while end > function.lineno and not lines[end - 1].split("#")[0].rstrip().endswith(":"):
-        end -= 1
-    return end
-
-
-def _raise(message: str, width: int) -> list[str]:
-    """`raise NotImplementedError(message)` in lines of at most `width` characters."""
-    line = f"raise NotImplementedError({_quoted(message)})"
-    if len(line) <= width:
-        return [line]
-    pieces, piece = [], ""
-    for word in message.split(" "):
-        if len(_quoted(piece + word)) + 5 > width:
-            pieces.append(piece)
-            piece = ""
-        piece += word + " "
-    pieces.append(piece.rstrip())
-    return ["raise NotImplementedError(", *(f"    {_quoted(piece)}" for piece in pieces), ")"]
-
-
-def _quoted(text: str) -> str:
-    return (
-        "'" + text + "'"
-        if '"' in text and "'" not in text
-        else '"' + text.replace('"', '\\"') + '"'
-    )
 
 
 def _with_assignment(source: str, lesson: str, chosen: list[Exercise]) -> str:

@@ -126,3 +126,19 @@ def test_trivial_augment_gives_each_image_one_operation_of_its_own() -> None:
     # The same draws give the same picture, alone or in a batch.
     for i in range(0, 1400, 100):
         assert torch.equal(A.trivial_augment(x[i : i + 1], table[i : i + 1])[0], y[i])
+
+
+def test_alternating_flips_show_both_sides_of_every_image_in_two_epochs() -> None:
+    x = torch.rand(64, 3, 4, 4)
+    coins = torch.rand(64) < 0.5
+    first, second, third = (A.alternating_flip(x, coins, e) for e in range(3))
+    as_it_is = (first == x).flatten(1).all(1)
+    assert torch.equal(as_it_is, ~coins) and 0 < as_it_is.sum() < 64
+    assert torch.equal(second, first.flip(3)) and torch.equal(third, first)
+
+
+def test_reflect_pad_is_torchs_own_for_bytes_too() -> None:
+    x = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    padded = A.reflect_pad(x, 2)
+    assert padded.dtype == torch.uint8
+    assert torch.equal(padded.float(), F.pad(x.float(), (2, 2, 2, 2), mode="reflect"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import difflib
-from collections import Counter
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ class Trial:
     case: Case
     mine: dict[str, Any]  # the submission's: untrusted
     theirs: dict[str, Any]  # the reference's
+    asked: tuple[str, ...] = ()  # the exercise's checks
 
 
 def shape(trial: Trial) -> None:
@@ -50,32 +51,27 @@ def parameters(trial: Trial) -> None:
     _must_build(trial)
     mine, theirs = trial.mine["parameters"], trial.theirs["parameters"]
     if mine != theirs:
-        raise Wrong(f"expected {theirs:,} parameters, got {mine:,}; {_layer_difference(trial)}")
+        raise Wrong(f"expected {theirs:,} parameters, got {mine:,}; {layer_difference(trial)}")
 
 
 def layers(trial: Trial) -> None:
     """The same layers with weights, in any order and under any names."""
     _must_build(trial)
-    difference = _layer_difference(trial)
+    difference = layer_difference(trial)
     if difference:
         raise Wrong(difference)
 
 
 def values(trial: Trial) -> None:
     """The same numbers as the reference, from the same weights and the same random input, in eval
-    and train mode.
+    and train mode. Dropout and its like drop the same on both sides.
     """
     _must_run(trial)
-    for mode in ("eval", "train"):
-        if mode == "train" and not trial.theirs["train_repeats"]:
-            break  # dropout: no two passes agree, of the reference neither
-        mine, theirs = _arrays(trial.mine[mode]), _arrays(trial.theirs[mode])
-        if len(mine) != len(theirs):
-            raise Wrong(f"{len(theirs)} output tensors expected in {mode} mode, got {len(mine)}")
-        for got, wanted in zip(mine, theirs):
-            _must_equal(
-                got, wanted, f"with the reference's weights and the same input ({mode} mode), "
-            )
+    where = "with the reference's weights and the same input ({} mode), "
+    _must_agree(trial, "eval", where.format("eval"))
+    if "train_flipped" in trial.mine and agree(trial.mine["train_flipped"], trial.theirs["train"]):
+        return
+    _must_agree(trial, "train", where.format("train"))
 
 
 def gradients(trial: Trial) -> None:
@@ -89,9 +85,15 @@ def gradients(trial: Trial) -> None:
             f"no gradient reaches {_names(lost)}: unused in forward, detached, or stopped by a ReLU"
         )
     mine, theirs = (side["input_gradient"] for side in (trial.mine, trial.theirs))
+    if len(mine) != len(theirs):
+        raise Wrong("the answer makes no sense: as many gradients as inputs are expected")
     for got, wanted in zip(mine, theirs):
-        if wanted is not None and (got is None or not _array(got).any()):
+        if wanted is None:
+            continue
+        if got is None or not _array(got).any():
             raise Wrong("no gradient reaches the input: something is detached on the way")
+        if got["$tensor"][1] != wanted["$tensor"][1] or len(_array(got)) != len(_array(wanted)):
+            raise Wrong("the gradient of the input has another shape than the input")
 
 
 def modes(trial: Trial) -> None:
@@ -125,8 +127,40 @@ def modes(trial: Trial) -> None:
 def identity(trial: Trial) -> None:
     """With every weight at zero, only what bypasses the weights is left: the shortcut."""
     _must_run(trial)
-    for got, wanted in zip(_arrays(trial.mine["zero"]), _arrays(trial.theirs["zero"])):
-        _must_equal(got, wanted, "with every weight at zero, only the shortcut is left, but ")
+    _must_agree(trial, "zero", "with every weight at zero, only the shortcut is left, but ")
+
+
+def initial(trial: Trial) -> None:
+    """Fresh weights have the mean and the spread of the reference's: the initialisation ran."""
+    _must_build(trial)
+    mine, theirs = _by_text(trial.mine["initial"]), _by_text(trial.theirs["initial"])
+    for text, wanted in theirs.items():
+        if len(mine.get(text, ())) != len(wanted):
+            raise Wrong(f"a {text} is missing, whose fresh weights are looked at")
+        for got, right in zip(mine[text], wanted):
+            for role, a, b in zip(("weights", "biases"), got, right):
+                if not _alike(a, b):
+                    raise Wrong(
+                        f"the fresh {role} of a {text} have mean {a[1]:.3g} and spread {a[2]:.3g}, "
+                        f"where the lesson's have {b[1]:.3g} and {b[2]:.3g}: is the initialisation "
+                        "called, last, and told what it asks for?"
+                    )
+
+
+def _by_text(layers: list[list]) -> dict[str, list]:
+    found: dict[str, list] = {}
+    for text, numbers in layers:
+        found.setdefault(text, []).append(numbers)
+    return {text: sorted(group, key=lambda n: [x[2] for x in n]) for text, group in found.items()}
+
+
+def _alike(a: list[float], b: list[float]) -> bool:
+    """Whether two samples (count, mean, spread) may come from one distribution: five sigma."""
+    count, mean, spread = b
+    if spread == 0 or a[2] == 0:
+        return bool(np.isclose(a[1], mean, atol=1e-6) and np.isclose(a[2], spread, atol=1e-6))
+    slack = 0.1 + 5 / math.sqrt(count)
+    return abs(math.log(a[2] / spread)) < slack and abs(a[1] - mean) < slack * max(spread, a[2])
 
 
 def result(trial: Trial) -> None:
@@ -139,14 +173,17 @@ def result(trial: Trial) -> None:
 
 
 def unseen(trial: Trial) -> None:
-    """All of the above that applies, on sizes that are not printed in the assignment."""
-    for check in BY_PROBE[trial.case.probe]:
-        check(trial)
+    """All of the above that the exercise asks for, on sizes that the assignment does not print."""
+    for check in trial.asked:
+        if check in BY_PROBE[trial.case.probe]:
+            CHECKS[check](trial)
 
 
 CHECKS: dict[str, Callable[[Trial], None]] = {
     check.__name__: check
-    for check in (shape, parameters, layers, values, gradients, modes, identity, result, unseen)
+    for check in (
+        *(shape, parameters, layers, values, gradients, modes, identity, initial, result, unseen),
+    )
 }
 ALL_CASES = (
     "not done yet",
@@ -156,9 +193,9 @@ ALL_CASES = (
     "syntax error",
 )  # said without a case
 BY_PROBE = {
-    "evaluate": (result,),
-    "count": (parameters, layers),
-    "observe": (shape, parameters, layers, values),
+    "evaluate": ("result",),
+    "count": ("parameters", "layers"),
+    "observe": ("shape", "parameters", "layers", "values"),
 }
 
 
@@ -174,20 +211,43 @@ def trials_of(check: str, trials: list[Trial], hidden: list[Trial]) -> list[Tria
     return [t for t in trials if t.case.probe in probes.get(check, ("observe",))]
 
 
-def verdict(check: str, trials: list[Trial]) -> str:
-    """'' if the check passes on every trial, else what is wrong with the first that fails.
+def failures(check: str, trials: list[Trial]) -> list[tuple[Trial, str]]:
+    """What is wrong with each trial that fails, in words.
 
     What the worker sent may be anything, so any error on the way is the submission's.
     """
+    found = []
     for trial in trials:
         try:
             CHECKS[check](trial)
         except Wrong as wrong:
-            text = str(wrong)
-            return text if text.startswith(ALL_CASES) else f"{trial.case}: {text}"
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError):
-            return f"{trial.case}: the answer makes no sense; does the submission change torch?"
-    return ""
+            found.append((trial, str(wrong)))
+        except Exception:
+            found.append(
+                (trial, "the answer makes no sense; does the submission change torch?")
+            )
+    return found
+
+
+def agree(mine: Any, theirs: Any) -> bool:
+    """Whether two lists of tensors, as they were sent, are the same numbers."""
+    try:
+        ours, wanted = _arrays(mine), _arrays(theirs)
+        for got, right in zip(ours, wanted):
+            _must_equal(got, right, "")
+    except (Wrong, KeyError, TypeError, ValueError):
+        return False
+    return len(ours) == len(wanted) > 0
+
+
+def sketch_of(tensors: list[dict], most: int) -> list[dict]:
+    """The same sample of a sample that a worker makes."""
+    thin = []
+    for (shape, numbers), item in zip(_arrays(tensors), tensors):
+        numbers = numbers[:: -(-len(numbers) // most) or 1]
+        data = base64.b64encode(numbers.tobytes()).decode()
+        thin.append({"$tensor": [item["$tensor"][0], shape, data]})
+    return thin
 
 
 # ------------------------------------------------------------------------------------------ helpers
@@ -226,6 +286,14 @@ def _arrays(encoded: list[dict]) -> list[tuple[list[int], np.ndarray]]:
     return [(item["$tensor"][1], _array(item)) for item in encoded]
 
 
+def _must_agree(trial: Trial, what: str, where: str) -> None:
+    mine, theirs = _arrays(trial.mine[what]), _arrays(trial.theirs[what])
+    if len(mine) != len(theirs):
+        raise Wrong(f"{where}{len(theirs)} output tensors are expected, and {len(mine)} came")
+    for got, wanted in zip(mine, theirs):
+        _must_equal(got, wanted, where)
+
+
 def _must_equal(
     got: tuple[list[int], np.ndarray], wanted: tuple[list[int], np.ndarray], where: str
 ) -> None:
@@ -246,35 +314,86 @@ def _must_equal(
         text += "; it would be right after a ReLU: the last one is missing"
     elif np.allclose(np.maximum(b, 0), a, atol=TOLERANCE * scale):
         text += "; there is a ReLU at the end that should not be"
-    elif a.min() < 0 <= b.min():
-        text += "; some numbers are negative, where a ReLU should be the last step"
-    elif b.min() < 0 <= a.min():
-        text += "; none is negative, where some should be: a ReLU at the wrong place"
+    else:
+        text += _scaled(a, b, scale)
     raise Wrong(text)
 
 
-def _layer_difference(trial: Trial) -> str:
-    """In words: what is different, missing or too many, by the student's names."""
+def _scaled(a: np.ndarray, b: np.ndarray, scale: float) -> str:
+    """Whether one is a multiple of the other, or off by a constant."""
+    if not a.any():
+        return ""
+    factor = float(a @ b / (a @ a))
+    if factor and np.allclose(factor * a, b, atol=TOLERANCE * scale):
+        return f"; it is 1/{factor:.4g} of what it should be" if abs(factor) > 1 else (
+            f"; it is {1 / factor:.4g} times what it should be"
+        )
+    shift = float((b - a).mean())
+    if np.allclose(a + shift, b, atol=TOLERANCE * scale):
+        return f"; {shift:.3g} is missing in every place"
+    return ""
+
+
+def layer_difference(trial: Trial) -> str:
+    """In words: what is different, missing or too many, by the student's names.
+
+    Layers are paired by place: what stands between the same two neighbours belongs together.
+    """
     mine = [(str(name), str(text)) for name, text in trial.mine["layers"]]
-    wanted = Counter(text for _, text in trial.theirs["layers"])
-    extra = []
-    for name, text in mine:
-        if wanted[text] > 0:
-            wanted[text] -= 1
-        else:
-            extra.append((name, text))
-    missing = list(wanted.elements())
-    lines = []
-    for name, text in list(extra):
-        close = difflib.get_close_matches(text, missing, n=1, cutoff=0.6)
-        if close:
-            missing.remove(close[0])
-            extra.remove((name, text))
-            lines.append(f"{name} is a {text}; expected {close[0]}")
+    theirs = [str(text) for _, text in trial.theirs["layers"]]
+    if sorted(text for _, text in mine) == sorted(theirs):
+        return ""
+    texts = [text for _, text in mine]
+    pairs: list[tuple[tuple[str, str], str]] = []
+    extra: list[tuple[str, str]] = []
+    missing: list[str] = []
+    matcher = difflib.SequenceMatcher(None, texts, theirs, autojunk=False)
+    for tag, i, j, k, m in matcher.get_opcodes():
+        if tag == "equal":
+            continue
+        ours, wanted = mine[i:j], theirs[k:m]
+        # The same number in the same gap: one for one. Else the same kind of layer, in order.
+        if len(ours) != len(wanted):
+            ours, wanted, more, less = _by_kind(ours, wanted)
+            extra += more
+            missing += less
+        pairs += [(a, b) for a, b in zip(ours, wanted) if a[1] != b]
+    for layer in list(extra):  # the same layer at another place is no difference
+        if layer[1] in missing:
+            extra.remove(layer)
+            missing.remove(layer[1])
+    if extra and missing:  # parted by what stands between them
+        ours, wanted, extra, missing = _by_kind(extra, missing)
+        pairs += zip(ours, wanted)
+    lines = [f"{name} is a {text}; expected {wanted}" for (name, text), wanted in pairs]
     lines += [f"missing: {text}" for text in missing]
     lines += [f"too many: {name}, a {text}" for name, text in extra]
     more = f"; and {len(lines) - 3} more differences" if len(lines) > 3 else ""
     return "; ".join(lines[:3]) + more
+
+
+def _by_kind(
+    ours: list[tuple[str, str]], wanted: list[str]
+) -> tuple[list[tuple[str, str]], list[str], list[tuple[str, str]], list[str]]:
+    """Pairs of a kind in their order, and what is left over on both sides."""
+    paired, matched, left = [], [], list(wanted)
+    more = []
+    for layer in ours:
+        kind = _kind(layer[1])
+        partner = next((text for text in left if text == layer[1]), None)
+        partner = partner or next((text for text in left if _kind(text) == kind), None)
+        if partner is None:
+            more.append(layer)
+        else:
+            left.remove(partner)
+            paired.append(layer)
+            matched.append(partner)
+    return paired, matched, more, left
+
+
+def _kind(text: str) -> str:
+    """'BatchNorm2d' or 'convolution' of a layer in words."""
+    return "convolution" if "convolution" in text else text.split()[0]
 
 
 def _value_difference(mine: Any, theirs: Any, where: str = "") -> str:
@@ -292,8 +411,7 @@ def _value_difference(mine: Any, theirs: Any, where: str = "") -> str:
         for key in keys:
             if isinstance(theirs, dict) and key not in mine:
                 return f"{where}{key} is missing from {_short(mine)}"
-            difference = _value_difference(mine[key], theirs[key])
-            if difference:
+            if _value_difference(mine[key], theirs[key]):
                 return f"{where}expected {_short(theirs)}, got {_short(mine)}"
         return ""
     if isinstance(theirs, float) and isinstance(mine, (int, float)) and not isinstance(mine, bool):

@@ -7,21 +7,32 @@ submission does, so that the total never changes.
 
 from __future__ import annotations
 
+import __future__
 import ast
 import base64
 import hashlib
+import marshal
 import re
 import secrets
 import stat
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from common.grading.checks import Trial, trials_of, verdict
+from common.grading.checks import (
+    ALL_CASES,
+    Trial,
+    agree,
+    failures,
+    layer_difference,
+    sketch_of,
+    trials_of,
+)
 from common.grading.exercises import (
     ROOT,
+    Case,
     Exercise,
     Worth,
     exercises,
@@ -31,6 +42,7 @@ from common.grading.exercises import (
     manifests,
     worth,
 )
+from common.grading.holes import functions_of, put_in
 from common.grading.sandbox import Host, Limits, Worker, WorkerLost
 
 if TYPE_CHECKING:
@@ -39,6 +51,7 @@ if TYPE_CHECKING:
 
 SOURCE_LIMIT = 1 << 20  # bytes of a submitted file
 MESSAGE_LIMIT = 1000  # characters of one result's message
+SKETCH = 256  # numbers of an output, enough to tell one variant from another; as in `probes`
 
 
 @dataclass(frozen=True)
@@ -201,10 +214,45 @@ class Grader:
         theirs = self.references.get(exercise, self.host)
         started = time.monotonic()
         deadline = started + file.seconds_left
-        mine = observe(self.host, exercise, filename, data, self.references.seed, deadline)
+        mine = observe(
+            self.host, exercise, filename, data, theirs.seed, deadline, theirs=theirs.seen
+        )
         file.hopeless = mine.hopeless
+        results = self._judge(exercise, mine.seen, theirs, started)
         file.seconds_left -= time.monotonic() - started
-        return _judge(exercise, mine.seen, theirs, time.monotonic() - started)
+        return results
+
+    def _judge(
+        self, exercise: Exercise, mine: list[dict], theirs: Observed, started: float
+    ) -> list[Result]:
+        rows = _rows(exercise)
+        asked = tuple(row.check for row in rows)
+        cases = exercise.cases + exercise.unseen
+        trials = [Trial(case, m, t, asked) for case, m, t in zip(cases, mine, theirs.seen)]
+        visible, hidden = trials[: len(exercise.cases)], trials[len(exercise.cases) :]
+        results = []
+        for row in rows:
+            about = trials_of(row.check, visible, hidden)
+            failed = failures(row.check, about)
+            share = 1.0 if not failed else 0.0
+            if row.check == "result":  # each case is worth its share
+                share = 1 - len(failed) / len(about)
+            message = ""
+            if failed:
+                trial, text = failed[0]
+                message = text
+                if not text.startswith(ALL_CASES):
+                    name = self.references.name(exercise, trial, row.check, self.host)
+                    message = text if not name else f"{text}; likely: {name}"
+                    place = str(trial.case)
+                    if row.check == "unseen":
+                        place = f"a case that is not printed (of the kind: {exercise.kind})"
+                    message = f"{place}: {message}"
+                if share and len(about) > 1:
+                    message = f"{len(failed)} of {len(about)} cases fail; {message}"
+            seconds = (time.monotonic() - started) / len(rows)
+            results.append(_result(exercise, row, message, seconds, share))
+        return results
 
 
 @dataclass
@@ -217,28 +265,135 @@ class _File:
 
 class References:
     """What the reference lessons do, observed once for each exercise, with numbers that no student
-    can foresee.
+    can foresee; and what they would do with known mistakes in them.
     """
+
+    DRAWS = 5  # seeds to try until each activation matters
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = secrets.randbits(31) if seed is None else seed
-        self._seen: dict[str, list[dict]] = {}
-        self._lock = threading.Lock()
+        self._seen: dict[str, Observed] = {}
+        self._mistakes: dict[tuple[str, str, bool], list[tuple[str, dict]]] = {}
+        self._lock = threading.RLock()
 
-    def get(self, exercise: Exercise, host: Host) -> list[dict]:
+    def get(self, exercise: Exercise, host: Host) -> Observed:
         """Raises: RuntimeError, if the lesson itself fails: then nobody can be marked."""
         with self._lock:
             if exercise.number not in self._seen:
-                path = lesson_path(exercise.lesson)
-                seen = observe(host, exercise, path.name, path.read_bytes(), self.seed).seen
-                for case, observation in zip(exercise.cases + exercise.unseen, seen):
-                    error = observation.get("error") or observation.get("forward_error")
-                    if error:
-                        raise RuntimeError(
-                            f"exercise {exercise.number}, the reference itself: {case}: {error}"
-                        )
-                self._seen[exercise.number] = seen
+                self._seen[exercise.number] = self._look(exercise, host)
             return self._seen[exercise.number]
+
+    def _look(self, exercise: Exercise, host: Host) -> Observed:
+        """Drawn again, if an activation makes no difference to the numbers that were drawn: who
+        leaves it out shall be found whatever the draw.
+        """
+        path = lesson_path(exercise.lesson)
+        best, fewest = None, 0
+        for draw in range(self.DRAWS):
+            found = observe(
+                host, exercise, path.name, path.read_bytes(), self.seed + 1000 * draw, careful=True
+            )
+            for case, observation in zip(exercise.cases + exercise.unseen, found.seen):
+                error = observation.get("error") or observation.get("forward_error")
+                if error:
+                    raise RuntimeError(
+                        f"exercise {exercise.number}, the reference itself: {case}: {error}"
+                    )
+            visible = found.seen[: len(exercise.cases)]
+            silent = sum(len(observation.get("silent", ())) for observation in visible)
+            if best is None or silent < fewest:
+                best, fewest = found, silent
+            if not silent:
+                break
+        return best
+
+    def name(self, exercise: Exercise, trial: Trial, check: str, host: Host) -> str:
+        """The likely mistake: the one known that gives what the submission gave; else ''."""
+        if "error" in trial.mine or "forward_error" in trial.mine:
+            return ""
+        # With other layers than the reference's, no mistake in the reference's can explain it.
+        mutate = trial.case.probe == "observe" and not layer_difference(trial)
+        for name, theirs in self._known(exercise, trial, host, mutate):
+            if _explains(trial, check, theirs):
+                return name
+        if check in ("values", "unseen") and mutate:
+            if agree(trial.mine.get("eval", ()), trial.theirs["eval"]):
+                return (
+                    "right in eval mode, off in train mode: the rate or the place of dropout, "
+                    "or BatchNorm"
+                )
+        return ""
+
+    def _known(
+        self, exercise: Exercise, trial: Trial, host: Host, mutate: bool
+    ) -> list[tuple[str, dict]]:
+        key = exercise.number, str(trial.case), mutate
+        with self._lock:
+            if key not in self._mistakes:
+                seed = self.get(exercise, host).seed
+                cases = exercise.cases + exercise.unseen
+                i = [str(case) for case in cases].index(str(trial.case))
+                self._mistakes[key] = known_mistakes(host, exercise, i, seed, mutate)
+            return self._mistakes[key]
+
+
+def _explains(trial: Trial, check: str, known: dict[str, Any]) -> bool:
+    """Whether a known mistake gives what the submission gave and the reference doesn't."""
+    mine, theirs = trial.mine, trial.theirs
+    if trial.case.probe == "evaluate":
+        return known == mine
+    if trial.case.probe == "count":
+        return known.get("parameters") == mine["parameters"] != theirs["parameters"]
+    if "sketch" not in known:  # a whole observation, of the manifest's mistakes
+        if not agree(mine["eval"], known.get("eval", ())):
+            return False
+        if not agree(mine["eval"], theirs["eval"]):
+            return True
+        return agree(mine["train"], known["train"]) and not agree(mine["train"], theirs["train"])
+    evaluated, trained = known["sketch"]
+    if check == "identity" and agree(mine["eval"], theirs["eval"]):
+        return False
+    if not agree(sketch_of(mine["eval"], SKETCH), evaluated):
+        return False
+    if not agree(mine["eval"], theirs["eval"]):
+        return True
+    if trained is None or agree(mine["train"], theirs["train"]):
+        return False
+    return any(
+        agree(sketch_of(mine[which], SKETCH), trained)
+        for which in ("train", "train_flipped")
+        if which in mine
+    )
+
+
+def known_mistakes(
+    host: Host, exercise: Exercise, number: int, seed: int, mutate: bool
+) -> list[tuple[str, dict[str, Any]]]:
+    """In words, and what is seen of case `number` with each known mistake in the reference: the
+    manifest's, and with `mutate` those that `mutants` makes.
+    """
+    case = (exercise.cases + exercise.unseen)[number]
+    path = lesson_path(exercise.lesson)
+    source = path.read_text(encoding="utf-8")
+    found: list[tuple[str, dict[str, Any]]] = []
+    aided = replace(exercise, setup=f"{exercise.setup}\n{exercise.aids}")
+    for name, code in exercise.mistakes:
+        wrong = put_in(source, code).encode()
+        seen = observe(host, aided, path.name, wrong, seed, only=number).seen
+        found.append((name, seen[0]))
+    if mutate:
+        try:
+            with Worker(host) as worker:
+                _load(worker, exercise, path.name, source.encode())
+                question = _question(case, seed + number) | {"probe": "mistakes"}
+                answer = worker.ask(question, 4 * host.limits.case_seconds)
+                found += [
+                    (name, {"sketch": (evaluated, trained)})
+                    for name, evaluated, trained in answer.get("mistakes", ())
+                ]
+        except WorkerLost:
+            pass  # a mistake without a name is still a mistake
+    return found
 
 
 @dataclass(frozen=True)
@@ -246,6 +401,7 @@ class Observed:
     """One observation per case of the exercise, the hidden ones last."""
 
     seen: list[dict[str, Any]]
+    seed: int
     hopeless: str = (
         ""  # not empty: the file could not be run at all, and no other exercise need try
     )
@@ -258,77 +414,204 @@ def observe(
     data: bytes,
     seed: int,
     deadline: float = float("inf"),
+    theirs: list[dict[str, Any]] | None = None,
+    careful: bool = False,
+    only: int | None = None,
 ) -> Observed:
     """Try all cases of one exercise in a worker of its own. Never raises: whatever goes wrong is an
     observation.
+
+    Args:
+        theirs: what was seen of the reference: where the numbers differ, every other assignment of
+            the weights that the shapes allow is tried.
+        careful: see `probes`.
+        only: the number of the one case that is to be tried.
     """
-    cases = exercise.cases + exercise.unseen
+    cases = list(enumerate(exercise.cases + exercise.unseen))
+    if only is not None:
+        cases = [cases[only]]
     seen: list[dict[str, Any]] = []
     loaded = False
     try:
         with Worker(host) as worker:
-            question = {
-                "probe": "load",
-                "filename": filename,
-                "source": base64.b64encode(data).decode(),
-                "parts": exercise.parts,
-                "grafts": grafts(exercise),
-                "setup": exercise.setup,
-                "reference": ".".join(
-                    lesson_path(exercise.lesson).relative_to(ROOT).with_suffix("").parts
-                ),
-            }
-            answer = worker.ask(question, host.limits.import_seconds, deadline)
+            answer = _load(worker, exercise, filename, data, deadline)
             if "error" in answer:
-                return Observed([{"error": _clean(answer["error"])}] * len(cases))
+                return Observed([{"error": _clean(answer["error"])}] * len(cases), seed)
             loaded = True
-            for i, case in enumerate(cases):
-                question = {"probe": case.probe, "expression": case.expression}
-                if case.probe != "count":
-                    question["seed"] = seed + i
+            for i, case in cases:
+                question = _question(case, seed + i)
                 if case.probe == "observe":
-                    question |= {"inputs": case.inputs, "as_list": case.as_list}
+                    question["careful"] = careful
                 answer = worker.ask(question, host.limits.case_seconds, deadline)
+                if theirs is not None and case.probe == "observe":
+                    answer = _arranged(worker, question, answer, theirs[i], host, deadline)
                 seen.append({k: _clean(v) if k.endswith("error") else v for k, v in answer.items()})
-                if str(answer.get("error", "")).startswith("not done yet"):
-                    return Observed([seen[-1]] * len(cases))
-            return Observed(seen)
+                if str(answer.get("error", "")).startswith(("not done yet", "not allowed")):
+                    return Observed([seen[-1]] * len(cases), seed)
+            return Observed(seen, seed)
     except WorkerLost as lost:
         message = str(lost) if loaded else f"while it was imported: {lost}"
         if lost.kind == "death" and worker.text().strip():
             message += f"; the last it printed: {_clean(worker.text().strip())[-200:]}"
         seen += [{"error": message}] * (len(cases) - len(seen))
-        return Observed(seen, hopeless="" if loaded else message)
+        return Observed(seen, seed, hopeless="" if loaded else message)
 
 
-@cache
-def grafts(exercise: Exercise) -> dict[str, Any]:
-    """The reference's source without this exercise's parts: other exercises' parts, all else, and
-    its imports.
+def _load(
+    worker: Worker,
+    exercise: Exercise,
+    filename: str,
+    data: bytes,
+    deadline: float = float("inf"),
+) -> dict[str, Any]:
+    path = lesson_path(exercise.lesson).relative_to(ROOT)
+    question = {
+        "probe": "load",
+        "filename": filename,
+        "source": base64.b64encode(data).decode(),
+        "parts": exercise.parts,
+        "grafts": grafts(exercise, data.decode("utf-8", "replace")),
+        "setup": exercise.setup,
+        "reference": ".".join(path.with_suffix("").parts),
+        "exercise": exercise.number,
+    }
+    return worker.ask(question, worker.limits.import_seconds, deadline)
+
+
+def _question(case: Case, seed: int) -> dict[str, Any]:
+    question: dict[str, Any] = {"probe": case.probe, "expression": case.expression}
+    if case.probe != "count":
+        question["seed"] = seed
+    if case.probe == "observe":
+        question |= {"inputs": case.inputs, "as_list": case.as_list}
+    return question
+
+
+def _arranged(
+    worker: Worker,
+    question: dict[str, Any],
+    answer: dict[str, Any],
+    theirs: dict[str, Any],
+    host: Host,
+    deadline: float,
+) -> dict[str, Any]:
+    """The answer under the assignment of weights that gives the reference's numbers, if one does.
+
+    Only where as many parameters and the right shapes leave nothing else to differ.
     """
-    tree = ast.parse(lesson_path(exercise.lesson).read_text(encoding="utf-8"))
+    same = all(answer.get(key) == theirs[key] for key in ("parameters", "shapes"))
+    if not same or "eval" not in answer or agree(answer["eval"], theirs["eval"]):
+        return answer
+    slots = {"slots": theirs["slots"]}
+    asked = {k: v for k, v in question.items() if k != "careful"}
+    tried = worker.ask(
+        {**asked, **slots, "probe": "arrange"}, 4 * host.limits.case_seconds, deadline
+    )
+    wanted = sketch_of(theirs["eval"], SKETCH)
+    for number, outputs in enumerate(tried.get("tried", ())):
+        if agree(outputs, wanted):
+            question = {**question, **slots, "arrangement": number}
+            return worker.ask(question, host.limits.case_seconds, deadline)
+    return answer
+
+
+def grafts(exercise: Exercise, text: str) -> dict[str, Any]:
+    """What the worker needs of the reference beside the submission: its imports; other exercises'
+    parts, to replace the submission's; and what the submission lacks. Compiled, so that no worker
+    has the source of a solution, and only what this exercise's code and cases can reach.
+    """
+    reference = _reference(exercise.lesson)
     own = {part.split(".")[0] for part in exercise.parts}
-    others = {
+    exercised = {
         part
         for e in exercises(exercise.lesson).values()
         if e.number != exercise.number
         for part in e.parts
     }
-    imports, replaced, lacking = [], {}, {}
+    needed = _reach(exercise, text, reference)
+    replaced = {
+        name: code
+        for name, code in reference.code.items()
+        if name in exercised and name.split(".")[0] in needed | own and name not in own
+        and name not in exercise.parts
+    }  # fmt: skip
+    lacking = {
+        name: code
+        for name, code in reference.code.items()
+        if name in needed - own and "." not in name
+    }
+    return {"imports": reference.imports, "replace": replaced, "lacking": lacking}
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A lesson in pieces: what each name is bound to, as text and compiled."""
+
+    imports: str
+    text: dict[str, str]
+    code: dict[str, str]
+
+
+@cache
+def _reference(lesson: str) -> _Reference:
+    tree = ast.parse(lesson_path(lesson).read_text(encoding="utf-8"))
+    parts = {part for e in exercises(lesson).values() for part in e.parts}
+    imports, text, code = [], {}, {}
     for node in tree.body:
+        names = []
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             imports.append(ast.unparse(node))
-        elif isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name not in own:
-            (replaced if node.name in others else {})[node.name] = ast.unparse(node)
-            lacking[node.name] = ast.unparse(node)
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names = [node.name]
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            lacking.update({t.id: ast.unparse(node) for t in targets if isinstance(t, ast.Name)})
+            names = [t.id for t in targets if isinstance(t, ast.Name)]
+        for name in names:
+            text[name], code[name] = ast.unparse(node), _pack(node)
         if isinstance(node, ast.ClassDef):
-            for method in node.body:
-                if isinstance(method, ast.FunctionDef) and f"{node.name}.{method.name}" in others:
-                    replaced[f"{node.name}.{method.name}"] = ast.unparse(method)
-    return {"imports": "\n".join(imports), "replace": replaced, "lacking": lacking}
+            for part in parts:
+                owner, _, method = part.partition(".")
+                if owner == node.name and method:
+                    (function,) = functions_of(tree, part)
+                    alone = ast.ClassDef(owner, [], [], [function], [])
+                    alone.type_params = []
+                    code[part] = _pack(ast.fix_missing_locations(alone))
+    return _Reference("\n".join(imports), text, code)
+
+
+def _pack(node: ast.stmt) -> str:
+    """A statement as a worker gets it: bytecode without docstrings."""
+    flags = __future__.annotations.compiler_flag
+    module = ast.Module([node], [])
+    code = compile(module, "<reference>", "exec", flags=flags, dont_inherit=True, optimize=2)
+    return base64.b64encode(marshal.dumps(code)).decode()
+
+
+_WORD = re.compile(r"[^\W\d]\w*")
+
+
+def _reach(exercise: Exercise, text: str, reference: _Reference) -> set[str]:
+    """Names of the reference that the exercise's code, its cases or anything of the submission's
+    own making may use, directly or not. By words: a submission is not parsed here.
+    """
+    own = {part.split(".")[0] for part in exercise.parts}
+    cases = exercise.cases + exercise.unseen
+    words = set(_WORD.findall(" ".join([exercise.setup, *(case.expression for case in cases)])))
+    for block in re.split(r"^(?=[^\s#)\]}])", text, flags=re.MULTILINE):
+        match = re.match(r"(?:class|def)\s+(\w+)", block)
+        if match and (match[1] in own or match[1] not in reference.text):
+            words |= set(_WORD.findall(block))
+    words |= {word for name in own for word in _WORD.findall(reference.text.get(name, ""))}
+    reached: set[str] = set()
+    queue = [word for word in words if word in reference.text]
+    while queue:
+        name = queue.pop()
+        if name not in reached:
+            reached.add(name)
+            if name not in own:
+                found = _WORD.findall(reference.text[name])
+                queue += [word for word in found if word in reference.text]
+    return reached
 
 
 def preload_modules(lessons: Iterable[str]) -> tuple[str, ...]:
@@ -346,19 +629,6 @@ def preload_modules(lessons: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _judge(
-    exercise: Exercise, mine: list[dict], theirs: list[dict], seconds: float
-) -> list[Result]:
-    cases = exercise.cases + exercise.unseen
-    trials = [Trial(case, m, t) for case, m, t in zip(cases, mine, theirs)]
-    visible, hidden = trials[: len(exercise.cases)], trials[len(exercise.cases) :]
-    rows = _rows(exercise)
-    messages = [verdict(row.check, trials_of(row.check, visible, hidden)) for row in rows]
-    return [
-        _result(exercise, row, message, seconds / len(rows)) for row, message in zip(rows, messages)
-    ]
-
-
 def _all_lost(exercise: Exercise, message: str) -> list[Result]:
     return [_result(exercise, row, message) for row in _rows(exercise)]
 
@@ -367,12 +637,14 @@ def _rows(exercise: Exercise) -> list[Worth]:
     return [row for row in worth((exercise.lesson,)) if row.exercise == exercise.number]
 
 
-def _result(exercise: Exercise, row: Worth, message: str, seconds: float = 0.0) -> Result:
+def _result(
+    exercise: Exercise, row: Worth, message: str, seconds: float = 0.0, share: float = 0.0
+) -> Result:
     return Result(
         exercise=row.exercise,
         check=row.check,
         title=exercise.title,
-        score=0.0 if message else row.points,
+        score=round(share * row.points, 2) if message else row.points,
         max_score=row.points,
         visibility=row.visibility,
         message=_clean(message),

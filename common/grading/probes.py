@@ -2,58 +2,40 @@
 
 There are no verdicts here. The parent compares these observations with those of the reference,
 made by the same code. Weights are not copied from one to the other, because a student may name and
-register layers in any order. Both sides fill theirs by rule instead: a layer's numbers follow from
-the seed, its kind and shape, and how many of its like ran before.
+register layers in any order: both sides fill theirs by rule (`weights`).
 """
 
 from __future__ import annotations
-import __future__
 
 import ast
 import base64
-import builtins
 import contextlib
-import difflib
-import hashlib
-import io
+import importlib
 import json
 import linecache
-import os
 import re
 import sys
-import tokenize
+import time
 import traceback
 import types
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.grading import loading, mutants, weights
+from common.grading.loading import Seal, Trouble
+from common.grading.mutants import Noise
+from common.grading.weights import NORMS, Arrangement, Unit
+
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
 SAMPLE = 4096  # numbers of an output that are sent to the parent; of a larger one, every n-th
-
-# What a submission may not take its models from.
-FORBIDDEN = {
-    "torchvision.models": "torchvision's models",
-    "torch.hub": "models from the network",
-    "timm": "timm",
-    "common.lessons": "the course's own lessons",
-    "common.grading.exercises": "the grader",
-    "common.grading.sandbox": "the grader",
-    "common.grade": "the grader",
-}
-LESSON_NAME = re.compile(r"\d\d_\w+")
-LESSON_FILE = re.compile(r"\d\d_\w+\.(py|[\w.-]+\.pyc)")
-
-
-class Trouble(Exception):
-    """Something to tell the student, in one line."""
+NAMING_SECONDS = 5.0  # of computing, for all known mistakes in one case
+SKETCH = 256  # of these, what is enough to tell one variant from another
 
 
 # --------------------------------------------------------------------------- questions and answers
@@ -67,49 +49,54 @@ def answer_questions(connection: socket.socket) -> None:
         "load": submission.load,
         "count": submission.count,
         "observe": submission.observe,
+        "arrange": submission.arrange,
+        "mistakes": submission.mistakes,
         "evaluate": submission.evaluate,
     }
+    dumps = json.dumps
     for line in connection.makefile("r", encoding="utf-8"):
         question = json.loads(line)
         number, probe = question.pop("number"), probes[question.pop("probe")]
         try:
             answer = probe(**question)
+            if submission.seal is not None:
+                submission.seal.check()
         except BaseException as error:  # SystemExit and KeyboardInterrupt of the submission too
             answer = {"error": submission.describe(error)}
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # the submission may have closed or replaced it
                 stream.flush()
-        connection.sendall(json.dumps({**answer, "number": number}).encode() + b"\n")
+        connection.sendall(dumps({**answer, "number": number}).encode() + b"\n")
 
 
-def plain(value: object) -> Any:
+def plain(value: object, most: int = SAMPLE) -> Any:
     """`value` as JSON data. A tensor becomes its type, shape and bytes; of a large one a regular
     sample.
     """
     if isinstance(value, Tensor):
         shape, flat = list(value.shape), value.detach().cpu().flatten()
-        flat = flat[:: -(-flat.numel() // SAMPLE) or 1].to(
+        flat = _thin(flat, SAMPLE).to(
             torch.float64 if value.is_floating_point() else torch.int64
         )
-        return {
-            "$tensor": [
-                str(flat.numpy().dtype),
-                shape,
-                base64.b64encode(flat.numpy().tobytes()).decode(),
-            ]
-        }
+        flat = _thin(flat, most)
+        data = base64.b64encode(flat.numpy().tobytes()).decode()
+        return {"$tensor": [str(flat.numpy().dtype), shape, data]}
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): plain(v, most) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [
-            plain(v)
-            for v in (sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
-        ]
+        unordered = isinstance(value, (set, frozenset))
+        return [plain(v, most) for v in (sorted(value, key=repr) if unordered else value)]
     if isinstance(value, np.generic):
         return value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or type(value) in (bool, int, float, str):
         return value
+    if isinstance(value, (bool, int, float, str)):  # a subclass may print as it likes
+        return next(kind for kind in (bool, int, float, str) if isinstance(value, kind))(value)
     return f"<{type(value).__name__}>"
+
+
+def _thin(flat: Tensor, most: int) -> Tensor:
+    return flat[:: -(-flat.numel() // most) or 1]
 
 
 class Submission:
@@ -118,6 +105,7 @@ class Submission:
     def __init__(self) -> None:
         self.filename = "<submission>"
         self.namespace: dict[str, Any] = {}
+        self.seal: Seal | None = None
 
     def load(
         self,
@@ -127,6 +115,7 @@ class Submission:
         grafts: dict[str, Any],
         setup: str,
         reference: str,
+        exercise: str,
     ) -> dict:
         """Run the file, with everything that is not this exercise's replaced by the reference's.
 
@@ -135,36 +124,33 @@ class Submission:
             source: its bytes in base64.
             parts: the exercise's classes, functions and `Class.method`s; they must be there.
             grafts: of the reference, never with the exercise's own parts: "imports", "replace" and
-                "lacking", the latter two name -> source text.
+                "lacking", the latter two name -> compiled code.
             setup: helpers of the manifest's cases.
             reference: the module that the exercise is taken from, and the submission may not.
+            exercise: its number.
         """
         self.filename = filename
-        text = decode(base64.b64decode(source))
+        text = loading.decode(base64.b64decode(source))
         linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
         tree = ast.parse(text, filename)
-        allowed = {name for node in ast.parse(grafts["imports"]).body for name in names_taken(node)}
+        imported = ast.parse(grafts["imports"]).body
+        allowed = {name for node in imported for name in loading.names_taken(node)}
         nodes = list(ast.walk(tree))
-        refuse_imports(nodes, {**FORBIDDEN, reference: "the solution"}, allowed)
-        require_parts(tree, parts, filename)
-        lock_doors()
+        loading.refuse_imports(nodes, {**loading.FORBIDDEN, reference: "the solution"}, allowed)
+        loading.require_parts(tree, parts, filename)
 
         module = types.ModuleType("submission")
         module.__file__ = filename
         sys.modules["submission"] = module  # dataclasses look their module up
         self.namespace = vars(module)
-        self.namespace.update(borrowed_imports(nodes, grafts["imports"]))
-        later = []
-        for code, own in graft(tree, filename, grafts["replace"], grafts["lacking"]):
-            try:
-                exec(code, self.namespace)
-            except NameError:
-                if own:
-                    raise
-                later.append(code)  # what the submission lacks may need what comes further down
-        for code in later:
-            with contextlib.suppress(Exception):
-                exec(code, self.namespace)
+        self.namespace.update(loading.borrowed_imports(nodes, grafts["imports"]))
+        loading.lock_doors(reference)
+        # An optimizer would import it, and it puts its own in place of some of torch's functions.
+        importlib.import_module("torch._dynamo")
+        self.seal = Seal(loading, mutants, weights, sys.modules[__name__], Submission, Noise, types)
+        loading.run_with_grafts(
+            tree, filename, self.namespace, grafts["replace"], grafts["lacking"], exercise
+        )
         exec(compile(setup, "<manifest>", "exec", dont_inherit=True), self.namespace)
         return {}
 
@@ -177,37 +163,124 @@ class Submission:
         """
         with torch.device("meta"):
             module = self._module(expression)
-        return _listing(module, layers_of(module))
+        layers = [[name, what(layer)] for layer, name in weights.layers_of(module).items()]
+        return {"parameters": _count(module), "layers": layers}
 
-    def observe(self, expression: str, inputs: list[list[int]], as_list: bool, seed: int) -> dict:
+    def observe(
+        self,
+        expression: str,
+        inputs: list[list[int]],
+        as_list: bool,
+        seed: int,
+        slots: list | None = None,
+        arrangement: int = 0,
+        careful: bool = False,
+    ) -> dict:
         """Build the module that `expression` gives and watch it work on random inputs of the given
         shapes.
+
+        Args:
+            careful: look also whether these numbers use every activation on both of its sides.
+            slots: of the reference, with `arrangement`, the number of one of its assignments: fill
+                the module by that one and not by the rule.
         """
+        module, forward = self._build(expression, inputs, as_list, seed)
+        initial = [_initial(layer) for layer in weights.layers_of(module)]
+        units, error = weights.units_of(module, forward)
+        seen: dict[str, Any] = {
+            "parameters": _count(module),
+            "layers": [[unit.name, what(unit.layer)] for unit in units],
+            "initial": initial,
+            "slots": [unit.slot() for unit in units],
+        }
+        if error is not None:
+            return {**seen, "forward_error": self.describe(error)}
+        filler: Callable[..., None] = lambda zero=False: weights.fill(units, seed, zero)
+        if slots is not None:
+            chosen = self._arrangement(units, slots, arrangement)
+            filler = lambda zero=False: chosen.fill(seed, zero)
+        try:
+            seen["shapes"] = [list(y.shape) for y in forward()]
+            seen.update(self._watch(module, filler, forward, seed))
+            if careful:
+                filler()
+                seen["silent"] = mutants.silent_activations(forward)
+        except Exception as failure:
+            seen["forward_error"] = self.describe(failure)
+        return seen
+
+    def arrange(
+        self, expression: str, inputs: list[list[int]], as_list: bool, seed: int, slots: list
+    ) -> dict:
+        """The outputs in eval mode under each assignment of the reference's numbers to this
+        module's tensors that the shapes allow.
+        """
+        module, forward = self._build(expression, inputs, as_list, seed)
+        units, error = weights.units_of(module, forward)
+        if error is not None:
+            return {"tried": []}
+        module.eval()
+        tried = []
+        for one in weights.arrangements(units, slots):
+            one.fill(seed)
+            tried.append(plain(forward(), SKETCH))
+        return {"tried": tried}
+
+    def _arrangement(self, units: list[Unit], slots: list, number: int) -> Arrangement:
+        for i, one in enumerate(weights.arrangements(units, slots)):
+            if i == number:
+                return one
+        raise Trouble("the submission's layers change from one look to the next")
+
+    def mistakes(
+        self, expression: str, inputs: list[list[int]], as_list: bool, seed: int
+    ) -> dict:
+        """What comes out of this module, the reference, with one mistake or the other in it."""
+        module, forward = self._build(expression, inputs, as_list, seed)
+        units, _ = weights.units_of(module, forward)
+        module.eval()
+        weights.fill(units, seed)
+        calls, right = mutants.record(forward)
+        state = {k: v.clone() for k, v in module.state_dict().items()}
+
+        def in_train(changes: dict) -> list[Tensor] | None:
+            module.train()
+            with Noise(seed):
+                result = mutants.run(forward, changes)
+            module.load_state_dict(state)
+            module.eval()
+            return result
+
+        found = [
+            [text, plain(ys, SKETCH), None]
+            for text, ys in mutants.at_the_end(right, self.last_inputs)
+        ]
+        started = time.process_time()
+        for text, changes in mutants.mistakes(calls):
+            if time.process_time() - started > NAMING_SECONDS:
+                break
+            evaluated = right if "dropout" in text else mutants.run(forward, changes)
+            if evaluated is not None:
+                trained = in_train(changes)
+                found.append([text, plain(evaluated, SKETCH), plain(trained, SKETCH)])
+        return {"mistakes": found}
+
+    def _build(
+        self, expression: str, inputs: list[list[int]], as_list: bool, seed: int
+    ) -> tuple[nn.Module, Callable[..., list[Tensor]]]:
         torch.manual_seed(seed)
         module = self._module(expression)
         generator = torch.Generator().manual_seed(seed)
         tensors = [torch.randn(shape, generator=generator) for shape in inputs]
 
         def forward(grad: bool = False) -> list[Tensor]:
-            x = [
-                t.clone() for t in tensors
-            ]  # a block that works in place must not spoil the next pass
-            for t in x:
-                t.requires_grad_(grad)
+            # A block that works in place must not spoil the next pass.
+            x = [t.clone().requires_grad_(grad) for t in tensors]
             self.last_inputs = x
             with torch.set_grad_enabled(grad):
                 return outputs(module(x) if as_list else module(*x))
 
-        layers, error = in_order_of_use(module, forward)
-        seen = _listing(module, layers)
-        if error is not None:
-            return {**seen, "forward_error": self.describe(error)}
-        try:
-            seen["shapes"] = [list(y.shape) for y in forward()]
-            seen.update(self._watch(module, list(layers), forward, seed))
-        except Exception as failure:
-            seen["forward_error"] = self.describe(failure)
-        return seen
+        return module, forward
 
     def _module(self, expression: str) -> nn.Module:
         module = eval(expression, self.namespace)
@@ -218,17 +291,18 @@ class Submission:
     def _watch(
         self,
         module: nn.Module,
-        layers: list[nn.Module],
+        filler: Callable[..., None],
         forward: Callable[..., list[Tensor]],
         seed: int,
     ) -> dict:
         seen: dict[str, Any] = {}
-        fill(module, layers, seed)
+        filler()
         module.eval()
         before = {name: value.clone() for name, value in module.state_dict().items()}
-        in_eval = forward()
+        with Noise(seed) as noise:
+            in_eval = forward()
         seen["eval"] = plain(in_eval)
-        seen["eval_repeats"] = _equal(in_eval, forward())
+        seen["eval_repeats"] = not noise.drawn and _equal(in_eval, forward())
         seen["eval_changes"] = [
             k for k, v in module.state_dict().items() if not torch.equal(v, before[k])
         ]
@@ -246,20 +320,22 @@ class Submission:
         seen["input_gradient"] = plain([t.grad for t in self.last_inputs])
 
         module.train()
-        torch.manual_seed(seed)
-        generator_before = torch.get_rng_state()
-        in_train = forward()
-        seen["train"] = plain(in_train)
+        for name, flip in (("train", False), ("train_flipped", True)):
+            module.load_state_dict(before)
+            with Noise(seed, flip) as noise:
+                result = forward()
+            seen[name] = plain(result)
+            if not flip:
+                in_train, drawn = result, bool(noise.drawn)
+                state = module.state_dict()
+                seen["train_changes"] = sum(not torch.equal(v, before[k]) for k, v in state.items())
+                if not drawn:
+                    break
         seen["train_is_eval"] = _equal(in_train, in_eval)
-        # One coin for a whole batch often falls the same way twice, so who throws coins is asked
-        # more often.
-        throws = not torch.equal(torch.get_rng_state(), generator_before)
-        seen["train_repeats"] = all(_equal(in_train, forward()) for _ in range(30 if throws else 1))
-        state = module.state_dict()
-        seen["train_changes"] = sum(not torch.equal(v, before[k]) for k, v in state.items())
+        seen["train_repeats"] = not drawn and _equal(in_train, forward())
 
         module.eval()
-        fill(module, layers, seed, zero=True)
+        filler(zero=True)
         seen["zero"] = plain(forward())
         return seen
 
@@ -295,201 +371,6 @@ class Submission:
         return f"{type(error).__name__}: {text}{where}"
 
 
-# -------------------------------------------------------------------------- putting it together
-
-
-def decode(data: bytes) -> str:
-    """Source text by Python's own rule: UTF-8, or what one of the first two lines declares."""
-    try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        text = data.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError, LookupError):
-        bad = next((i for i, line in enumerate(data.split(b"\n"), 1) if not _is_utf8(line)), 1)
-        raise Trouble(
-            f"not readable as text: line {bad} is not UTF-8 and the file declares no other "
-            "encoding; save it as UTF-8"
-        ) from None
-    if "\0" in text:
-        raise Trouble("not readable as text: the file holds zero bytes; save it as UTF-8")
-    return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def refuse_imports(nodes: list[ast.AST], forbidden: dict[str, str], allowed: set[str]) -> None:
-    """Raises: Trouble, at the first place where a finished model is taken from elsewhere.
-
-    What the reference imports itself is allowed.
-    """
-    for node in nodes:
-        for name in names_taken(node):
-            source = next(
-                (what for k, what in forbidden.items() if f"{name}.".startswith(f"{k}.")), None
-            )
-            if LESSON_NAME.match(name):
-                source = "a lesson of the course"
-            if source and name not in allowed:
-                raise Trouble(
-                    f"not allowed: line {node.lineno} takes from {source} ({name}); "
-                    "build the model yourself"
-                )
-
-
-def names_taken(node: ast.AST) -> list[str]:
-    """The dotted names of what a node imports or reaches for."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom) and node.module:
-        return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    if isinstance(node, ast.Attribute):
-        return [_dotted(node)]
-    if isinstance(node, ast.Call) and _dotted(node.func).endswith(("import_module", "__import__")):
-        return [
-            a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
-        ]
-    return []
-
-
-def _dotted(node: ast.expr) -> str:
-    """'torch.hub.load' for such a node, '' for anything that isn't names joined by dots."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        owner = _dotted(node.value)
-        return f"{owner}.{node.attr}" if owner else ""
-    return ""
-
-
-def lock_doors() -> None:
-    """The same rule for what the source does not show. It stops the idle, not the determined: see
-    the docs.
-    """
-
-    def guard(event: str, args: tuple) -> None:
-        if event == "open" and isinstance(args[0], (str, bytes)):
-            name = os.path.basename(os.fsdecode(args[0]))
-            if LESSON_FILE.fullmatch(name):
-                raise PermissionError(f"not allowed: a submission may not read {name}")
-        elif event in ("os.kill", "os.killpg") and args[0] != os.getpid():
-            raise PermissionError(
-                "not allowed: a submission may not send signals to other processes"
-            )
-
-    sys.addaudithook(guard)
-    locked = sys.modules["torchvision.models"] = _Locked("torchvision.models")
-    if "torchvision" in sys.modules:
-        sys.modules["torchvision"].models = locked
-    sys.modules["timm"] = None  # type: ignore[assignment]  # importing it raises ImportError
-
-
-class _Locked(types.ModuleType):
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ImportError("not allowed: a submission may not use torchvision's models")
-
-
-def definitions(body: list[ast.stmt]) -> dict[str, ast.stmt]:
-    """Name -> statement, for what the body of a module or class defines or assigns."""
-    found: dict[str, ast.stmt] = {}
-    for node in body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            found[node.name] = node
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found.update({t.id: node for t in targets if isinstance(t, ast.Name)})
-    return found
-
-
-def require_parts(tree: ast.Module, parts: list[str], filename: str) -> None:
-    """Raises: Trouble, naming the part that is missing, and what looks like it."""
-    top = definitions(tree.body)
-    for part in parts:
-        owner, _, name = part.rpartition(".")
-        names = top
-        if owner and isinstance(top.get(owner), ast.ClassDef):
-            names = definitions(top[owner].body)
-        elif owner:
-            name = owner
-        if name not in names:
-            same = [other for other in names if other.lower() == name.lower()]
-            close = same or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            guess = f"; did you mean {close[0]}?" if close else ""
-            raise Trouble(f"missing: {name} is not defined in {filename}{guess}")
-
-
-def borrowed_imports(nodes: list[ast.AST], imports: str) -> dict[str, Any]:
-    """The reference's imports, for the grafted definitions, less the names that the submission
-    itself forgot.
-
-    Otherwise a submission without `import torch.nn.functional as F` would work here and nowhere
-    else.
-    """
-    used, bound = set(), set(dir(builtins))
-    for node in nodes:
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-        elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-    borrowed: dict[str, Any] = {}
-    exec(compile(imports, "<reference>", "exec", dont_inherit=True), borrowed)
-    return {k: v for k, v in borrowed.items() if k not in used - bound and k != "__builtins__"}
-
-
-def graft(
-    tree: ast.Module, filename: str, replace: dict[str, str], lacking: dict[str, str]
-) -> Iterator[tuple[types.CodeType, bool]]:
-    """The submission statement by statement, with the reference's in place of those to be replaced.
-
-    Statement by statement, because each code object carries one file name: no message shall quote
-    grafted text as the student's. With each comes whether it belongs to the submission, or stands
-    in for what it lacks.
-    """
-    own = definitions(tree.body)
-    for name, text in replace.items():
-        owner, _, method = name.rpartition(".")
-        if owner and isinstance(own.get(owner), ast.ClassDef):
-            # A method: goes into the student's class, which this exercise is about.
-            body = [n for n in own[owner].body if getattr(n, "name", None) != method]
-            own[owner].body = [*body, *ast.parse(text).body]
-
-    future = __future__.annotations.compiler_flag
-    declared = any(isinstance(n, ast.ImportFrom) and n.module == "__future__" for n in tree.body)
-
-    def code(node: ast.stmt, name: str, flags: int) -> types.CodeType:
-        return compile(ast.Module([node], []), name, "exec", flags=flags, dont_inherit=True)
-
-    def reference(text: str) -> Iterator[types.CodeType]:
-        return (code(node, "<reference>", future) for node in ast.parse(text).body)
-
-    imports = 0
-    while imports < len(tree.body) and isinstance(
-        tree.body[imports], (ast.Expr, ast.Import, ast.ImportFrom)
-    ):
-        imports += 1
-    for node in tree.body[:imports]:
-        yield code(node, filename, future * declared), True
-    for name, text in lacking.items():
-        if name not in own:
-            yield from ((part, False) for part in reference(text))
-    for node in tree.body[imports:]:
-        name = getattr(node, "name", None)
-        if name in replace:
-            yield from ((part, True) for part in reference(replace[name]))
-        else:
-            yield code(node, filename, future * declared), True
-
-
 # ----------------------------------------------------------------------------------------- watching
 
 
@@ -516,43 +397,19 @@ def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b))
 
 
-def layers_of(module: nn.Module) -> dict[nn.Module, str]:
-    """Layer -> its name, for the layers that hold parameters, as they were registered."""
-    return {
-        layer: name or "(the module itself)"
-        for name, layer in module.named_modules()
-        if layer._parameters or isinstance(layer, NORMS)
-    }
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
-def in_order_of_use(
-    module: nn.Module, forward: Callable[[], list[Tensor]]
-) -> tuple[dict[nn.Module, str], Exception | None]:
-    """The same as a forward pass meets them, and behind them those that it doesn't; and its error,
-    if it fails.
-    """
-    layers = layers_of(module)
-    met: dict[nn.Module, None] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, _: met.setdefault(layer)) for layer in layers
-    ]
-    module.eval()
-    error = None
-    try:
-        forward()
-    except Exception as failure:
-        error = failure
-    for hook in hooks:
-        hook.remove()
-    return {layer: layers[layer] for layer in [*met, *layers]}, error
-
-
-def _listing(module: nn.Module, layers: dict[nn.Module, str]) -> dict[str, Any]:
-    """Number of parameters in all, and the name and description of each layer."""
-    return {
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "layers": [[name, what(layer)] for layer, name in layers.items()],
-    }
+def _initial(layer: nn.Module) -> list[Any]:
+    """A layer in words, and for its weight and its bias: how many numbers, their mean, spread."""
+    numbers = []
+    for role in ("weight", "bias"):
+        p = layer._parameters.get(role)
+        if p is not None:
+            p = p.detach().double()
+            numbers.append([p.numel(), float(p.mean()), float(p.std(correction=0))])
+    return [what(layer), numbers]
 
 
 def what(layer: nn.Module) -> str:
@@ -577,10 +434,11 @@ def what(layer: nn.Module) -> str:
             for word, value, usual in (
                 ("stride", layer.stride, (1, 1)),
                 ("padding", _padding(layer), 0),
+                ("padding mode", layer.padding_mode, "zeros"),
                 ("dilation", layer.dilation, (1, 1)),
                 ("groups", layer.groups, 1),
             )
-            if value != usual
+            if value != usual and not (word == "padding mode" and not _padding(layer))
         ]
         text = (
             f"{kernel[0]}x{kernel[1]} convolution {channels}{''.join(details)}{bias or ', no bias'}"
@@ -588,8 +446,17 @@ def what(layer: nn.Module) -> str:
         return re.sub(r"\((\d+), \1\)", r"\1", text)
     if isinstance(layer, NORMS):
         size = getattr(layer, "num_features", None) or getattr(layer, "normalized_shape", "")
-        eps = "" if layer.eps == 1e-5 else f", eps {layer.eps:g}"
-        return f"{type(layer).__name__} {size}{eps}"
+        details = [
+            f", {word} {value}"
+            for word, value, usual in (
+                ("eps", f"{layer.eps:g}", "1e-05"),
+                ("momentum", getattr(layer, "momentum", 0.1), 0.1),
+                ("running statistics", getattr(layer, "track_running_stats", True), True),
+            )
+            if value != usual
+        ]
+        affine = "" if layer._parameters.get("weight") is not None else ", no weight and bias"
+        return f"{type(layer).__name__} {size}{affine}{''.join(details)}"
     shapes = [tuple(p.shape) for p in layer._parameters.values() if p is not None]
     return f"{type(layer).__name__} with {shapes}"
 
@@ -601,57 +468,3 @@ def _padding(layer: nn.Conv2d) -> tuple[int, ...] | int:
     if padding == "same":
         padding = tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size))
     return 0 if padding == (0, 0) else padding
-
-
-@torch.no_grad()
-def fill(module: nn.Module, layers: list[nn.Module], seed: int, zero: bool = False) -> None:
-    """Random parameters and running statistics by the rule above; with `zero`, zeros and fresh
-    statistics.
-
-    A norm is known by the layer that ran before it: two branches may run in either order. A bias in
-    front of a
-    norm stays zero: the norm would take it away again, and who left one on shall lose the points
-    for that alone.
-    """
-    counts: Counter[tuple] = Counter()
-    previous: tuple = ()
-
-    def draw(key: tuple, role: str, like: Tensor) -> Tensor:
-        digest = hashlib.sha256(f"{seed} {key} {role}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return torch.randn(like.shape, generator=generator)
-
-    for position, layer in enumerate(layers):
-        norm = isinstance(layer, NORMS)
-        weight = layer._parameters.get("weight")
-        if norm:
-            key: tuple = ("norm", *previous)
-        else:
-            shapes = [list(p.shape) for p in layer._parameters.values() if p is not None]
-            # (out, in, 1, 1) of a convolution is (out, in) of a linear layer.
-            shape = list(weight.shape) if weight is not None else shapes
-            key = (str(shape[:2] if shape[2:] == [1, 1] else shape),)
-        counts[key] += 1
-        key = (*key, counts[key])
-        after = layers[position + 1] if position + 1 < len(layers) else None
-        for role, p in layer._parameters.items():
-            if p is None:
-                continue
-            noise = draw(key, role, p)
-            if zero or (role == "bias" and isinstance(after, NORMS) and not norm):
-                p.zero_()
-            elif norm:
-                p.copy_(1 + 0.3 * noise.clamp(-2, 2) if role == "weight" else 0.3 * noise)
-            elif role == "weight" and p.dim() > 1:
-                p.copy_(noise * (2 / p[0].numel()) ** 0.5)
-            else:
-                p.copy_(0.2 + 0.3 * noise.abs())  # positive, so that few ReLUs are dead
-        for role, buffer in layer._buffers.items():
-            if norm and buffer is not None:
-                noise = draw(key, role, buffer)
-                fresh = {"running_mean": 0.0, "running_var": 1.0}.get(role, 0)
-                if role == "num_batches_tracked" or zero:
-                    buffer.fill_(fresh)
-                else:
-                    buffer.copy_(0.3 * noise if role == "running_mean" else (0.5 * noise).exp())
-        previous = key

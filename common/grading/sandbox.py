@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import io
 import json
 import os
 import secrets
@@ -35,9 +36,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
+
+from common.grading import confinement
 
 try:
     import fcntl
@@ -107,8 +110,11 @@ class Host:
         require_platform()
         self.limits = limits
         self.preload = preload if LINUX else ()
-        # Whether workers run as a user of their own: known after the first.
+        # Whether workers run as a user of their own, and whether they may open only what they need:
+        # known after the first.
         self.own_user: bool | None = None
+        self.confined: bool | None = None
+        self.home: Path | None = None  # holds the workers' course and the folder of each worker
         self.process: subprocess.Popen[bytes] | None = None
         self.control: socket.socket | None = None
 
@@ -124,18 +130,12 @@ class Host:
             return
         self.close()
         ours, theirs = socket.socketpair()
+        self.home = Path(tempfile.mkdtemp(prefix="grader-"))
         environment = {k: v for k, v in os.environ.items() if k in _KEPT_VARIABLES}
-        environment.update(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1", **_ONE_THREAD)
-        command = [
-            sys.executable,
-            "-m",
-            "common.grading.sandbox",
-            str(theirs.fileno()),
-            *self.preload,
-        ]
+        environment.update(PYTHONDONTWRITEBYTECODE="1", **_ONE_THREAD)
         self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
+            [sys.executable, "-c", _BOOT, str(theirs.fileno()), *self.preload],
+            cwd=self.home,
             env=environment,
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),
@@ -143,6 +143,9 @@ class Host:
         )
         theirs.close()
         self.control = ours
+        self.home.chmod(0o755)
+        copy_course(self.home / "course")
+        ours.sendall(b"!")
 
     def fork(self) -> tuple[int, socket.socket, int, Path]:
         """A new worker: its process id, the socket to question it, the pipe with its output, its
@@ -153,7 +156,7 @@ class Host:
         """
         for _ in range(2):
             self.start()
-            folder = Path(tempfile.mkdtemp(prefix="submission-"))
+            folder = Path(tempfile.mkdtemp(prefix="submission-", dir=self.home))
             questions, theirs = socket.socketpair()
             output, their_output = os.pipe()
             try:
@@ -168,7 +171,7 @@ class Host:
                 os.close(their_output)
             if answer:
                 worker = json.loads(answer)
-                self.own_user = worker["own_user"]
+                self.own_user, self.confined = worker["own_user"], worker["confined"]
                 return worker["pid"], questions, output, folder
             questions.close()
             os.close(output)
@@ -197,6 +200,51 @@ class Host:
             self.process.kill()
             self.process.wait()
             self.process = None
+        if self.home is not None:
+            shutil.rmtree(self.home, ignore_errors=True)
+            self.home = None
+
+
+# The host waits for its copy of the course, and clears away if the parent was killed meanwhile.
+_BOOT = """
+import os, shutil, socket, sys
+control = socket.socket(fileno=int(sys.argv[1]))
+if not control.recv(1):
+    shutil.rmtree(os.getcwd(), ignore_errors=True)
+    os._exit(0)
+os.chdir("course")
+sys.path[0] = os.getcwd()
+from common.grading.sandbox import serve
+serve(control, sys.argv[2:])
+os._exit(0)
+"""
+
+
+def copy_course(to: Path) -> None:
+    """What workers need of the course, without its solutions.
+
+    `common/` and the lessons, with every exercise's body taken out; of the grader only what runs in
+    a worker. No compiled file of a source that was changed, and no git objects.
+    """
+    from common.grading.exercises import exercises, lesson_path, manifests
+    from common.grading.holes import take_out
+
+    of_grader = {"__init__.py", "confinement.py", "loading.py", "mutants.py", "probes.py"}
+    of_grader |= {"sandbox.py", "weights.py"}
+    changed = {lesson_path(lesson).stem for lesson in manifests()}
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        if Path(folder) == ROOT / "common" / "grading":
+            return set(names) - of_grader
+        return {name for name in names if name.endswith(".pyc") and name.split(".")[0] in changed}
+
+    shutil.copytree(ROOT / "common", to / "common", ignore=left_out)
+    for lesson in manifests():
+        path = lesson_path(lesson)
+        text = take_out(path.read_text(encoding="utf-8"), list(exercises(lesson).values()))
+        (to / path.relative_to(ROOT)).write_text(text, encoding="utf-8")
+    for path in (to, *to.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 class Worker:
@@ -372,7 +420,7 @@ _KEPT_VARIABLES = (
 _ONE_THREAD = {
     f"{library}_NUM_THREADS": "1"
     for library in ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM", "NUMEXPR")
-}
+} | {"OMP_THREAD_LIMIT": "1"}  # whatever torch.set_num_threads says
 
 
 @dataclass
@@ -456,12 +504,16 @@ def serve(control: socket.socket, preload: list[str]) -> None:
     _prctl(
         _SET_CHILD_SUBREAPER, 1
     )  # what a worker leaves behind becomes our child, whatever its group
+    sys.modules.update(dict.fromkeys(confinement.FINISHED_MODELS))  # so that nothing imports them
     for name in preload:
         with contextlib.suppress(Exception):  # the worker that needs it will say so
             __import__(name)
+    for name in confinement.FINISHED_MODELS:
+        del sys.modules[name]
     gc.collect()
     gc.freeze()  # the collector of a worker need not touch, and so copy, the pages shared with us
-    user, folder = _spare_user(), ""
+    user, count = _spare_user(), 0
+    reading = confinement.readable([os.getcwd()]) if confinement.available() else []
     try:
         while True:
             message, fds, _, _ = socket.recv_fds(control, 1 << 16, 2)
@@ -469,19 +521,25 @@ def serve(control: socket.socket, preload: list[str]) -> None:
                 break
             request = json.loads(message)
             if "folder" in request:
-                folder = request["folder"]
+                count += 1  # a new user each, so that no two workers share files or messages
+                of_worker = user and replace(user, number=user.number + count % _USERS)
                 pid = os.fork()
                 if pid == 0:
                     control.close()
                     try:
-                        _become_worker(request["folder"], Limits(**request["limits"]), fds, user)
+                        limits = Limits(**request["limits"])
+                        _become_worker(request["folder"], limits, fds, of_worker, reading)
                     finally:
                         os._exit(70)
                 for fd in fds:
                     os.close(fd)
-                answer = {"pid": pid, "own_user": user is not None}
+                answer = {
+                    "pid": pid, "own_user": user is not None, "confined": bool(reading)
+                }  # fmt: skip
             else:
                 answer = {"status": _reap(request["reap"])}
+                if user is not None:
+                    _sweep(user.number + count % _USERS)
             control.sendall(json.dumps(answer).encode() + b"\n")
     except (BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
@@ -489,7 +547,25 @@ def serve(control: socket.socket, preload: list[str]) -> None:
         for process in _descendants(os.getpid()):
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)  # left behind if the parent was killed
+        # Left behind if the parent was killed.
+        shutil.rmtree(Path.cwd().parent, ignore_errors=True)
+
+
+def _sweep(user: int) -> None:
+    """Remove what a worker's user has left where anybody may write.
+
+    Nothing, where the kernel keeps it from writing there. Each user has one worker at a time.
+    """
+    for place in {tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm", "/run/lock"}:
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(place):
+                with contextlib.suppress(OSError):
+                    if entry.stat(follow_symlinks=False).st_uid != user:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                    else:
+                        os.unlink(entry.path)
 
 
 def _reap(pid: int) -> int:
@@ -506,9 +582,12 @@ def _reap(pid: int) -> int:
             return status
 
 
+_USERS = 64  # numbers that one host gives to its workers in turn
+
+
 @dataclass(frozen=True)
 class _User:
-    """Whom the workers run as: a user id that nobody has."""
+    """Whom a worker runs as: a user id that nobody has."""
 
     number: int
     reads_all: (
@@ -521,7 +600,8 @@ def _spare_user() -> _User | None:
     if os.geteuid() != 0:
         return None
     for reads_all in (False, True) if LINUX else (False,):
-        user = _User(20_000 + os.getpid() % 40_000, reads_all)
+        # Below 65,536, which is all that some containers have.
+        user = _User(10_000 + _USERS * (os.getpid() % 800), reads_all)
         pid = os.fork()
         if pid == 0:
             try:
@@ -562,7 +642,9 @@ def _become(user: _User) -> None:
 # ----------------------------------------------------------------------------------- the worker
 
 
-def _become_worker(folder: str, limits: Limits, fds: list[int], user: _User | None) -> None:
+def _become_worker(
+    folder: str, limits: Limits, fds: list[int], user: _User | None, reading: list[Path]
+) -> None:
     """In the fork: leave the host's session, lower every limit, then answer questions."""
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
@@ -573,21 +655,39 @@ def _become_worker(folder: str, limits: Limits, fds: list[int], user: _User | No
     for number, fd in enumerate(high):
         os.dup2(fd, number)
     os.closerange(len(high), 4096)
-    os.environ.update(HOME=folder, TMPDIR=folder, MPLBACKEND="agg")
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        raw = _Brief(fd, "w", limits.output_kb << 10)
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", write_through=True))
+    os.environ.update(HOME=folder, TMPDIR=folder, MPLBACKEND="agg", MPLCONFIGDIR=folder)
     tempfile.tempdir = None
     os.chdir(folder)
     _lower_limits(limits, own_user=user is not None)
     if user is not None:
         os.chown(folder, user.number, user.number)
-        _libc_call(
-            "unshare", _NEW_NETWORK
-        )  # refused in some containers, which is no reason to stop
+        for namespace in (_NEW_NETWORK, _NEW_IPC):
+            # Refused in some containers, which is no reason to stop.
+            _libc_call("unshare", namespace)
         _become(user)
     _prctl(_NO_NEW_PRIVILEGES, 1)
     _prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if reading:
+        confinement.confine(reading, folder)
     from common.grading.probes import answer_questions
 
     answer_questions(socket.socket(fileno=3))
+
+
+class _Brief(io.FileIO):
+    """A stream that takes everything and passes on the beginning, so that a flood costs little."""
+
+    def __init__(self, fd: int, mode: str, room: int) -> None:
+        super().__init__(fd, mode, closefd=False)
+        self.room = room
+
+    def write(self, data: bytes) -> int:
+        if self.room > 0:
+            self.room -= super().write(memoryview(data)[: self.room])
+        return len(data)
 
 
 def _lower_limits(limits: Limits, own_user: bool) -> None:
@@ -604,15 +704,20 @@ def _lower_limits(limits: Limits, own_user: bool) -> None:
         # What is really used is watched by the parent.
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         lower("RLIMIT_AS", mapped + 8 * (limits.memory_mb << 20))
-    if (
-        own_user
-    ):  # the limit counts all processes of a user: for a shared one it would be anybody's guess
+        # One process that asks for more than is left of the limit gets a MemoryError at that line,
+        # at once and in every run; the parent, which looks now and then, sees the sum of many.
+        status = Path("/proc/self/status").read_text()
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        data, resident = (int(fields[name].split()[0]) << 10 for name in ("VmData", "RssAnon"))
+        lower("RLIMIT_DATA", data + max(0, (limits.memory_mb << 20) - resident - (32 << 20)))
+    # The limit counts all processes of a user: for a shared one it would be anybody's guess.
+    if own_user:
         lower("RLIMIT_NPROC", limits.processes)
 
 
 _DIE_WITH_PARENT, _KEEP_CAPABILITIES = 1, 8  # <linux/prctl.h>
 _SET_CHILD_SUBREAPER, _NO_NEW_PRIVILEGES = 36, 38
-_NEW_NETWORK = 0x40000000  # <linux/sched.h>
+_NEW_NETWORK, _NEW_IPC = 0x40000000, 0x08000000  # <linux/sched.h>
 
 
 def _prctl(option: int, value: int) -> None:
@@ -623,8 +728,3 @@ def _libc_call(name: str, *arguments: object) -> None:
     """A Linux call that Python has no name for. Where it is refused nothing happens."""
     if LINUX:
         getattr(ctypes.CDLL(None), name)(*arguments)
-
-
-if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
-    os._exit(0)  # the libraries' own farewells say nothing about a submission

@@ -14,9 +14,15 @@ so that an instructor can change them without programming. One section per exerc
         ResNet(Bottleneck, (3, 4, 6, 3)) on meta      a large one: built on meta, only counted
         round_channels(32, 1.1)                       no "on": a plain value
     unseen =                   more of the same, for the hidden check
+    kind = odd sizes           of what kind the unseen cases are; the student may read it
     setup =                    definitions that the cases use, if any; each line behind a bar,
         |def double(x):        which keeps the indentation
         |    return 2 * x
+    mistakes =                 known wrong solutions, so that a message can name the mistake: after
+        |# it cuts off         a comment that says what is wrong, the part in its wrong form. A
+        |def round_channels(channels, divisor=8):     class without bases: its methods alone.
+        |    return int(channels) // divisor * divisor
+    aids =                     definitions that the mistakes share; no submission gets to see them
 
 An optional section [lesson] with `source = PATH` names the reference where it isn't the script of
 the same name.
@@ -63,7 +69,10 @@ class Exercise:
     hint: str
     cases: tuple[Case, ...]
     unseen: tuple[Case, ...]
+    kind: str = ""
     setup: str = ""
+    aids: str = ""
+    mistakes: tuple[tuple[str, str], ...] = ()  # what is wrong, the wrong code
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,10 @@ def exercises(lesson: str) -> dict[str, Exercise]:
                 hint=" ".join(section["hint"].split()),
                 cases=_cases(section["try"]),
                 unseen=_cases(section.get("unseen", "")),
+                kind=" ".join(section.get("kind", "other sizes").split()),
                 setup=_dedent(section.get("setup", "")),
+                aids=_dedent(section.get("aids", "")),
+                mistakes=_mistakes(_dedent(section.get("mistakes", ""))),
             )
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path.name}, section [{number}]: {error}") from None
@@ -188,3 +200,9 @@ def _dedent(text: str) -> str:
     configparser.
     """
     return "\n".join(line.removeprefix("|").removeprefix(" ") for line in text.splitlines())
+
+
+def _mistakes(text: str) -> tuple[tuple[str, str], ...]:
+    """Blocks of code, each behind a comment at the margin."""
+    blocks = re.split(r"^# ", text, flags=re.MULTILINE)[1:]
+    return tuple((block.splitlines()[0].strip(), block.partition("\n")[2]) for block in blocks)

@@ -1,0 +1,356 @@
+"""Put a submission together in a worker: read it, refuse what it may not take, fit the parts in."""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import base64
+import builtins
+import contextlib
+import difflib
+import io
+import json
+import marshal
+import os
+import re
+import sys
+import tokenize
+import types
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# What a submission may not take its models from.
+FORBIDDEN = {
+    "torchvision.models": "torchvision's models",
+    "torchvision.ops": "torchvision's layers",
+    "torch.hub": "models from the network",
+    "timm": "timm",
+    "common.lessons": "the course's own lessons",
+    "common.grading": "the grader",
+    "common.grade": "the grader",
+}
+LESSON_NAME = re.compile(r"\d\d_\w+")
+LESSON_FILE = re.compile(r"\d\d_\w+\.(py|[\w.-]+\.pyc)")
+
+
+class Trouble(Exception):
+    """Something to tell the student, in one line."""
+
+
+def decode(data: bytes) -> str:
+    """Source text by Python's own rule: UTF-8, or what one of the first two lines declares."""
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        text = data.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError, LookupError):
+        bad = next((i for i, line in enumerate(data.split(b"\n"), 1) if not _is_utf8(line)), 1)
+        raise Trouble(
+            f"not readable as text: line {bad} is not UTF-8 and the file declares no other "
+            "encoding; save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise Trouble("not readable as text: the file holds zero bytes; save it as UTF-8")
+    return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------- what is refused
+
+
+def refuse_imports(nodes: list[ast.AST], forbidden: dict[str, str], allowed: set[str]) -> None:
+    """Raises: Trouble, at the first place where a finished model is taken from elsewhere.
+
+    What the reference imports itself is allowed.
+    """
+    for node in nodes:
+        for name in names_taken(node):
+            source = next(
+                (what for k, what in forbidden.items() if f"{name}.".startswith(f"{k}.")), None
+            )
+            if LESSON_NAME.match(name):
+                source = "a lesson of the course"
+            if source and name not in allowed:
+                raise Trouble(
+                    f"not allowed: line {node.lineno} takes from {source} ({name}); "
+                    "build the model yourself"
+                )
+
+
+def names_taken(node: ast.AST) -> list[str]:
+    """The dotted names of what a node imports or reaches for."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    if isinstance(node, ast.Attribute):
+        return [_dotted(node)]
+    if isinstance(node, ast.Call) and _dotted(node.func).endswith(("import_module", "__import__")):
+        return [
+            a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
+        ]
+    return []
+
+
+def _dotted(node: ast.expr) -> str:
+    """'torch.hub.load' for such a node, '' for anything that isn't names joined by dots."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        owner = _dotted(node.value)
+        return f"{owner}.{node.attr}" if owner else ""
+    return ""
+
+
+def lock_doors(solution: str) -> None:
+    """The same rule for what the source does not show. It stops the idle, not the determined: see
+    the docs.
+
+    Args:
+        solution: the module that the exercise's parts come from; taken out of what was imported.
+    """
+
+    def guard(event: str, args: tuple) -> None:
+        if event == "open" and isinstance(args[0], (str, bytes)):
+            name = os.path.basename(os.fsdecode(args[0]))
+            if LESSON_FILE.fullmatch(name):
+                raise PermissionError(f"not allowed: a submission may not read {name}")
+        elif event in ("os.kill", "os.killpg") and args[0] != os.getpid():
+            raise PermissionError(
+                "not allowed: a submission may not send signals to other processes"
+            )
+
+    sys.addaudithook(guard)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, _Placeholders())
+    sys.modules["timm"] = None  # type: ignore[assignment]  # importing it raises ImportError
+    sys.modules.pop(solution, None)
+
+
+class _Placeholders(MetaPathFinder, Loader):
+    """In place of torchvision stands something that can be imported, and not used."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: object = None
+    ) -> ModuleSpec | None:
+        if name.partition(".")[0] != "torchvision":
+            return None
+        return ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        return _Locked(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class _Locked(types.ModuleType):
+    """A module, or a name in it, that gives more of its like and can't be called."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Locked(f"{self.__name__}.{name}")
+
+    def __call__(self, *args: object, **options: object) -> object:
+        raise ImportError(f"not allowed: a submission may not use {self.__name__}")
+
+    def __mro_entries__(self, bases: tuple) -> tuple:
+        return ()  # as the base of a class that no exercise is about
+
+
+class Seal:
+    """Notices when a submission puts something of its own in place of torch's or Python's."""
+
+    def __init__(self, *more: Any) -> None:
+        watched = [
+            *(json, json.encoder, json.JSONEncoder, base64, builtins, np, torch, torch.Tensor),
+            *(torch.nn.functional, torch.nn.init, nn, nn.Module, nn.Sequential, nn.ModuleList),
+            *(nn.Conv2d, nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm),
+            *(nn.modules.batchnorm._NormBase, nn.BatchNorm2d, nn.LayerNorm, nn.Dropout, nn.ReLU),
+            *(torch.overrides, os, sys, *more),
+        ]
+        self.seen = {owner: self._prints(owner) for owner in watched}
+
+    def _prints(self, owner: Any) -> dict[str, tuple[int, int]]:
+        return {
+            name: (id(value), id(getattr(value, "__code__", None)))
+            for name, value in list(vars(owner).items())
+            if callable(value) or isinstance(value, (property, staticmethod, classmethod))
+        }
+
+    def check(self) -> None:
+        """Raises: Trouble, naming the first thing that was changed."""
+        for owner, before in self.seen.items():
+            now = self._prints(owner)
+            if owner is sys:  # hooks and streams are the submission's own business
+                now = {name: now.get(name) for name in before}
+                continue
+            for name, value in before.items():
+                if now.get(name) != value:
+                    where = f"{getattr(owner, '__name__', owner)}.{name}"
+                    raise Trouble(
+                        f"not allowed: the submission changes {where}; leave torch and Python as "
+                        "they are"
+                    )
+
+
+# --------------------------------------------------------------------------- putting it together
+
+
+def definitions(body: list[ast.stmt]) -> dict[str, ast.stmt]:
+    """Name -> statement, for what the body of a module or class defines or assigns."""
+    found: dict[str, ast.stmt] = {}
+    for node in body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found[node.name] = node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found.update({t.id: node for t in targets if isinstance(t, ast.Name)})
+    return found
+
+
+def require_parts(tree: ast.Module, parts: list[str], filename: str) -> None:
+    """Raises: Trouble, naming the part that is missing, and what looks like it."""
+    top = definitions(tree.body)
+    for part in parts:
+        owner, _, name = part.rpartition(".")
+        names = top
+        if owner and isinstance(top.get(owner), ast.ClassDef):
+            names = definitions(top[owner].body)
+        elif owner:
+            name = owner
+        if name not in names:
+            same = [other for other in names if other.lower() == name.lower()]
+            close = same or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            guess = f"; did you mean {close[0]}?" if close else ""
+            raise Trouble(f"missing: {name} is not defined in {filename}{guess}")
+
+
+def borrowed_imports(nodes: list[ast.AST], imports: str) -> dict[str, Any]:
+    """The reference's imports, for the grafted definitions, less the names that the submission
+    itself forgot.
+
+    Otherwise a submission without `import torch.nn.functional as F` would work here and nowhere
+    else.
+    """
+    used, bound = set(), set(dir(builtins))
+    for node in nodes:
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+    borrowed: dict[str, Any] = {}
+    exec(compile(imports, "<reference>", "exec", dont_inherit=True), borrowed)
+    return {k: v for k, v in borrowed.items() if k not in used - bound and k != "__builtins__"}
+
+
+def unpack(code: str) -> types.CodeType:
+    """What `marking.grafts` packed: compiled, so that no source of another exercise is here."""
+    return marshal.loads(base64.b64decode(code))
+
+
+def run_with_grafts(
+    tree: ast.Module,
+    filename: str,
+    namespace: dict[str, Any],
+    replace: dict[str, str],
+    lacking: dict[str, str],
+    number: str,
+) -> None:
+    """Run the submission statement by statement, with the reference's in place of other exercises'.
+
+    Statement by statement, because each code object carries one file name: no message shall quote
+    grafted text as the student's.
+    """
+    own = definitions(tree.body)
+    later = []
+    for code, is_own in _statements(tree, filename, own, replace, lacking):
+        try:
+            exec(code, namespace)
+        except NameError:
+            if is_own:
+                raise
+            later.append(code)  # what the submission lacks may need what comes further down
+        except NotImplementedError as error:  # another exercise's hole, which this doesn't need
+            if not str(error).startswith("Exercise") or str(error).startswith(f"Exercise {number}:"):
+                raise
+    for code in later:
+        with contextlib.suppress(Exception):
+            exec(code, namespace)
+    for name, code in replace.items():
+        owner, _, method = name.rpartition(".")
+        if owner and isinstance(namespace.get(owner), type):
+            _put_method(namespace, owner, method, unpack(code))
+
+
+def _statements(
+    tree: ast.Module,
+    filename: str,
+    own: dict[str, ast.stmt],
+    replace: dict[str, str],
+    lacking: dict[str, str],
+) -> Iterator[tuple[types.CodeType, bool]]:
+    """With each statement comes whether it belongs to the submission, or stands in for what it
+    lacks.
+    """
+    future = __future__.annotations.compiler_flag
+    declared = any(isinstance(n, ast.ImportFrom) and n.module == "__future__" for n in tree.body)
+
+    def code(node: ast.stmt) -> types.CodeType:
+        module = ast.Module([node], [])
+        return compile(module, filename, "exec", flags=future * declared, dont_inherit=True)
+
+    imports = 0
+    while imports < len(tree.body) and isinstance(
+        tree.body[imports], (ast.Expr, ast.Import, ast.ImportFrom)
+    ):
+        imports += 1
+    for node in tree.body[:imports]:
+        yield code(node), True
+    for name, text in lacking.items():
+        if name not in own:
+            yield unpack(text), False
+    for node in tree.body[imports:]:
+        name = getattr(node, "name", None)
+        if name in replace:
+            yield unpack(replace[name]), True
+        else:
+            yield code(node), True
+
+
+def _put_method(namespace: dict[str, Any], owner: str, method: str, code: types.CodeType) -> None:
+    """Put one method of the reference into the submission's class. `code` defines a class that
+    has nothing else.
+    """
+    place: dict[str, Any] = dict(namespace)
+    exec(code, place)
+    function = vars(place[owner])[method]
+    cells = tuple(
+        types.CellType(namespace[owner]) if name == "__class__" else cell
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ())
+    )
+    moved = types.FunctionType(
+        function.__code__, namespace, method, function.__defaults__, cells or None
+    )
+    moved.__kwdefaults__ = function.__kwdefaults__
+    setattr(namespace[owner], method, moved)
