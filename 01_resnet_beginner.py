@@ -79,9 +79,10 @@ from torch import Tensor, nn
 
 from common import plotting
 from common.engine.device import memory_format
+from common.augmentation import Views
 from common.data import load_data
 from common.engine.errors import UserError
-from common.evaluation import Views, evaluate
+from common.evaluation import evaluate
 from common.experiments import Trial, conclude, run_experiment, train_trial
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import profile

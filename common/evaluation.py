@@ -41,29 +41,6 @@ def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
     return processes.gather_rows(mine)
 
 
-class Views(nn.Module):
-    """Mean of a model's logits over each image, shifted by a pixel to either side, and the mirror
-    images of all three.  Jordan 2024, sec. 3.5.
-
-    (N, C, H, W) -> (N, K), at six times the cost. The image as it is counts half. What it gains is
-    no property of the network: name it wherever its accuracy stands beside another.
-    """
-
-    def __init__(self, model: nn.Module, flips: bool) -> None:
-        super().__init__()
-        self.model, self.flips = model, flips
-
-    def forward(self, x: Tensor) -> Tensor:
-        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-        height, width = x.shape[2:]
-        corners = (padded[:, :, :height, :width], padded[:, :, 2:, 2:])
-        logits = 0.0
-        for view, weight in ((x, 0.5), *((corner, 0.25) for corner in corners)):
-            sides = (view, view.flip(3)) if self.flips else (view,)
-            logits = logits + weight * sum(self.model(side) for side in sides) / len(sides)
-        return logits
-
-
 def evaluate(model: nn.Module, loader: Loader, class_names: list[str]) -> Evaluation:
     """Top-1, top-5, cross-entropy, and precision, recall and F1 of each class, in float32.
 

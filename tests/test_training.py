@@ -21,7 +21,7 @@ from common.engine.errors import Diverged, UserError
 from common.engine.guard import Guard
 from common.engine.meter import top1_hits
 from common.engine.sources import Pictures, Source
-from common.evaluation import Views, score
+from common.evaluation import score
 from common.experiments import train_trial
 from common.runs import Run
 from common.training import Schedule, fit, make_optimizer, make_schedule, parameter_groups
@@ -452,17 +452,3 @@ def test_recipes_fill_only_what_was_left_open() -> None:
         for f in dataclasses.fields(config)
         if getattr(config, f.name) is None and f.name != "workers"
     ]
-
-
-def test_views_are_six_and_weighted() -> None:
-    class Corner(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x[:, :, 0, 0]
-
-    x = torch.randn(2, 3, 5, 7)
-    # By hand: the corner of the image and of its mirror image; a shift by one pixel under
-    # reflection, towards either side, brings row 1 and column 1 there.
-    there, shifted = (x[:, :, 0, 0] + x[:, :, 0, -1]) / 2, (x[:, :, 1, 1] + x[:, :, 1, -2]) / 2
-    torch.testing.assert_close(Views(Corner(), flips=True)(x), there / 2 + shifted / 2)
-    plain = Views(Corner(), flips=False)(x)
-    torch.testing.assert_close(plain, x[:, :, 0, 0] / 2 + x[:, :, 1, 1] / 2)
