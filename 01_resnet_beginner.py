@@ -89,6 +89,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.augmentation import Views
 from common.data import Data, load_data
 from common.engine.device import memory_format
 from common.evaluation import evaluate
@@ -96,8 +97,9 @@ from common.experiments import Arm, Claim, Experiment, run_experiment
 from common.live import digits, live, show
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_parameters, profile
+from common.resnet9 import ResNet9, bag_of_tricks
 from common.runs import Run, banner, draw_figures, prepare
-from common.training import fit, make_optimizer, make_schedule, train_one_epoch
+from common.training import fit, make_optimizer, make_schedule, measure_layers, train_one_epoch
 
 # %% [markdown]
 # ## The shortcut: three ways to carry the input past the block
@@ -500,6 +502,7 @@ def cifar_resnet(
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(resnet, name) for name in TABLE},
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
+    "resnet9": ResNet9,  # nine layers that learn CIFAR-10 on a laptop: common/resnet9.py
 }
 
 # %% [markdown]
@@ -524,7 +527,8 @@ if live():
 def build(config: Config, num_classes: int) -> nn.Module:
     """The model that the flags ask for."""
     options = {"shortcut": config.shortcut} if config.shortcut else {}
-    options["zero_init_residual"] = config.zero_init_residual
+    if config.model != "resnet9":
+        options["zero_init_residual"] = config.zero_init_residual
     return MODELS[config.model](num_classes=num_classes, small_input=config.small_input, **options)
 
 
@@ -538,6 +542,8 @@ def run(config: Config) -> dict[str, object]:
     model = model.to(device, memory_format=memory_format(config.image_size))
     if config.pretrained:
         load_pretrained(model, config.model, data.class_names)
+    else:
+        measure_layers(model, data)  # the filters of ResNet-9's stem
 
     loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = make_optimizer(model, config)
@@ -551,7 +557,12 @@ def run(config: Config) -> dict[str, object]:
     test = evaluate(model, data.test, data.class_names)
     cost = profile(model, data.input_size)
     draw_figures(run, model, data, history, test)
-    return run.finish(model, data, history, test, cost)
+    views = {}
+    if config.views:  # the same images from six sides: never mixed with plain accuracy
+        seen = evaluate(Views(model, data.test.part.flips), data.test, data.class_names)
+        views = {"test_top1_views": seen.top1}
+        print(f"views      top-1 {seen.top1:.2%}, shifted and mirrored views averaged")
+    return run.finish(model, data, history, test, cost, **views)
 
 
 # %% [markdown]
@@ -621,7 +632,8 @@ def skip_connections(config: Config) -> Experiment:
 
 
 EXPERIMENTS: dict[str, Callable[[Config], object]] = {
-    "skip-connections": partial(run_experiment, LESSON, skip_connections)
+    "skip-connections": partial(run_experiment, LESSON, skip_connections),
+    "bag-of-tricks": partial(run_experiment, LESSON, bag_of_tricks),
 }
 
 # %% [markdown]

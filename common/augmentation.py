@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.engine.device import seeded
 
@@ -42,6 +42,31 @@ def random_crop(padded: Tensor, index: Tensor, size: tuple[int, int], draws: Ten
 def random_flip(x: Tensor, draws: Tensor) -> Tensor:
     """Mirror every second image, by its own coin, left to right. (N, C, H, W) -> the same."""
     return torch.where((draws[:, FLIP] < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
+
+
+def flip_in_turn(rows: Tensor, seed: int, epoch: int) -> Tensor:
+    """The FLIP column of draws that mirrors half of the images in even epochs, the other half in
+    odd ones.  Jordan 2024, sec. 3.6.
+
+    A fresh coin each time shows half of the images the same way in two epochs; this shows both ways
+    of each. rows (N,), which images, a permutation -> (N,), 0 to mirror and 1 to leave.
+    """
+    coins = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed)) < 0.5
+    return (coins ^ (epoch % 2 == 0))[rows].float()
+
+
+def pad(pixels: Tensor, edge: int, mirror: bool) -> Tensor:
+    """(N, C, H, W) -> (N, C, H + 2 * edge, W + 2 * edge), with zeros or with the mirrored border.
+
+    torch's own reflection is for floating-point numbers only.
+    """
+    if not mirror:
+        return F.pad(pixels, (edge,) * 4)
+    for dim in (2, 3):
+        last = pixels.shape[dim] - 1
+        away = torch.arange(-edge, last + edge + 1, device=pixels.device).abs()
+        pixels = pixels.index_select(dim, last - (last - away).abs())
+    return pixels
 
 
 def cutout(x: Tensor, side: int, draws: Tensor) -> Tensor:
@@ -197,3 +222,26 @@ def per_image(name: str) -> Callable[[Tensor, list[int]], Tensor] | None:
         return out
 
     return apply
+
+
+class Views(nn.Module):
+    """Mean of a model's logits over each image, shifted by a pixel to either side, and the mirror
+    images of all three.  Jordan 2024, sec. 3.5.
+
+    (N, C, H, W) -> (N, K), at six times the cost. The image as it is counts half. What it gains is
+    no property of the network: name it wherever its accuracy stands beside another.
+    """
+
+    def __init__(self, model: nn.Module, flips: bool) -> None:
+        super().__init__()
+        self.model, self.flips = model, flips
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        height, width = x.shape[2:]
+        corners = (padded[:, :, :height, :width], padded[:, :, 2:, 2:])
+        logits = 0.0
+        for view, weight in ((x, 0.5), *((corner, 0.25) for corner in corners)):
+            sides = (view, view.flip(3)) if self.flips else (view,)
+            logits = logits + weight * sum(self.model(side) for side in sides) / len(sides)
+        return logits

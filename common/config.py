@@ -85,13 +85,16 @@ class TrainConfig:
     image_size: int | None = knob(None, "side in pixels that the model sees", low=4, high=4096)
     augment: str | None = knob(
         None,
-        "crop and flip (basic), or much more",
-        ("none", "basic", "strong", "randaugment", "autoaugment"),
+        "crop and flip (basic), with mirrored edges and flips in turn (alternating), or much more",
+        ("none", "basic", "alternating", "strong", "randaugment", "autoaugment"),
     )
     cutout: int | None = knob(
         None, "side in pixels of a blanked square in each training image", low=0, high=4096
     )
 
+    recipe: str = knob(
+        "", "fast: few epochs, Muon, alternating flips, smoothed labels", ("", "fast")
+    )
     epochs: int | None = knob(None, "passes over the training images", low=1, high=10_000)
     batch_size: int | None = knob(None, "images per forward pass and process", low=1, high=65_536)
     accumulate: int = knob(1, "batches per optimizer step", low=1, high=4096)
@@ -104,16 +107,16 @@ class TrainConfig:
         low=0,
         high=100,
     )
-    optimizer: str = knob("sgd", "what takes the steps", ("sgd", "adamw"))
-    momentum: float = knob(0.9, "of SGD, Nesterov's form", low=0, high=0.9999)
+    optimizer: str | None = knob(None, "what takes the steps", ("sgd", "adamw", "muon"))
+    momentum: float | None = knob(None, "of SGD and Muon, Nesterov's form", low=0, high=0.9999)
     weight_decay: float | None = knob(
         None, "on weights; biases and norms have none", low=0, high=100
     )
     label_smoothing: float | None = knob(
         None, "share of each label spread over all classes", low=0, high=0.9
     )
-    schedule: str = knob(
-        "cosine",
+    schedule: str | None = knob(
+        None,
         "of the learning rate",
         ("cosine", "linear", "onecycle", "step", "plateau", "constant"),
     )
@@ -132,6 +135,10 @@ class TrainConfig:
         "stop after so many epochs without a better validation loss; 0: never",
         low=0,
         high=10_000,
+    )
+
+    views: bool = knob(
+        False, "test a second time with shifted and mirrored views averaged; kept apart"
     )
 
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -196,6 +203,9 @@ class TrainConfig:
         },
     }
     COMMON_RECIPE: ClassVar[Recipe] = {
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "schedule": "cosine",
         "augment": "basic",
         "weight_decay": 5e-4,
         "label_smoothing": 0.0,
@@ -206,6 +216,21 @@ class TrainConfig:
     # Adam's steps don't depend on the size of the gradient, so its rate is not SGD's; and decoupled
     # decay shrinks weights by lr * decay a step.  Loshchilov and Hutter 2019; Touvron et al. 2021.
     ADAMW: ClassVar[Recipe] = {"base_lr": 1e-3, "weight_decay": 0.05}
+
+    # Kernels turn by an angle that the rate sets, whatever the gradient's size.
+    MUON: ClassVar[Recipe] = {"base_lr": 0.06, "momentum": 0.6}
+
+    # `--recipe fast`: few epochs, after Page 2018 ("How to train your ResNet") and Jordan 2024
+    # ("94% on CIFAR-10 in 3.29 seconds on a single GPU").
+    FAST: ClassVar[Recipe] = {
+        "optimizer": "muon",
+        "schedule": "linear",
+        "warmup": 0,
+        "label_smoothing": 0.2,
+        "augment": "alternating",
+        "batch_size": 500,
+        "epochs": 10,
+    }
 
     # What may change when a run goes on elsewhere: where it runs, not what it computes.
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
@@ -258,8 +283,10 @@ class TrainConfig:
             **self.COMMON_RECIPE,
             **TrainConfig.RECIPES[dataset],
             **self.RECIPES.get(dataset, {}),
-            **(self.ADAMW if self.optimizer == "adamw" else {}),
+            **(self.FAST if self.recipe == "fast" else {}),
         }
+        rates = {"adamw": self.ADAMW, "muon": self.MUON}
+        recipe |= rates.get(self.optimizer or recipe["optimizer"], {})
         if image_size is not None:
             recipe["image_size"] = image_size
         filled = {k: v for k, v in recipe.items() if getattr(self, k) is None}

@@ -1,11 +1,10 @@
 """Batches: from memory where the images fit, from files where they don't; the same images in the
 same order always.
 
-What happens to an image follows from (seed, epoch, position in the epoch) and from nothing else:
-not from the batch size, the number of worker processes or GPUs, nor from how often the run was
-stopped. So a run goes on within an epoch by starting at a later position, and there is no random
-state to lose. The one exception is mixup and cutmix (`--augment strong`): they mix the images of a
-batch with each other, and follow from (seed, epoch, batch).
+What happens to an image follows from (seed, epoch, position in the epoch) alone: not from the batch
+size, the number of processes or GPUs, nor from how often the run was stopped. So a run goes on
+within an epoch by starting at a later position, and there is no random state to lose. The exception
+is `--augment strong`: it mixes the images of a batch, which follows from (seed, epoch, batch).
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ MeanStd = tuple[Tensor, Tensor]  # (3,) each, per channel, of pixels in [0, 1]
 
 @dataclass
 class Data:
-    """A dataset ready to train on. Each loader's `batches()`
-    gives x (N, 3, H, W) and y (N,) on the device.
-    """
+    """A dataset ready to train on; its loaders give x (N, 3, H, W) and y (N,) on the device."""
 
     name: str
     class_names: list[str]
@@ -62,10 +59,8 @@ class Data:
         sizes = " + ".join(f"{len(split.labels):,} {name}" for name, split in self.splits().items())
         where = "in memory" if self.in_memory else "from files"
         broken = f", {self.skipped} broken left out" if self.skipped else ""
-        return (
-            f"{self.name}, {self.num_classes} classes, {self.image_size} px, {sizes}, "
-            f"{where}{broken}"
-        )
+        kind = f"{self.num_classes} classes, {self.image_size} px"
+        return f"{self.name}, {kind}, {sizes}, {where}{broken}"
 
     def splits(self) -> dict[str, ImageLoader]:
         return {"train": self.train, "val": self.val, "test": self.test}
@@ -240,7 +235,11 @@ class ImageLoader(Loader):
     def draws(self, epoch: int) -> Tensor:
         """(N, DRAWS) numbers in [0, 1): what becomes of the image at each position."""
         generator = torch.Generator().manual_seed(mixed_seed(self.config.seed, epoch, 2))
-        return torch.rand(len(self.labels), augmentation.DRAWS, generator=generator)
+        draws = torch.rand(len(self.labels), augmentation.DRAWS, generator=generator)
+        if self.config.augment == "alternating":
+            order, seed = self.order(epoch), mixed_seed(self.config.seed, 6)
+            draws[:, augmentation.FLIP] = augmentation.flip_in_turn(order, seed, epoch)
+        return draws
 
     def seeds(self, epoch: int) -> list[int]:
         """One for each position, where torchvision's transforms draw for themselves."""
@@ -273,7 +272,8 @@ class MemoryLoader(ImageLoader):
         self.size = tuple(part.pictures.pixels.shape[2:])
         # 4 pixels at 32 (He et al. 2015, sec. 4.2), in proportion elsewhere.
         self.edge = max(1, self.size[0] // 8) if part.train and config.augment != "none" else 0
-        pixels = F.pad(part.pictures.pixels.to(device), (self.edge,) * 4)
+        mirror = config.augment == "alternating"
+        pixels = augmentation.pad(part.pictures.pixels.to(device), self.edge, mirror)
         self.pixels = pixels.contiguous(memory_format=torch.channels_last)
         self.labels_there = self.labels.to(device)
         self.per_image = augmentation.per_image(config.augment) if part.train else None

@@ -46,7 +46,7 @@ from common.evaluation import predict
 from common.lessons import ROOT
 from common.profiling import count_macs, count_parameters
 from common.runs import Run, prepare
-from common.training import fit, make_optimizer, make_schedule
+from common.training import fit, make_optimizer, make_schedule, measure_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -220,12 +220,13 @@ def train_trial(
         Diverged: the loss is no longer finite; with the losses of the steps that were.
     """
     model = _fresh(build, config, device)
+    measure_layers(model, data)
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, data.train)
     loss_fn = loss_fn or nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     losses: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
-    first = next(model.parameters())
+    first = next(p for p in model.parameters() if p.requires_grad)
 
     def note(loss: torch.Tensor) -> None:
         losses.append(loss)

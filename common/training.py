@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -23,6 +24,7 @@ from common.engine.memory import with_less_memory
 from common.engine.meter import Meter
 from common.engine.records import EpochRecord
 from common.evaluation import score
+from common.optimizers import Muon, kernels_apart
 from common.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[Tensor], None]
 
-__all__ = ["Aids", "fit", "make_optimizer", "make_schedule", "train_one_epoch"]
+__all__ = ["Aids", "fit", "make_optimizer", "make_schedule", "measure_layers", "train_one_epoch"]
 
 
 def train_one_epoch(
@@ -103,12 +105,21 @@ class Average:
         torch._foreach_lerp_(averages, weights, 1 - decay)  # one kernel for all tensors
 
 
+def measure_layers(model: nn.Module, data: Data, images: int = 2000) -> None:
+    """Let each layer that follows from the images, and is not trained, look at some of them."""
+    for layer in model.modules():
+        if hasattr(layer, "measure"):
+            layer.measure(data.train.take(np.arange(min(images, len(data.train.labels)))))
+
+
 # ------------------------------------------------------------------------------------ the optimizer
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """SGD with Nesterov momentum, or AdamW; one fused kernel for all weights where it exists."""
+    """SGD with Nesterov momentum, AdamW or Muon; one fused kernel for all where it exists."""
     groups = parameter_groups(model, config.weight_decay)
+    if config.optimizer == "muon":
+        return Muon(kernels_apart(groups, config.lr), config.lr, config.momentum)
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     if config.optimizer == "adamw":
         return AdamW(groups, lr=config.lr, fused=fused)

@@ -28,7 +28,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from common.config import TrainConfig
-from common.data import IMAGENET_MEAN, IMAGENET_STD, Data, load_data, make_data
+from common.data import IMAGENET_MEAN, IMAGENET_STD, Data, load_data, make_data, read_once
 from common.engine.device import (
     amp_dtype,
     autocast,
@@ -45,7 +45,13 @@ from common.engine.sources import Pictures, Source, load_source
 from common.evaluation import score
 from common.lessons import load_lesson
 from common.profiling import count_macs
-from common.training import Aids, make_optimizer, make_schedule, train_one_epoch
+from common.training import (
+    Aids,
+    make_optimizer,
+    make_schedule,
+    measure_layers,
+    train_one_epoch,
+)
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -78,7 +84,7 @@ class PlainImages(Dataset):
 class Case:
     """What every benchmark is about."""
 
-    pictures: Pictures
+    pictures: Pictures | Source  # a Source: before it is split
     data: Data  # the same pictures, in the course's own loaders
     config: TrainConfig
     args: argparse.Namespace
@@ -130,6 +136,8 @@ class Ours:
             num_classes=data.num_classes, small_input=True
         )
         self.model = self.model.to(device, memory_format=memory_format(config.image_size))
+        measure_layers(self.model, data)
+        self.loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(self.optimizer, config, data.train)
         self.amp = amp_dtype(device, config.amp, config.image_size)
@@ -144,7 +152,7 @@ class Ours:
         train_one_epoch(
             self.faster,
             loader,
-            nn.CrossEntropyLoss(),
+            self.loss_fn,
             self.optimizer,
             self.schedule,
             self.aids,
@@ -201,12 +209,14 @@ def in_turns(
     `warm_up` holds for a side is run after the change, and not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(case.args.rounds):
+    for turn in range(case.args.rounds):
         for name, action in sides.items():
             if case.device.type == "cpu" and warm_up:
                 keep_freed_memory(name != "plain")
                 warm_up[name]()
             seconds[name].append(timed(action, case.device))
+        took = "   ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items())
+        print(f"  round {turn + 1} of {case.args.rounds}   {took}", flush=True)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -292,6 +302,11 @@ def bench_epoch(case: Case) -> None:
     model, optimizer = plain_side(case)
     loader = plain_loader(case, case.args.workers)
     few = case.steps
+    print(
+        f"epoch: {few} training steps of {case.config.batch_size} images a side and round, data "
+        "and logging included; warming up",
+        flush=True,
+    )
 
     def plain() -> None:
         plain_epoch(model, first(loader, few), optimizer, case.device)
@@ -436,39 +451,83 @@ def bench_profile(case: Case) -> None:
         print(f"  {own_time(event) / total:6.1%}  {event.count:>6} x {event.key[:80]}", flush=True)
 
 
-def bench_accuracy(case: Case) -> None:
-    """Seconds of training until the validation
-    accuracy reaches `--target`, by the same schedule.
+@dataclasses.dataclass
+class Contestant:
+    """One side of the race to an accuracy, written [plain:]MODEL[@EPOCHS] on the command line.
+
+    `plain:` is the loop of a hundred tutorials: PIL images, float32, SGD, a cosine, weight decay on
+    everything. Without it, the course's loop; resnet9 has its own recipe.
     """
-    ours, seconds, epochs = Ours(case), 0.0, 0
-    while epochs < case.config.epochs:
-        seconds += timed(lambda: ours.epoch(case.data.train), case.device)
-        epochs += 1
-        if score(ours.model, case.data.val)[1] >= case.args.target:
-            break
-    torch.manual_seed(0)
-    other = Ours(case.with_config(amp=False))
-    model = other.model.to(memory_format=torch.contiguous_format)
-    optimizer = torch.optim.SGD(
-        model.parameters(), case.config.lr, 0.9, weight_decay=5e-4, nesterov=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda epoch: other.schedule.factor((epoch + 1) * len(case.data.train) - 1)
-    )
-    loader, plain, plain_epochs = plain_loader(case, case.args.workers), 0.0, 0
-    while plain_epochs < case.config.epochs:
-        plain += timed(
-            lambda: plain_epoch(model, iter(loader), optimizer, case.device), case.device
+
+    plain: bool
+    model: str
+    epochs: int
+
+    @classmethod
+    def parse(cls, text: str) -> Contestant:
+        rest, _, epochs = text.partition("@")
+        model = rest.removeprefix("plain:")
+        return cls(model != rest, model, int(epochs or 10))
+
+    def __str__(self) -> str:
+        return f"{'plain' if self.plain else 'ours'} {self.model}, {self.epochs} epochs"
+
+    def race(self, case: Case) -> Iterator[tuple[float, float]]:
+        """Seconds of training so far and validation accuracy, after each epoch."""
+        settings = {"model": self.model, "epochs": self.epochs, "data_dir": case.args.data_dir}
+        recipe = "fast" if self.model == "resnet9" and not self.plain else ""
+        amp = case.args.amp is not False and not self.plain
+        config = TrainConfig(recipe=recipe, amp=amp, compile=case.args.compile, **settings)
+        config = config.resolve(case.args.dataset, case.data.image_size)
+        data = make_data(case.pictures, config, case.device)
+        case = dataclasses.replace(
+            case, config=config, data=data, pictures=data.train.part.pictures
         )
-        schedule.step()
-        plain_epochs += 1
-        if score(model, case.data.val)[1] >= case.args.target:
-            break
-    print(
-        f"to {case.args.target:.0%} on {case.data.name} validation      plain {plain:8.1f} s "
-        f"({plain_epochs} epochs)   "
-        f"ours {seconds:8.1f} s ({epochs} epochs)   ratio {plain / seconds:.2f}"
-    )
+        ours, seconds = Ours(case), 0.0
+        if self.plain:
+            model = ours.model.to(memory_format=torch.contiguous_format)
+            optimizer = torch.optim.SGD(
+                model.parameters(), config.lr, 0.9, weight_decay=5e-4, nesterov=True
+            )
+            steps = len(data.train)
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda epoch: ours.schedule.factor((epoch + 1) * steps - 1)
+            )
+            loader = plain_loader(case, case.args.workers)
+        for _ in range(self.epochs):
+            if self.plain:
+                seconds += timed(
+                    lambda: plain_epoch(model, iter(loader), optimizer, case.device), case.device
+                )
+                schedule.step()
+            else:
+                seconds += timed(lambda: ours.epoch(data.train), case.device)
+            yield seconds, score(ours.model, data.val)[1]
+
+
+def bench_accuracy(case: Case) -> None:
+    """Seconds of training until the validation accuracy first reaches each of `--targets`, and
+    multiply-adds of one image's forward pass, which hold on any machine.
+    """
+    targets, lines = case.args.targets, []
+    for side in map(Contestant.parse, case.args.sides):
+        reached: dict[float, str] = {}
+        print(f"{side}", flush=True)
+        for epoch, (seconds, top1) in enumerate(side.race(case), 1):
+            print(f"  epoch {epoch:>3}  {seconds:8.1f} s   val {top1:.2%}", flush=True)
+            for target in targets:
+                if top1 >= target:
+                    reached.setdefault(target, f"{seconds:,.0f} s ({epoch})")
+            if len(reached) == len(targets):
+                break
+        model = load_lesson("01").MODELS[side.model](num_classes=10, small_input=True)
+        macs = count_macs(model, case.data.input_size) / 1e6
+        cells = [reached.get(target, "not reached") for target in targets]
+        lines.append([str(side), f"{macs:,.1f}", *cells, f"{top1:.2%}"])
+    heads = ["seconds (epochs) to", "M multiply-adds", *(f"{t:.0%}" for t in targets), "last"]
+    print(f"\n{case.data.describe()}; accuracy on validation images")
+    for line in [heads, *lines]:
+        print(f"{line[0]:<32}" + "".join(f"{cell:>17}" for cell in line[1:]), flush=True)
 
 
 def synthetic(count: int, side: int) -> Source:
@@ -489,18 +548,35 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=6, help="of each side in each round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--steps", type=int, help="of each side in each round; default: 20 on a GPU, 2 on a CPU"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="of the plain DataLoader")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--target", type=float, default=0.95)
-    parser.add_argument("--dataset", default="digits", help="for `accuracy`: digits or cifar10")
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.85, 0.9])
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        default=[
+            "plain:resnet18@10",
+            "plain:resnet20@40",
+            "resnet18@10",
+            "resnet20@40",
+            "resnet9@8",
+        ],
+        help="of `accuracy`: [plain:]MODEL[@EPOCHS]",
+    )
+    parser.add_argument(
+        "--dataset", default="digits", help="for `accuracy`: digits, cifar10, folder"
+    )
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
 
     device = pick_device(args.device)
+    args.steps = args.steps or (20 if device.type == "cuda" else 2)
     set_up_torch(device, 0)
     amp = device.type == "cuda" if args.amp is None else args.amp
     settings = {"model": args.model, "amp": amp, "compile": args.compile, "augment": "basic"}
@@ -527,10 +603,11 @@ def main() -> None:
         if what in benches:
             benches[what](Case(source.train, data, config, args, device))
         else:
-            config = TrainConfig(**settings, data_dir=args.data_dir).resolve(args.dataset)
-            source = load_source(dataclasses.replace(config, dataset=args.dataset))
+            size = 32 if args.dataset == "folder" else None
+            config = TrainConfig(data_dir=args.data_dir).resolve(args.dataset, size)
+            source = read_once(load_source(config), config)
             data = make_data(source, config, device)
-            bench_accuracy(Case(source.train, data, config, args, device))
+            bench_accuracy(Case(source, data, config, args, device))
 
 
 if __name__ == "__main__":

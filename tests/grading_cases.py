@@ -14,7 +14,15 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.grading.exercises import ROOT, exercises, file_name, lesson_of, lesson_path, manifests, worth
+from common.grading.exercises import (
+    ROOT,
+    exercises,
+    file_name,
+    lesson_of,
+    lesson_path,
+    manifests,
+    worth,
+)
 from common.grading.holes import put_in
 from common.grading.marking import Grader, References, Result, Submission
 from common.grading.sandbox import Limits

@@ -11,14 +11,19 @@ def _add(numbers: str, code: str) -> None:
     SOLUTIONS.update(dict.fromkeys(numbers.split(), code.strip() + "\n"))
 
 
-_add("0.1", """
+_add(
+    "0.1",
+    """
 def random_flip(x, draws):
     coin = draws[:, FLIP] < 0.5
     out = x.clone()
     out[coin] = torch.flip(out[coin], dims=[3])
     return out
-""")
-_add("0.2", """
+""",
+)
+_add(
+    "0.2",
+    """
 def cutout(x, side, draws):
     n, _, h, w = x.shape
     out = x.clone()
@@ -27,8 +32,11 @@ def cutout(x, side, draws):
         z = int(draws[i, CUTOUT_X] * w) - side // 2
         out[i, :, max(0, y) : max(0, y + side), max(0, z) : max(0, z + side)] = 0
     return out
-""")
-_add("0.3", """
+""",
+)
+_add(
+    "0.3",
+    """
 def random_crop(padded, index, size, draws):
     h, w = size
     places_y, places_x = padded.shape[2] - h + 1, padded.shape[3] - w + 1
@@ -38,8 +46,11 @@ def random_crop(padded, index, size, draws):
         z = int(draws[place, CROP_X] * places_x)
         crops.append(padded[i, :, y : y + h, z : z + w])
     return torch.stack(crops)
-""")
-_add("1.1", """
+""",
+)
+_add(
+    "1.1",
+    """
 class PadShortcut(nn.Module):
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
@@ -50,8 +61,11 @@ class PadShortcut(nn.Module):
         x = x[:, :, :: self.step, :: self.step]
         n, _, h, w = x.shape
         return torch.cat([x, x.new_zeros(n, self.more, h, w)], dim=1)
-""")
-_add("1.2", """
+""",
+)
+_add(
+    "1.2",
+    """
 def make_shortcut(option, in_channels, out_channels, stride):
     if in_channels == out_channels and stride == 1:
         return nn.Identity()
@@ -59,8 +73,11 @@ def make_shortcut(option, in_channels, out_channels, stride):
         return PadShortcut(in_channels, out_channels, stride)
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
-""")
-_add("1.3", """
+""",
+)
+_add(
+    "1.3",
+    """
 class SqueezeExcitation(nn.Module):
     def __init__(self, channels, reduction=16):
         super().__init__()
@@ -73,8 +90,11 @@ class SqueezeExcitation(nn.Module):
         s = torch.relu(self.down(s))
         s = torch.sigmoid(self.up(s))
         return x * s[:, :, None, None]
-""")
-_add("1.4", """
+""",
+)
+_add(
+    "1.4",
+    """
 class BasicBlock(nn.Module):
     expansion = 1
 
@@ -94,8 +114,11 @@ class BasicBlock(nn.Module):
         y = self.gate(y)
         y = y + self.skip(x)
         return torch.relu(y)
-""")
-_add("1.5", """
+""",
+)
+_add(
+    "1.5",
+    """
 class Bottleneck(nn.Module):
     expansion = 4
 
@@ -117,8 +140,11 @@ class Bottleneck(nn.Module):
         y = torch.relu(self.norm_b(self.b(y)))
         y = self.gate(self.bn3(self.c(y)))
         return torch.relu(y + self.skip(x))
-""")
-_add("1.6", """
+""",
+)
+_add(
+    "1.6",
+    """
 class PreActBlock(nn.Module):
     expansion = 1
 
@@ -137,8 +163,11 @@ class PreActBlock(nn.Module):
         y = torch.relu(self.n2(y))
         y = self.c2(y)
         return y + (x if self.same else self.skip(z))
-""")
-_add("1.7", """
+""",
+)
+_add(
+    "1.7",
+    """
 class ResNet:
     def __init__(self, block, depths, channels=(64, 128, 256, 512), stem_channels=64, num_classes=1000, small_input=False, zero_init_residual=True, **block_options):
         super().__init__()
@@ -172,8 +201,11 @@ class ResNet:
     def forward(self, x):
         x = self.forward_features(x)
         return self.head(x)
-""")
-_add("2.1 2.2", """
+""",
+)
+_add(
+    "2.1 2.2",
+    """
 class VGGBlock(nn.Module):
     def __init__(self, in_channels, out_channels, depth, batch_norm=False, ceil_mode=False):
         super().__init__()
@@ -188,8 +220,11 @@ class VGGBlock(nn.Module):
 
     def forward(self, x):
         return self.down(self.steps(x))
-""")
-_add("2.3", """
+""",
+)
+_add(
+    "2.3",
+    """
 class VGG:
     def __init__(self, depths, channels=(64, 128, 256, 512, 512), num_classes=1000, small_input=False, batch_norm=False, dropout=0.5):
         super().__init__()
@@ -208,8 +243,11 @@ class VGG:
 
     def forward(self, x):
         return self.head(self.forward_features(x))
-""")
-_add("2.4", """
+""",
+)
+_add(
+    "2.4",
+    """
 def receptive_fields(layers):
     found = []
     size = 1
@@ -223,8 +261,11 @@ def receptive_fields(layers):
             jump = jump * s
             found.append(Field(name, size, jump))
     return found
-""")
-_add("3.1", """
+""",
+)
+_add(
+    "3.1",
+    """
 class ConvBnReLU(nn.Module):
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=None, batch_norm=True):
         super().__init__()
@@ -240,8 +281,11 @@ class ConvBnReLU(nn.Module):
         if self.bn is not None:
             x = self.bn(x)
         return torch.relu(x)
-""")
-_add("3.2", """
+""",
+)
+_add(
+    "3.2",
+    """
 class Branches(nn.Module):
     def __init__(self, *branches):
         super().__init__()
@@ -250,8 +294,11 @@ class Branches(nn.Module):
     def forward(self, x):
         parts = [branch(x) for branch in self.branches]
         return torch.cat(parts, 1)
-""")
-_add("3.3", """
+""",
+)
+_add(
+    "3.3",
+    """
 class Inception(nn.Module):
     def __init__(self, in_channels, widths, five_by_five=False, conv=ConvBnReLU):
         super().__init__()
@@ -264,8 +311,11 @@ class Inception(nn.Module):
 
     def forward(self, x):
         return torch.cat([self.one(x), self.three(x), self.five(x), self.pool(x)], 1)
-""")
-_add("3.4", """
+""",
+)
+_add(
+    "3.4",
+    """
 class InceptionC(nn.Module):
     def __init__(self, in_channels, width):
         super().__init__()
@@ -283,8 +333,11 @@ class InceptionC(nn.Module):
 
     def forward(self, x):
         return torch.cat([self.one(x), self.two(x), self.three(x), self.four(x)], 1)
-""")
-_add("3.5", """
+""",
+)
+_add(
+    "3.5",
+    """
 class AuxiliaryHead(nn.Module):
     def __init__(self, in_channels, num_classes, conv=ConvBnReLU):
         super().__init__()
@@ -298,8 +351,11 @@ class AuxiliaryHead(nn.Module):
         x = self.conv(self.pool(x))
         x = torch.relu(self.hidden(x.flatten(1)))
         return self.out(self.drop(x))
-""")
-_add("3.6", """
+""",
+)
+_add(
+    "3.6",
+    """
 class AuxiliaryLoss(nn.Module):
     def __init__(self, criterion, weight):
         super().__init__()
@@ -313,8 +369,11 @@ class AuxiliaryLoss(nn.Module):
         for aux in outputs[1:]:
             total = total + self.weight * self.criterion(aux, targets)
         return total
-""")
-_add("4.1", """
+""",
+)
+_add(
+    "4.1",
+    """
 def round_channels(channels, divisor=8):
     nearest = int(channels / divisor + 0.5) * divisor
     if nearest < divisor:
@@ -322,8 +381,11 @@ def round_channels(channels, divisor=8):
     if nearest < 0.9 * channels:
         nearest += divisor
     return nearest
-""")
-_add("4.2", """
+""",
+)
+_add(
+    "4.2",
+    """
 def scale_stages(stages, width_mult=1.0, depth_mult=1.0):
     scaled = []
     for stage in stages:
@@ -331,8 +393,11 @@ def scale_stages(stages, width_mult=1.0, depth_mult=1.0):
         deep = math.ceil(stage.layers * depth_mult)
         scaled.append(stage._replace(channels=wide, layers=deep))
     return tuple(scaled)
-""")
-_add("4.3", """
+""",
+)
+_add(
+    "4.3",
+    """
 class StochasticDepth(nn.Module):
     def __init__(self, rate):
         super().__init__()
@@ -343,8 +408,11 @@ class StochasticDepth(nn.Module):
             return x
         keep = torch.rand(x.shape[0], 1, 1, 1) < 1 - self.rate
         return x * keep / (1 - self.rate)
-""")
-_add("4.4", """
+""",
+)
+_add(
+    "4.4",
+    """
 class MBConv(nn.Module):
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, expansion=6, drop_rate=0.0, norm=nn.BatchNorm2d):
         super().__init__()
@@ -364,8 +432,11 @@ class MBConv(nn.Module):
         if self.add:
             y = x + self.drop(y)
         return y
-""")
-_add("5.1", """
+""",
+)
+_add(
+    "5.1",
+    """
 class DepthwiseSeparable(nn.Module):
     def __init__(self, in_channels, out_channels, stride=1):
         super().__init__()
@@ -375,8 +446,11 @@ class DepthwiseSeparable(nn.Module):
 
     def forward(self, x):
         return self.mix(self.filter(x))
-""")
-_add("5.2", """
+""",
+)
+_add(
+    "5.2",
+    """
 class SqueezeExcitation(nn.Module):
     def __init__(self, channels):
         super().__init__()
@@ -389,8 +463,11 @@ class SqueezeExcitation(nn.Module):
         g = torch.relu(self.a(g))
         g = nn.functional.hardsigmoid(self.b(g))
         return g * x
-""")
-_add("5.3", """
+""",
+)
+_add(
+    "5.3",
+    """
 class InvertedResidual(nn.Module):
     def __init__(self, in_channels, out_channels, expanded, stride=1, kernel=3, se=False, activation=nn.ReLU6, norm=nn.BatchNorm2d):
         super().__init__()
@@ -408,8 +485,11 @@ class InvertedResidual(nn.Module):
     def forward(self, x):
         y = self.steps(x)
         return x + y if self.add else y
-""")
-_add("6.1", """
+""",
+)
+_add(
+    "6.1",
+    """
 class DenseLayer(nn.Module):
     def __init__(self, in_channels, growth_rate, bottleneck=True, dropout=0.0, checkpointing=False):
         super().__init__()
@@ -425,8 +505,11 @@ class DenseLayer(nn.Module):
     def forward(self, features):
         x = torch.cat(features, 1)
         return self.drop(self.steps(x))
-""")
-_add("6.2", """
+""",
+)
+_add(
+    "6.2",
+    """
 class DenseBlock(nn.Module):
     def __init__(self, in_channels, depth, growth_rate, dense=True, **layer_options):
         super().__init__()
@@ -445,8 +528,11 @@ class DenseBlock(nn.Module):
             new = layer(maps)
             maps = maps + [new] if self.dense else [new]
         return torch.cat(maps, 1)
-""")
-_add("6.3", """
+""",
+)
+_add(
+    "6.3",
+    """
 class Transition(nn.Sequential):
     def __init__(self, in_channels, out_channels):
         super().__init__(
@@ -455,8 +541,11 @@ class Transition(nn.Sequential):
             nn.Conv2d(in_channels, out_channels, 1, bias=False),
             nn.AvgPool2d(2),
         )
-""")
-_add("6.4", """
+""",
+)
+_add(
+    "6.4",
+    """
 class DenseNet:
     def __init__(self, depths, growth_rate, bottleneck=True, compression=0.5, stem_channels=None, dense=True, dropout=0.0, checkpointing=False, num_classes=1000, small_input=False):
         super().__init__()
@@ -495,8 +584,11 @@ class DenseNet:
 
     def forward(self, x):
         return self.head(self.forward_features(x))
-""")
-_add("7.1", """
+""",
+)
+_add(
+    "7.1",
+    """
 class SimpleCNN(ConvNet):
     def __init__(self, num_classes=1000, small_input=False, width_mult=1.0):
         super().__init__()
@@ -516,8 +608,11 @@ class SimpleCNN(ConvNet):
             nn.Linear(wide, num_classes),
         )
         self.init_weights()
-""")
-_add("7.2", """
+""",
+)
+_add(
+    "7.2",
+    """
 class LeNet5:
     def __init__(self, num_classes=1000, small_input=False, width_mult=1.0):
         super().__init__()
@@ -533,8 +628,11 @@ class LeNet5:
             nn.Linear(d, num_classes),
         )
         self.init_weights()
-""")
-_add("7.3", """
+""",
+)
+_add(
+    "7.3",
+    """
 class AlexNet(ConvNet):
     def __init__(self, num_classes=1000, small_input=False, width_mult=1.0):
         super().__init__()
@@ -565,8 +663,11 @@ class AlexNet(ConvNet):
             nn.Linear(wide, num_classes),
         )
         self.init_weights()
-""")
-_add("7.4", """
+""",
+)
+_add(
+    "7.4",
+    """
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -584,8 +685,11 @@ class Attention(nn.Module):
         scores = q @ k.transpose(-2, -1) / self.size**0.5
         mixed = scores.softmax(dim=-1) @ v
         return self.out(mixed.transpose(1, 2).reshape(n, t, d))
-""")
-_add("7.5", """
+""",
+)
+_add(
+    "7.5",
+    """
 class EncoderBlock(nn.Module):
     def __init__(self, dim, heads, mlp_dim):
         super().__init__()
@@ -600,8 +704,11 @@ class EncoderBlock(nn.Module):
         x = x + y
         y = self.b(nn.functional.gelu(self.a(self.n2(x))))
         return x + y
-""")
-_add("8.1", """
+""",
+)
+_add(
+    "8.1",
+    """
 def freeze(part):
     for p in part.parameters():
         p.requires_grad = False
@@ -618,8 +725,11 @@ def thaw(part):
 def hold_still(norm, inputs):
     if all(not p.requires_grad for p in norm.parameters()):
         norm.eval()
-""")
-_add("8.2", """
+""",
+)
+_add(
+    "8.2",
+    """
 def discriminative_groups(parts, lr, decay, weight_decay):
     groups = []
     count = len(parts)
@@ -630,8 +740,11 @@ def discriminative_groups(parts, lr, decay, weight_decay):
                 group["lr"] = rate
                 groups.append(group)
     return groups
-""")
-_add("8.3", """
+""",
+)
+_add(
+    "8.3",
+    """
 class UnfreezingSchedule(Schedule):
     def __init__(self, optimizer, kind, steps, warmup_steps, parts, every):
         self.parts = parts
@@ -647,8 +760,11 @@ class UnfreezingSchedule(Schedule):
                 freeze(part)
             else:
                 thaw(part)
-""")
-_add("8.4", """
+""",
+)
+_add(
+    "8.4",
+    """
 class FocalLoss(nn.Module):
     def __init__(self, gamma=2.0):
         super().__init__()
@@ -658,8 +774,11 @@ class FocalLoss(nn.Module):
         log_p = logits.log_softmax(1).gather(1, y[:, None]).squeeze(1)
         weight = (1 - log_p.exp()) ** self.gamma
         return (-weight * log_p).mean()
-""")
-_add("8.5", """
+""",
+)
+_add(
+    "8.5",
+    """
 def coral_loss(source, target):
     d = source.shape[1]
     a = source - source.mean(0)
@@ -667,8 +786,11 @@ def coral_loss(source, target):
     a = a.T @ a / (len(source) - 1)
     b = b.T @ b / (len(target) - 1)
     return ((a - b) ** 2).sum() / (4 * d * d)
-""")
-_add("8.6", """
+""",
+)
+_add(
+    "8.6",
+    """
 class GradientReversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, strength):
@@ -678,8 +800,11 @@ class GradientReversal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient * -ctx.strength, None
-""")
-_add("8.7", """
+""",
+)
+_add(
+    "8.7",
+    """
 def adapt_batch_norm(model, loader):
     model.eval()
     old = {}
@@ -696,4 +821,5 @@ def adapt_batch_norm(model, loader):
         m.momentum = momentum
     model.eval()
     return model
-""")
+""",
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -126,3 +127,38 @@ def test_trivial_augment_gives_each_image_one_operation_of_its_own() -> None:
     # The same draws give the same picture, alone or in a batch.
     for i in range(0, 1400, 100):
         assert torch.equal(A.trivial_augment(x[i : i + 1], table[i : i + 1])[0], y[i])
+
+
+def test_flips_in_turn_show_both_sides_of_every_image_in_two_epochs() -> None:
+    x, rows = torch.rand(64, 3, 4, 4), torch.randperm(64)
+
+    def shown(epoch: int) -> torch.Tensor:
+        table = draws(64)
+        table[:, A.FLIP] = A.flip_in_turn(rows, 7, epoch)
+        return A.random_flip(x[rows], table)[rows.argsort()]
+
+    first, second, third = map(shown, range(3))
+    as_it_is = (first == x).flatten(1).all(1)
+    assert 0 < as_it_is.sum() < 64
+    assert torch.equal(second, first.flip(3)) and torch.equal(third, first)
+
+
+def test_mirrored_padding_is_torchs_own_for_bytes_too() -> None:
+    x = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    padded = A.pad(x, 2, mirror=True)
+    assert padded.dtype == torch.uint8
+    assert torch.equal(padded.float(), F.pad(x.float(), (2, 2, 2, 2), mode="reflect"))
+
+
+def test_views_are_six_and_weighted() -> None:
+    class Corner(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, :, 0, 0]
+
+    x = torch.randn(2, 3, 5, 7)
+    # By hand: the corner of the image and of its mirror image; a shift by one pixel under
+    # reflection, towards either side, brings row 1 and column 1 there.
+    there, shifted = (x[:, :, 0, 0] + x[:, :, 0, -1]) / 2, (x[:, :, 1, 1] + x[:, :, 1, -2]) / 2
+    torch.testing.assert_close(A.Views(Corner(), flips=True)(x), there / 2 + shifted / 2)
+    plain = A.Views(Corner(), flips=False)(x)
+    torch.testing.assert_close(plain, x[:, :, 0, 0] / 2 + x[:, :, 1, 1] / 2)

@@ -399,3 +399,25 @@ def test_more_files_than_the_system_lets_a_process_hold_open(
     assert data.train.take(np.arange(3)).shape == (3, 3, 4, 4), "no padding"
     brightest = data.val.pixels.float().mean((2, 3)).argmax(1)
     assert torch.equal(brightest, data.val.labels), "each image still has its own label"
+
+
+def test_alternating_flips_follow_from_seed_epoch_and_image_alone() -> None:
+    n = 24
+    pixels = torch.zeros(n, 3, 8, 8, dtype=torch.uint8)
+    pixels[..., :4] = 200  # bright on the left, wherever a crop of one pixel's shift lies
+    every = Pictures(torch.arange(n), pixels)
+    source = Source("halves", [str(c) for c in range(n)], every, every, every, flips=True)
+    settings = {"batch_size": 6, "augment": "alternating", "image_size": 8, "seed": 3}
+    data = make_data(source, TrainConfig(**settings).resolve("digits"), CPU)
+
+    def mirrored(epoch: int) -> torch.Tensor:
+        seen = torch.zeros(n, dtype=torch.bool)
+        for x, y in data.train.batches(epoch):
+            seen[y] = x[..., :3].mean((1, 2, 3)) < x[..., 5:].mean((1, 2, 3))
+        return seen
+
+    first = mirrored(0)
+    assert 0 < first.sum() < n and torch.equal(mirrored(1), ~first)
+    assert torch.equal(mirrored(2), first)
+    late = [x for x, _ in data.train.batches(1, start=2)]  # as after --resume within an epoch
+    assert all(torch.equal(a, x) for a, (x, _) in zip(late, list(data.train.batches(1))[2:]))

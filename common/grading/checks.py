@@ -226,9 +226,7 @@ def failures(check: str, trials: list[Trial]) -> list[tuple[Trial, str]]:
         except Wrong as wrong:
             found.append((trial, str(wrong)))
         except Exception:
-            found.append(
-                (trial, "the answer makes no sense; does the submission change torch?")
-            )
+            found.append((trial, "the answer makes no sense; does the submission change torch?"))
     return found
 
 
@@ -328,8 +326,10 @@ def _scaled(a: np.ndarray, b: np.ndarray, scale: float) -> str:
         return ""
     factor = float(a @ b / (a @ a))
     if factor and np.allclose(factor * a, b, atol=TOLERANCE * scale):
-        return f"; it is 1/{factor:.4g} of what it should be" if abs(factor) > 1 else (
-            f"; it is {1 / factor:.4g} times what it should be"
+        return (
+            f"; it is 1/{factor:.4g} of what it should be"
+            if abs(factor) > 1
+            else (f"; it is {1 / factor:.4g} times what it should be")
         )
     shift = float((b - a).mean())
     if np.allclose(a + shift, b, atol=TOLERANCE * scale):

@@ -40,7 +40,9 @@ def readable(also: Iterable[str | Path] = ()) -> list[Path]:
     Args:
         also: further files and folders.
     """
-    libraries = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    libraries = {
+        sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    }
     libraries |= {f"{prefix}/lib" for prefix in (sys.base_prefix, sys.exec_prefix)}
     libraries |= {*site.getsitepackages(), "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
     system = ["/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/zero", "/dev/urandom"]

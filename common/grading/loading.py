@@ -292,7 +292,9 @@ def run_with_grafts(
                 raise
             later.append(code)  # what the submission lacks may need what comes further down
         except NotImplementedError as error:  # another exercise's hole, which this doesn't need
-            if not str(error).startswith("Exercise") or str(error).startswith(f"Exercise {number}:"):
+            if not str(error).startswith("Exercise") or str(error).startswith(
+                f"Exercise {number}:"
+            ):
                 raise
     for code in later:
         with contextlib.suppress(Exception):

@@ -6,8 +6,8 @@ submission does, so that the total never changes.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import base64
 import hashlib

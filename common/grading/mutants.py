@@ -168,9 +168,7 @@ def record(forward: Callable[[], list[Tensor]]) -> tuple[list[Call], list[Tensor
     return watch.calls, result
 
 
-def run(
-    forward: Callable[[], list[Tensor]], changes: dict[int, Change]
-) -> list[Tensor] | None:
+def run(forward: Callable[[], list[Tensor]], changes: dict[int, Change]) -> list[Tensor] | None:
     """What comes out with these changes, None where they don't fit."""
     try:
         with Watch(changes):
@@ -245,7 +243,10 @@ def mistakes(calls: list[Call]) -> Iterator[tuple[str, dict[int, Change]]]:
         if call.kind == "dropout":
             yield f"{name} is missing", {i: _skip}
             for factor in (0.5, 2.0):
-                yield f"the rate of {name} is wrong", {i: _rate(lambda p, c=factor: min(p * c, 0.9))}
+                yield (
+                    f"the rate of {name} is wrong",
+                    {i: _rate(lambda p, c=factor: min(p * c, 0.9))},
+                )
             yield f"{name} keeps what it should drop", {i: _rate(lambda p: 1 - p)}
             yield (
                 f"the rate of {name} is wrong",
@@ -273,7 +274,10 @@ def mistakes(calls: list[Call]) -> Iterator[tuple[str, dict[int, Change]]]:
         places = [i for i, call in enumerate(calls) if call.kind == kind]
         if len(places) > 1:
             word = "an average pool" if kind == "max_pool2d" else "a max-pool"
-            yield f"{word} in place of every {calls[places[0]].what}", dict.fromkeys(places, instead)
+            yield (
+                f"{word} in place of every {calls[places[0]].what}",
+                dict.fromkeys(places, instead),
+            )
     swaps: dict[int, Change] = {}
     for i, call in enumerate(calls[:-1]):
         if call.kind in ACTIVATIONS and calls[i + 1].kind in ("max_pool2d", "avg_pool2d"):
@@ -457,9 +461,7 @@ def _subsample(func: Callable, args: tuple, kwargs: dict) -> Any:
     return x[:, :, ::step, ::step]
 
 
-def _sum_mistakes(
-    i: int, calls: list[Call], name: str
-) -> Iterator[tuple[str, dict[int, Change]]]:
+def _sum_mistakes(i: int, calls: list[Call], name: str) -> Iterator[tuple[str, dict[int, Change]]]:
     yield f"{name} is missing: only its first operand is left", {i: lambda f, a, k: a[0]}
     yield f"{name} is missing: only its second operand is left", {i: lambda f, a, k: a[1]}
     yield f"{name} subtracts", {i: lambda f, a, k: a[0] - a[1]}
@@ -556,9 +558,12 @@ def _attention_mistakes(i: int) -> Iterator[tuple[str, dict[int, Change]]]:
     yield (
         "the heads are joined without bringing them next to each other first (a transpose)",
         {
-            i: lambda f, a, k: f(*a).flatten(1).view(
-                a[0].shape[0], a[0].shape[2], a[0].shape[1], a[0].shape[3]
-            ).transpose(1, 2)
+            i: lambda f, a, k: (
+                f(*a)
+                .flatten(1)
+                .view(a[0].shape[0], a[0].shape[2], a[0].shape[1], a[0].shape[3])
+                .transpose(1, 2)
+            )
         },
     )
     yield (
@@ -569,9 +574,10 @@ def _attention_mistakes(i: int) -> Iterator[tuple[str, dict[int, Change]]]:
         "there is one head: all of the width in one product",
         {i: lambda f, a, k: _one_head(a, a[0].shape[-1] ** -0.5)},
     )
-    yield "the values are not weighted: their mean", {
-        i: lambda f, a, k: a[2].mean(2, keepdim=True).expand_as(a[2])
-    }
+    yield (
+        "the values are not weighted: their mean",
+        {i: lambda f, a, k: a[2].mean(2, keepdim=True).expand_as(a[2])},
+    )
 
 
 def _scores(args: tuple) -> Tensor:

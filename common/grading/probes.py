@@ -75,9 +75,7 @@ def plain(value: object, most: int = SAMPLE) -> Any:
     """
     if isinstance(value, Tensor):
         shape, flat = list(value.shape), value.detach().cpu().flatten()
-        flat = _thin(flat, SAMPLE).to(
-            torch.float64 if value.is_floating_point() else torch.int64
-        )
+        flat = _thin(flat, SAMPLE).to(torch.float64 if value.is_floating_point() else torch.int64)
         flat = _thin(flat, most)
         data = base64.b64encode(flat.numpy().tobytes()).decode()
         return {"$tensor": [str(flat.numpy().dtype), shape, data]}
@@ -232,9 +230,7 @@ class Submission:
                 return one
         raise Trouble("the submission's layers change from one look to the next")
 
-    def mistakes(
-        self, expression: str, inputs: list[list[int]], as_list: bool, seed: int
-    ) -> dict:
+    def mistakes(self, expression: str, inputs: list[list[int]], as_list: bool, seed: int) -> dict:
         """What comes out of this module, the reference, with one mistake or the other in it."""
         module, forward = self._build(expression, inputs, as_list, seed)
         units, _ = weights.units_of(module, forward)

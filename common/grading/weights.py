@@ -327,9 +327,7 @@ def _pieces(slots: list[list[Any]], mine: dict[str, list], transposed: bool) -> 
                 pieces.append((flat[::-1], slot, role, lambda t: t.flatten(1).T))
                 continue
             # Slices: as many as make the shape of one of the submission's.
-            parts = next(
-                (k for k in (1, 2, 3, 4) if flat[0] % k == 0 and _key(flat, k) in mine), 1
-            )
+            parts = next((k for k in (1, 2, 3, 4) if flat[0] % k == 0 and _key(flat, k) in mine), 1)
             size = flat[0] // parts
             pieces += [
                 ((size, *flat[1:]), slot, role, lambda t, a=i * size, n=size: t[a : a + n])

@@ -1,0 +1,173 @@
+"""ResNet-9: lesson 1's idea in a net that learns CIFAR-10 on a laptop, and what each trick gives.
+
+Page 2018 ("How to train your ResNet") trained a ResNet of nine layers on CIFAR-10 in 79 seconds on
+one GPU, and others have gone on from there. Three ideas of the net let it learn in ten epochs:
+
+- Whitened patches. Neighbouring pixels are nearly equal, so a first layer has to learn to look at
+  their differences. Its filters can be computed instead, and stay fixed.
+- The identity at the start. Each 3x3 kernel begins as a copy of its input.
+- Width where the picture is small. A convolution, then max-pooling, and only then the residual
+  pair, at a quarter of the cost.
+
+The recipe (`--recipe fast`) is `FAST` in common/config.py; common/optimizers.py has its Muon.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.config import TrainConfig
+from common.experiments import Arm, Claim, Experiment
+
+
+class PatchWhitening(nn.Conv2d):
+    """A fixed 2x2 convolution whose outputs are uncorrelated and of variance 1.  Page 2018, part 8;
+    fixed and 2x2 in Jordan 2024, sec. 3.2.
+
+    (N, 3, H, W) -> (N, 24, H - 1, W - 1): 12 directions of a patch's 12 numbers, then the same
+    negated, so that no half is lost in the ReLU that follows.
+
+    >>> PatchWhitening()(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 24, 31, 31])
+    """
+
+    def __init__(self) -> None:
+        super().__init__(3, 24, kernel_size=2, bias=False)
+        self.weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def measure(self, x: Tensor, eps: float = 5e-4) -> None:
+        """Compute the filters from images (N, 3, H, W) as the model sees them; `eps` is added to
+        each variance, so that noise is not blown up.
+        """
+        patches = F.unfold(x.float().contiguous(), 2).transpose(1, 2).reshape(-1, 12)
+        variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (directions / (variances + eps).sqrt()).T.reshape(12, 3, 2, 2)
+        self.weight.copy_(torch.cat([filters, -filters]))
+
+
+class PooledStage(nn.Module):
+    """A convolution that widens, max-pooling, then x + F(x), where F is `depth` convolutions.
+
+    (N, C_in, H, W) -> (N, C_out, H/2, W/2)
+
+    >>> PooledStage(24, 64, depth=2)(torch.zeros(1, 24, 31, 31)).shape
+    torch.Size([1, 64, 15, 15])
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, depth: int, shortcut: bool = True
+    ) -> None:
+        super().__init__()
+        self.shortcut = shortcut and depth > 0
+        self.widen = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels)
+        layers = []
+        for _ in range(depth):
+            conv = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(out_channels), nn.ReLU()]
+        self.residual = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.widen(x)
+        x = F.max_pool2d(x, min(2, x.shape[-1]))  # 8-pixel digits are down to 1 after two stages
+        x = F.relu(self.norm(x))
+        return x + self.residual(x) if self.shortcut else self.residual(x)
+
+
+class ResNet9(nn.Module):
+    """(N, 3, H, W) -> (N, num_classes): whitening, three pooled stages, max over what is left.
+
+    It has one form, for 32x32 images, whatever `small_input` says. NOTE: Page's has a trained 3x3
+    stem and stages of 128, 256 and 512.
+
+    Args:
+        whiten: compute the stem's filters, see `PatchWhitening`; or train them.
+        identity: start each 3x3 kernel as a copy; or at random.
+        shortcut: add the input of each residual pair to its output; or don't.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, int, int] = (64, 128, 256),
+        num_classes: int = 1000,
+        small_input: bool = False,
+        whiten: bool = True,
+        identity: bool = True,
+        shortcut: bool = True,
+    ) -> None:
+        super().__init__()
+        first = PatchWhitening() if whiten else nn.Conv2d(3, 24, kernel_size=2, bias=False)
+        self.stem = nn.Sequential(first, nn.ReLU())
+        widths, depths = (24, *channels), (2, 0, 2)
+        self.stages = nn.Sequential(
+            *(PooledStage(*row, shortcut) for row in zip(widths, widths[1:], depths))
+        )
+        self.head = nn.Sequential(
+            nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes)
+        )
+        nn.init.zeros_(self.head[-1].weight)  # the first guess is the same for all classes
+        for conv in self.stages.modules():
+            if identity and isinstance(conv, nn.Conv2d):
+                nn.init.dirac_(conv.weight[: conv.in_channels])  # further filters stay random
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, C, h, w), the last feature map; 3 x 3 for 32 pixels."""
+        return self.stages(self.stem(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Linear:
+        return self.head[-1]
+
+    def reset_classifier(self, num_classes: int) -> None:
+        old = self.head[-1]
+        self.head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
+
+
+# ---------------------------------------------------------------------------------- what each gives
+
+TRICKS: dict[str, tuple[dict[str, bool], dict[str, object]]] = {
+    # without it: what differs in the net, and in the recipe
+    "shortcuts": ({"shortcut": False}, {}),
+    "whitened patches": ({"whiten": False}, {}),
+    "kernels that copy": ({"identity": False}, {}),
+    "orthogonal steps": ({}, {"optimizer": "sgd", "momentum": 0.9}),
+    "smoothed labels": ({}, {"label_smoothing": 0.0}),
+    "linear decay": ({}, {"schedule": "constant"}),
+    "flips in turn, mirrored edges": ({}, {"augment": "basic"}),
+}
+
+
+def bag_of_tricks(config: TrainConfig) -> Experiment:
+    """Each of `TRICKS` left out, in a third of the epochs: the bag is for short trainings.
+
+    digits have no flips, and batches of their own size.
+    """
+    epochs = max(1, config.epochs // 3)
+    tricks, fast = dict(TRICKS), {**config.FAST, "epochs": epochs, "momentum": 0.6}
+    if config.dataset == "digits":
+        tricks.popitem()
+        fast["batch_size"] = config.batch_size
+    net = partial(ResNet9, (32, 64, 128))
+    bag = Arm("all tricks", net, fast, rates=(0.06, 0.12, 0.24))
+    arms = [
+        Arm(
+            f"without {name}",
+            partial(net, **of_net),
+            {**fast, **of_recipe},
+            rates=(0.05, 0.1, 0.2) if "optimizer" in of_recipe else (),
+            rate_of="" if "optimizer" in of_recipe else bag.name,
+        )
+        for name, (of_net, of_recipe) in tricks.items()
+    ]
+    claims = [
+        Claim(f"the net is better with {name}", higher=bag.name, lower=f"without {name}")
+        for name in tricks
+    ]
+    return Experiment("Bag of tricks: what each one gives", [bag, *arms], claims)
