@@ -125,6 +125,42 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     return dict(zip(gradients, norms.tolist()))
 
 
+def centre_gradient(activation: Tensor, image: Tensor) -> Tensor:
+    """How strongly each pixel moves the centre of a map: (N, C, h, w), (N, 3, H, W) -> (H, W).
+
+    The gradient of the centre position, its channels summed, in absolute value and summed over the
+    colours and the N images: a pixel that a ReLU or a max-pool hides in one image shows in another.
+    """
+    h, w = activation.shape[-2:]
+    centre = activation[:, :, h // 2, w // 2].sum()
+    (gradient,) = torch.autograd.grad(centre, image, retain_graph=True)
+    return gradient.abs().sum(dim=(0, 1))
+
+
+def extent(gradient: Tensor) -> int:
+    """Side of the smallest square that holds every pixel with a gradient."""
+    rows, columns = gradient.nonzero(as_tuple=True)
+    return int(max(rows.max() - rows.min(), columns.max() - columns.min())) + 1
+
+
+def effective_extent(gradient: Tensor, share: float = 0.95) -> int:
+    """Side of the square, centred as the field is, that holds `share` of the gradient.
+
+    Luo et al. 2016, "Understanding the effective receptive field", found it far below the field.
+
+    >>> effective_extent(torch.tensor([[1.0, 1, 1], [1, 100, 1], [1, 1, 1]]), share=0.9)
+    1
+    """
+    rows, columns = gradient.nonzero(as_tuple=True)
+    weights = gradient[rows, columns]
+    # In half pixels, so that the centre of an even field is a whole number too.
+    off_row = (2 * rows - rows.min() - rows.max()).abs()
+    off_column = (2 * columns - columns.min() - columns.max()).abs()
+    distance = torch.maximum(off_row, off_column)
+    within = torch.bincount(distance, weights).cumsum(0) / weights.sum()
+    return int((within < share).sum()) + 1
+
+
 def to_images(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Normalised images (N, C, H, W) as they look: (N, H, W, 3) in [0, 1]. One channel is gray."""
     x = x.detach().float().cpu()

@@ -266,6 +266,25 @@ def grad_cam(
     return _grid(pairs, titles, heading, columns=min(len(pairs), 4), width=2.9)
 
 
+def fields(seen: Mapping[str, tuple[np.ndarray, int]], heading: str, *, columns: int = 4) -> Figure:
+    """What an activation sees: where its gradient is, (H, W), with the computed field, a square of
+    so many pixels, drawn around it.
+    """
+    rows = -(-len(seen) // columns)
+    figure, axes = panels(rows * columns, heading, columns=columns, size=(3.3, 3.7))
+    for ax, (name, (gradient, side)) in zip(axes, seen.items()):
+        # The root brings out the faint rim.
+        ax.imshow(np.sqrt(gradient / gradient.max()), cmap="inferno", interpolation="nearest")
+        (top, bottom), (left, right) = (
+            [(places.min() + places.max() + sign * side) / 2 for sign in (-1, 1)]
+            for places in gradient.nonzero()
+        )
+        ax.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="#5FB7E5")
+        ax.set_title(f"{name} pixels", size=11, loc="left")
+        ax.set(xticks=[], yticks=[])
+    return figure
+
+
 def image_grid(images: np.ndarray, titles: Sequence[str], heading: str) -> Figure:
     """Images, (N, H, W, 3) in [0, 1], each under its title. No image: a figure that says so."""
     if len(images) == 0:
