@@ -16,6 +16,15 @@ from common.engine.errors import UserError, unknown
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "imagenet", "auto")
 
+# Without a tenth for validation.
+TRAIN_IMAGES = {
+    "digits": 1294,
+    "mnist": 54_000,
+    "fashion_mnist": 54_000,
+    "cifar10": 45_000,
+    "cifar100": 45_000,
+}
+
 Recipe = dict[str, Any]
 
 
@@ -270,7 +279,11 @@ class TrainConfig:
             raise UserError("--lr 0: a learning rate of zero learns nothing")
 
     def resolve(
-        self, dataset: str, image_size: int | None = None, world_size: int = 1
+        self,
+        dataset: str,
+        image_size: int | None = None,
+        world_size: int = 1,
+        images: int | None = None,
     ) -> TrainConfig:
         """The same settings with every `None` filled in from the recipe of `dataset`.
 
@@ -278,6 +291,7 @@ class TrainConfig:
             dataset: what `auto` came out as.
             image_size: for a folder, whose images decide; None takes the recipe's.
             world_size: processes that share an optimizer step.
+            images: to train on, where they are a folder's: no step has more than all of them.
         """
         recipe = {
             **self.COMMON_RECIPE,
@@ -302,8 +316,10 @@ class TrainConfig:
         if config.lr is None:
             # The linear rule of Goyal et al. 2017, sec. 2.1: k times the images per step, k times
             # the step.
-            images_per_step = config.batch_size * config.accumulate * world_size
-            config = dataclasses.replace(config, lr=config.base_lr * images_per_step / 256)
+            asked = config.batch_size * config.accumulate * world_size
+            images_per_step = min(asked, images or TRAIN_IMAGES.get(dataset, asked))
+            rate = min(config.base_lr * images_per_step / 256, 100.0)  # what --lr may be at most
+            config = dataclasses.replace(config, lr=rate)
         return config
 
     @property

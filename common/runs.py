@@ -47,16 +47,16 @@ def prepare(config: ConfigT) -> tuple[ConfigT, torch.device]:
     if processes.is_main():
         choice = sources.choose_dataset(config.dataset, config.data_dir, device.type == "cuda")
     name, why = processes.from_main(choice)
-    image_size = None
+    image_size = images = None
     if name == "folder":
-        image_size = sources.size_of_folder(config.data_dir)
+        image_size, images = sources.size_of_folder(config.data_dir)
     if config.pretrained:
         # The stems of official weights are made for large images; below about 96 px little is left
         # of them.
         image_size = size_for_weights(
             config.model, config.image_size, 224 if device.type == "cuda" else 96
         )
-    config = config.resolve(name, image_size, processes.world_size())
+    config = config.resolve(name, image_size, processes.world_size(), images)
     if why and processes.is_main():
         print(f"dataset    {why}", flush=True)
     return config, device
@@ -230,7 +230,7 @@ def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -
     name, _ = sources.choose_dataset(config.dataset, config.data_dir, gpu=False)
     image_size, classes = None, {"cifar100": 100, "imagenet": 1000}.get(name, 10)
     if name == "folder":
-        image_size = sources.size_of_folder(config.data_dir)
+        image_size, _ = sources.size_of_folder(config.data_dir)
         classes = len(sources.load_folder(config.data_dir, seed=0).class_names)
     if config.pretrained:
         image_size = size_for_weights(config.model, config.image_size, 224)
