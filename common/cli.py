@@ -64,6 +64,7 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
         add_help=False,
     )
     types = knob_types(config_class)
+    shared = {spec.name: spec for spec in dataclasses.fields(TrainConfig)}
     own = parser.add_argument_group("this lesson")
     group = own
     # A lesson's own knobs come after the shared ones in the dataclass, and first in the help.
@@ -85,7 +86,7 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
                 "|".join(filter(None, spec.metadata.get("choices") or ()))
                 or kinds[0].__name__.upper()
             )
-        mine = spec.name in vars(config_class).get("__annotations__", {})
+        mine = spec is not shared.get(spec.name)
         (own if mine else group).add_argument("--" + spec.name.replace("_", "-"), **options)
     group.add_argument("-h", "--help", action="help", help="show this and stop")
     return parser

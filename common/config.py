@@ -169,6 +169,9 @@ class TrainConfig:
     )
     skip_broken: bool = knob(False, "leave out images that can't be read, and count them")
     summary: bool = knob(False, "print the layer table and stop")
+    summary_depth: int = knob(
+        0, "with --summary: levels of modules to show, 0: all of them", low=0, high=20
+    )
     experiment: str = knob("", "run the lesson's experiment of this name instead of training")
     seeds: int = knob(
         3, "trainings of each arm of an experiment, with seeds SEED, SEED + 1, ...", low=1, high=100

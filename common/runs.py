@@ -238,19 +238,19 @@ def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -
     with torch.device("meta"):
         model = build(config, classes)
     size = (3, config.image_size, config.image_size)
-    rows = layer_table(model, size)
-    width = max(len(r.name) for r in rows)
-    kind = max(len(r.kind) for r in rows)
-    print(f"{config.model} for {name}: {classes} classes, {config.image_size} px\n")
-    print(
-        f"{'layer':<{width}}  {'kind':<{kind}}  {'output shape':>18}  {'parameters':>12}  "
-        f"{'MACs':>15}"
-    )
-    for r in rows:
-        shape = " x ".join(map(str, r.output_shape[1:])) if r.output_shape else "in training only"
-        print(f"{r.name:<{width}}  {r.kind:<{kind}}  {shape:>18}  {r.params:>12,}  {r.macs:>15,}")
     params, macs = count_parameters(model), count_macs(model, size)
-    print(f"\n{'total':<{width}}  {'':<{kind}}  {'':>18}  {params:>12,}  {macs:>15,}")
+    lines = [("layer", "kind", "output", "parameters", "MACs")]
+    for r in layer_table(model, size, config.summary_depth):
+        shape = "x".join(map(str, r.output_shape[1:])) if r.output_shape else "training only"
+        lines.append((r.name, r.kind, shape, f"{r.params:,}", f"{r.macs:,}"))
+    lines.append(("total", "", "", f"{params:,}", f"{macs:,}"))
+    name, *widths = (max(map(len, column)) for column in zip(*lines))
+    name = min(name, 80 - sum(widths) - 2 * len(widths))  # a terminal's 80 columns
+    print(f"{config.model} for {config.dataset}: {classes} classes, {config.image_size} px\n")
+    for layer, kind, *numbers in lines:
+        layer = layer if len(layer) <= name else "…" + layer[-name + 1 :]
+        right = "  ".join(f"{number:>{w}}" for number, w in zip(numbers, widths[1:]))
+        print(f"{layer:<{name}}  {kind:<{widths[0]}}  {right}")
     print(
         f"thop counts {thop_macs(model, size):,} MACs: BatchNorm and pooling too, but no attention."
     )
