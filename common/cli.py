@@ -156,7 +156,8 @@ def main(
             return
         if config.experiment and config.experiment not in experiments:
             raise unknown("experiment", config.experiment, experiments)
-        if models[config.model] is not None and not (config.resume or config.pretrained):
+        known = build is not None and models[config.model] is not None
+        if known and not (config.resume or config.pretrained):
             from common.engine.limits import check_size
             from common.profiling import count_macs
 
