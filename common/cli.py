@@ -15,12 +15,19 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from common.config import TrainConfig, knob_types
+from common.config import TRAIN_IMAGES, TrainConfig, knob_types
 from common.engine import signals
 from common.engine.errors import UserError, unknown
 from common.engine.signals import on_leave
 from common.engine.surroundings import in_notebook, script
 
+# The first knob of each group of TrainConfig, and what --help calls the group.
+GROUPS = {
+    "dataset": "images",
+    "epochs": "training",
+    "device": "machine",
+    "run_dir": "the run and its folder",
+}
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 __all__ = ["exit_codes", "in_notebook", "main", "on_leave", "parse_flags"]
 
@@ -53,9 +60,17 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,  # so that only what was typed comes back
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        usage=argparse.SUPPRESS,
+        add_help=False,
     )
     types = knob_types(config_class)
+    shared = {spec.name: spec for spec in dataclasses.fields(TrainConfig)}
+    own = parser.add_argument_group("this lesson")
+    group = own
+    # A lesson's own knobs come after the shared ones in the dataclass, and first in the help.
     for spec in dataclasses.fields(config_class):
+        if spec.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[spec.name])
         kinds = [kind for kind in types[spec.name] if kind is not type(None)]
         help_text = spec.metadata.get("help", "").replace("%", "%%")
         if spec.default not in (None, "", False):
@@ -71,7 +86,9 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
                 "|".join(filter(None, spec.metadata.get("choices") or ()))
                 or kinds[0].__name__.upper()
             )
-        parser.add_argument("--" + spec.name.replace("_", "-"), **options)
+        mine = spec is not shared.get(spec.name)
+        (own if mine else group).add_argument("--" + spec.name.replace("_", "-"), **options)
+    group.add_argument("-h", "--help", action="help", help="show this and stop")
     return parser
 
 
@@ -128,6 +145,8 @@ def main(
     Exits with 0, or 2, 130, 143 or 129 after one line that says why.
     """
     with exit_codes():
+        with suppress(AttributeError):  # class names in a script that this terminal doesn't have
+            sys.stdout.reconfigure(errors="backslashreplace")
         if config.model not in models:
             raise unknown("model", config.model, models)
         if config.summary:
@@ -137,11 +156,12 @@ def main(
             return
         if config.experiment and config.experiment not in experiments:
             raise unknown("experiment", config.experiment, experiments)
-        if models[config.model] is not None and not (config.resume or config.pretrained):
+        known = build is not None and models[config.model] is not None
+        if known and not (config.resume or config.pretrained):
             from common.engine.limits import check_size
             from common.profiling import count_macs
 
-            check_size(config, build, count_macs)
+            check_size(config, build, count_macs, TRAIN_IMAGES)
         job = experiments[config.experiment] if config.experiment else run
         job(config)
 

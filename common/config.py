@@ -16,6 +16,15 @@ from common.engine.errors import UserError, unknown
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "imagenet", "auto")
 
+# Without a tenth for validation.
+TRAIN_IMAGES = {
+    "digits": 1294,
+    "mnist": 54_000,
+    "fashion_mnist": 54_000,
+    "cifar10": 45_000,
+    "cifar100": 45_000,
+}
+
 Recipe = dict[str, Any]
 
 
@@ -160,6 +169,9 @@ class TrainConfig:
     )
     skip_broken: bool = knob(False, "leave out images that can't be read, and count them")
     summary: bool = knob(False, "print the layer table and stop")
+    summary_depth: int = knob(
+        0, "with --summary: levels of modules to show, 0: all of them", low=0, high=20
+    )
     experiment: str = knob("", "run the lesson's experiment of this name instead of training")
     seeds: int = knob(
         3, "trainings of each arm of an experiment, with seeds SEED, SEED + 1, ...", low=1, high=100
@@ -270,7 +282,11 @@ class TrainConfig:
             raise UserError("--lr 0: a learning rate of zero learns nothing")
 
     def resolve(
-        self, dataset: str, image_size: int | None = None, world_size: int = 1
+        self,
+        dataset: str,
+        image_size: int | None = None,
+        world_size: int = 1,
+        images: int | None = None,
     ) -> TrainConfig:
         """The same settings with every `None` filled in from the recipe of `dataset`.
 
@@ -278,6 +294,7 @@ class TrainConfig:
             dataset: what `auto` came out as.
             image_size: for a folder, whose images decide; None takes the recipe's.
             world_size: processes that share an optimizer step.
+            images: to train on, where they are a folder's: no step has more than all of them.
         """
         recipe = {
             **self.COMMON_RECIPE,
@@ -302,8 +319,10 @@ class TrainConfig:
         if config.lr is None:
             # The linear rule of Goyal et al. 2017, sec. 2.1: k times the images per step, k times
             # the step.
-            images_per_step = config.batch_size * config.accumulate * world_size
-            config = dataclasses.replace(config, lr=config.base_lr * images_per_step / 256)
+            asked = config.batch_size * config.accumulate * world_size
+            images_per_step = min(asked, images or TRAIN_IMAGES.get(dataset, asked))
+            rate = min(config.base_lr * images_per_step / 256, 100.0)  # what --lr may be at most
+            config = dataclasses.replace(config, lr=rate)
         return config
 
     @property

@@ -20,6 +20,7 @@ from __future__ import annotations
 import io
 import itertools
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,11 @@ def save(figure: Figure, path: Path | str) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=DPI)
+    with warnings.catch_warnings():
+        # Class names may be in a script that none of the fonts here has: boxes, but no warning for
+        # each letter of each figure.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(png, format="png", dpi=DPI)
     figure.clear()
     write_atomically(path, png.getvalue())
     return path

@@ -64,11 +64,16 @@ def _dummy_image(model: nn.Module, input_size: tuple[int, int, int], batch_size:
     return torch.zeros(batch_size, *input_size, device=like.device, dtype=like.dtype)
 
 
-def layer_table(model: nn.Module, input_size: tuple[int, int, int]) -> list[LayerRecord]:
+def layer_table(
+    model: nn.Module, input_size: tuple[int, int, int], depth: int = 0
+) -> list[LayerRecord]:
     """One record per layer that computes or holds something, in the order of the definition.
 
     Output shapes are of one image; parameters and MACs are a layer's own, so that the columns add
     up to `count_parameters` and `count_macs`. Works on the meta device.
+
+    Args:
+        depth: what lies deeper is counted with the module of so many levels around it; 0: nothing.
     """
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -88,12 +93,22 @@ def layer_table(model: nn.Module, input_size: tuple[int, int, int]) -> list[Laye
     root = type(model).__name__
     total = {path.removeprefix(root + "."): sum(ops.values()) for path, ops in macs.items()}
     total[""] = total.pop("Global", 0)
+    modules = dict(model.named_modules())
+    for name in sorted(modules, key=lambda n: -n.count(".")):
+        # A list of modules is never called itself, so the counter knows nothing of it.
+        if name not in total and list(modules[name].children()):
+            inside = (f"{name}.{child}" for child, _ in modules[name].named_children())
+            total[name] = sum(total.get(child, 0) for child in inside)
     records, seen = [], set()
-    for name, module in model.named_modules():
+    for name, module in modules.items():
+        if depth and name.count(".") >= depth:
+            continue
         # A parameter that two layers share is listed, as it is counted, with the first.
-        own_parameters = [p for p in module.parameters(recurse=False) if p not in seen]
+        folded = bool(depth) and name.count(".") == depth - 1 and name != ""
+        own_parameters = [p for p in module.parameters(recurse=folded) if p not in seen]
         seen.update(own_parameters)
         children = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+        children = [] if folded else children
         own_macs = total.get(name, 0) - sum(total.get(child, 0) for child in children)
         params = sum(p.numel() for p in own_parameters)
         # What holds parameters is listed even if it runs in training only (auxiliary heads).

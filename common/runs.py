@@ -47,16 +47,16 @@ def prepare(config: ConfigT) -> tuple[ConfigT, torch.device]:
     if processes.is_main():
         choice = sources.choose_dataset(config.dataset, config.data_dir, device.type == "cuda")
     name, why = processes.from_main(choice)
-    image_size = None
+    image_size = images = None
     if name == "folder":
-        image_size = sources.size_of_folder(config.data_dir)
+        image_size, images = sources.size_of_folder(config.data_dir)
     if config.pretrained:
         # The stems of official weights are made for large images; below about 96 px little is left
         # of them.
         image_size = size_for_weights(
             config.model, config.image_size, 224 if device.type == "cuda" else 96
         )
-    config = config.resolve(name, image_size, processes.world_size())
+    config = config.resolve(name, image_size, processes.world_size(), images)
     if why and processes.is_main():
         print(f"dataset    {why}", flush=True)
     return config, device
@@ -230,7 +230,7 @@ def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -
     name, _ = sources.choose_dataset(config.dataset, config.data_dir, gpu=False)
     image_size, classes = None, {"cifar100": 100, "imagenet": 1000}.get(name, 10)
     if name == "folder":
-        image_size = sources.size_of_folder(config.data_dir)
+        image_size, _ = sources.size_of_folder(config.data_dir)
         classes = len(sources.load_folder(config.data_dir, seed=0).class_names)
     if config.pretrained:
         image_size = size_for_weights(config.model, config.image_size, 224)
@@ -238,19 +238,19 @@ def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -
     with torch.device("meta"):
         model = build(config, classes)
     size = (3, config.image_size, config.image_size)
-    rows = layer_table(model, size)
-    width = max(len(r.name) for r in rows)
-    kind = max(len(r.kind) for r in rows)
-    print(f"{config.model} for {name}: {classes} classes, {config.image_size} px\n")
-    print(
-        f"{'layer':<{width}}  {'kind':<{kind}}  {'output shape':>18}  {'parameters':>12}  "
-        f"{'MACs':>15}"
-    )
-    for r in rows:
-        shape = " x ".join(map(str, r.output_shape[1:])) if r.output_shape else "in training only"
-        print(f"{r.name:<{width}}  {r.kind:<{kind}}  {shape:>18}  {r.params:>12,}  {r.macs:>15,}")
     params, macs = count_parameters(model), count_macs(model, size)
-    print(f"\n{'total':<{width}}  {'':<{kind}}  {'':>18}  {params:>12,}  {macs:>15,}")
+    lines = [("layer", "kind", "output", "parameters", "MACs")]
+    for r in layer_table(model, size, config.summary_depth):
+        shape = "x".join(map(str, r.output_shape[1:])) if r.output_shape else "training only"
+        lines.append((r.name, r.kind, shape, f"{r.params:,}", f"{r.macs:,}"))
+    lines.append(("total", "", "", f"{params:,}", f"{macs:,}"))
+    name, *widths = (max(map(len, column)) for column in zip(*lines))
+    name = min(name, 80 - sum(widths) - 2 * len(widths))  # a terminal's 80 columns
+    print(f"{config.model} for {config.dataset}: {classes} classes, {config.image_size} px\n")
+    for layer, kind, *numbers in lines:
+        layer = layer if len(layer) <= name else "…" + layer[-name + 1 :]
+        right = "  ".join(f"{number:>{w}}" for number, w in zip(numbers, widths[1:]))
+        print(f"{layer:<{name}}  {kind:<{widths[0]}}  {right}")
     print(
         f"thop counts {thop_macs(model, size):,} MACs: BatchNorm and pooling too, but no attention."
     )

@@ -262,6 +262,11 @@ def test_ten_thousand_classes_are_split_at_once() -> None:
     assert len(rest) == 20_000 and calls.count("eq") < 10
 
 
+def test_too_few_images_are_found_out_before_they_are_read(image_folder: Callable) -> None:
+    with pytest.raises(UserError, match="too few images to split"):
+        sources.load_folder(str(image_folder(per_class=3)), seed=0)
+
+
 def test_one_of_several_processes_downloads(server: str, tmp_path: Path) -> None:
     """They all find the data folder empty; the others wait, and take what is there then."""
     script = f"""

@@ -43,7 +43,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         UserError: the disk is full or the folder can't be written.
     """
-    data = content if isinstance(content, bytes) else content.encode("utf-8")
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     try:
         with temporary(path) as new:
             new.write_bytes(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from common.engine.errors import UserError
 if TYPE_CHECKING:
     from common.config import TrainConfig
 
-IMAGES = {"digits": 1437, "mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}
 DAYS = 30  # more than that on hardware at its very best is a slip of the keyboard
 
 
@@ -24,6 +23,7 @@ def check_size(
     config: TrainConfig,
     build: Callable[[Any, int], nn.Module],
     count_macs: Callable[[nn.Module, tuple[int, int, int]], int],
+    train_images: Mapping[str, int],
 ) -> None:
     """Refuse, before anything starts, what needs more memory or time than this machine has.
 
@@ -36,7 +36,7 @@ def check_size(
     name = "digits" if config.dataset == "auto" else config.dataset
     config = config.resolve(name, 224 if name == "folder" else None)
     size = (3, config.image_size, config.image_size)
-    images = IMAGES.get(name, 1000)  # of a folder nothing is known yet
+    images = train_images.get(name, 1000)  # of a folder nothing is known yet
     outputs: list[int] = []
     try:
         with torch.device("meta"):

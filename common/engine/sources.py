@@ -281,7 +281,9 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
         rest, test = stratified_split(every.labels, 0.1, seed)
         if len(test) == 0:
             raise UserError(f"{root}: two images or fewer of every class are too few to split")
-        return Source(name, classes, every.take(rest), every.take(test), notes=notes, drawn=0.1)
+        train = every.take(rest)
+        _leave_some_for_validation(train, root)
+        return Source(name, classes, train, every.take(test), notes=notes, drawn=0.1)
     if len(split_dirs) == 1:
         raise UserError(
             f"{root} has train but neither val nor test: add one, or put the classes into "
@@ -304,7 +306,18 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
             )
     splits, notes = _apart({"train": train, **others}, notes)
     test = splits.get("test") or splits.pop("val")
+    if "val" not in splits:
+        _leave_some_for_validation(splits["train"], split_dirs["train"])
     return Source(name, classes, splits["train"], test, splits.get("val"), notes=notes)
+
+
+def _leave_some_for_validation(train: Pictures, folder: Path) -> None:
+    """Said before thousands of files are read: `stratified_split` takes none of two."""
+    if train.labels.bincount().max() < 3:
+        raise UserError(
+            f"{folder}: too few images to split into train, validation and test; at least four of "
+            "a class are needed"
+        )
 
 
 def _apart(splits: dict[str, Pictures], notes: list[str]) -> tuple[dict[str, Pictures], list[str]]:
@@ -455,10 +468,14 @@ def usual_side(paths: list[str], sample: int = 64) -> int:
     return int(np.median(sides)) if sides else 224
 
 
-def size_of_folder(data_dir: str) -> int:
-    """32 where the pictures are about that small, else ImageNet's 224."""
-    side = usual_side(load_folder(data_dir, seed=0).train.paths)
-    return side if side <= 64 else 224
+def size_of_folder(data_dir: str) -> tuple[int, int]:
+    """The side to train at, that of the pictures where they are small, else ImageNet's 224; and
+    how many there are to train on.
+    """
+    source = load_folder(data_dir, seed=0)
+    side = usual_side(source.train.paths)
+    count = len(source.train) if source.val else round(0.9 * len(source.train))
+    return side if side <= 64 else 224, count
 
 
 def read_image(path: str) -> Tensor:
