@@ -512,7 +512,9 @@ def draw(results: Results) -> Figure:
     The key of a list names its axes: "gradient by layer, at the start".
     """
     record = max((rs[0] for rs in results.records.values()), key=len)
-    lists = [key for key, value in record.items() if isinstance(value, list)]
+    lists = sorted(
+        (k for k, v in record.items() if isinstance(v, list)), key=lambda k: k != "losses"
+    )
     measures = list(dict.fromkeys(c.measure for c in results.experiment.claims)) or ["test_top1"]
     figure, axes = plotting.panels(len(lists) + len(measures), results.experiment.heading)
     for key, ax in zip(lists, axes):
@@ -525,7 +527,8 @@ def draw(results: Results) -> Figure:
     for measure, ax in zip(measures, axes[len(lists) :]):
         values = {name: results.values(name, measure) for name in results.records}
         title = _column(measure).capitalize()
-        plotting.seeds(values, _column(measure), title, percent="top1" in measure, ax=ax)
+        xlabel = "each seed, mean and 95% interval"
+        plotting.seeds(values, xlabel, title, percent="top1" in measure, ax=ax)
     return figure
 
 
