@@ -375,8 +375,10 @@ def run_experiment(
             for name, arm in arms.items():
                 records[name].append(one(arm, seed, **rates[name]))
             if seed == config.seed and config.seeds > 1 and processes.is_main():
-                rest = (time.monotonic() - began) * (config.seeds - 1)
-                print(f"expected   {rest:.0f} s for the other {config.seeds - 1} seeds", flush=True)
+                more, seconds = config.seeds - 1, time.monotonic() - began
+                print(
+                    f"expected   about {more * seconds:.0f} s more, for seeds: {more}", flush=True
+                )
         return _outcome(run, Results(experiment, records))
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
