@@ -643,7 +643,21 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # - ResNet-34 takes a quarter of VGG-16's multiply-adds (`--model resnet34 --image-size 224
 #   --summary`).
 #
-# RESULT
+# **What the experiment gave**: all three claims hold (digits at 8 px, seeds 0 to 2, torch 2.14, one
+# thread of an AMD EPYC; mean and deviation over seeds).
+#
+#     loss on the training images    20 layers         32 layers         test, 32 layers
+#     plain                          0.080 ± 0.021     0.558 ± 0.085     88.3%
+#     residual                       0.026 ± 0.007     0.038 ± 0.007     98.5%
+#     pre-activation                 0.037 ± 0.005     0.045 ± 0.007     98.3%
+#
+# The plain net's gradient does not vanish. Before the first step it *grows* towards the image, 1.15
+# times a layer: 0.4 in the last of 32, 29 in the first. After a ReLU a part of the signal is the
+# same for all images; BatchNorm removes it and divides by the deviation of the rest, which is below
+# 1. It divides the gradient by the same number (Yang et al. 2019: 1.21 a layer in wide nets). A
+# shortcut brings most of the signal past the block, and the factor down to 1.06. After training the
+# plain net's norms are 0.2 to 0.8, larger than the others'. He et al. (sec. 4.1) saw the same, ruled
+# vanishing gradients out, and supposed that deep plain nets learn exponentially slowly.
 #
 # ## Exercises
 #

@@ -375,8 +375,10 @@ def run_experiment(
             for name, arm in arms.items():
                 records[name].append(one(arm, seed, **rates[name]))
             if seed == config.seed and config.seeds > 1 and processes.is_main():
-                rest = (time.monotonic() - began) * (config.seeds - 1)
-                print(f"expected   {rest:.0f} s for the other {config.seeds - 1} seeds", flush=True)
+                more, seconds = config.seeds - 1, time.monotonic() - began
+                print(
+                    f"expected   about {more * seconds:.0f} s more, for seeds: {more}", flush=True
+                )
         return _outcome(run, Results(experiment, records))
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
@@ -512,7 +514,9 @@ def draw(results: Results) -> Figure:
     The key of a list names its axes: "gradient by layer, at the start".
     """
     record = max((rs[0] for rs in results.records.values()), key=len)
-    lists = [key for key, value in record.items() if isinstance(value, list)]
+    lists = sorted(
+        (k for k, v in record.items() if isinstance(v, list)), key=lambda k: k != "losses"
+    )
     measures = list(dict.fromkeys(c.measure for c in results.experiment.claims)) or ["test_top1"]
     figure, axes = plotting.panels(len(lists) + len(measures), results.experiment.heading)
     for key, ax in zip(lists, axes):
@@ -525,7 +529,8 @@ def draw(results: Results) -> Figure:
     for measure, ax in zip(measures, axes[len(lists) :]):
         values = {name: results.values(name, measure) for name in results.records}
         title = _column(measure).capitalize()
-        plotting.seeds(values, _column(measure), title, percent="top1" in measure, ax=ax)
+        xlabel = "each seed, mean and 95% interval"
+        plotting.seeds(values, xlabel, title, percent="top1" in measure, ax=ax)
     return figure
 
 

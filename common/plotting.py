@@ -490,7 +490,7 @@ def seeds(
     if log_x:
         ax.set_xscale("log")
     if percent:
-        ax.xaxis.set_major_formatter(PercentFormatter(1))
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _title(ax, title)
     return ax.figure
 

@@ -304,3 +304,35 @@ def test_each_seed_draws_its_own_test_set(image_folder: Callable) -> None:
     assert set(flat.redrawn(1).test.paths) != set(flat.test.paths)
     own = load_folder(str(image_folder(splits=("train", "test"), name="own")), seed=0)
     assert own.redrawn(1) is own
+
+
+def test_a_folder_is_decoded_once_for_all_seeds_and_sizes(
+    tmp_path: Path, image_folder: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from common import data
+
+    reads: list[int] = []
+    decode = data.read_files
+
+    def counting(splits: dict, image_size: int, *rest: object) -> tuple:
+        reads.append(image_size)
+        return decode(splits, image_size, *rest)
+
+    monkeypatch.setattr(data, "read_files", counting)
+    folder = str(image_folder(per_class=30, size=16))
+
+    def two_sizes(config: TrainConfig) -> Experiment:
+        pooled = partial(AnySize, width=2)
+        return Experiment("", [Arm("8 px", pooled), Arm("16 px", pooled, {"image_size": 16})], [])
+
+    settings = {"dataset": "folder", "data_dir": folder, "image_size": 8, "batch_size": 8}
+    outcome = run_experiment(LESSON, two_sizes, config_for(tmp_path, **settings))
+    assert reads == [16]  # at the largest of the sizes, from which the smaller one is made
+    macs = [r["macs"] for r in outcome["trainings"]]
+    assert macs[2] > 4 * macs[0]
+
+
+class AnySize(nn.Sequential):
+    def __init__(self, num_classes: int, width: int) -> None:
+        conv, pool = nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1)
+        super().__init__(conv, nn.ReLU(), pool, nn.Flatten(), nn.Linear(width, num_classes))
