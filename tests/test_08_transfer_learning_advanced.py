@@ -29,8 +29,9 @@ from common.evaluation import baselines
 from common.training import fit, make_schedule
 from common.transfer import calibration, embedding, flags, images, origins, parts, task
 from common.transfer.export import export_model
-from common.transfer.images import TwoDomains, choose_classes, few_labels, long_tail, shifted
+from common.transfer.images import choose_classes, few_labels, long_tail, shifted
 from common.transfer.origins import Catalogue, TorchvisionModel
+from common.transfer.parts import TwoDomains
 from common.transfer.prediction import predict_files
 from tests.conftest import lesson
 from tests.simulation import assert_calm, results_of
@@ -546,7 +547,8 @@ def test_baselines_know_no_features() -> None:
 def a_task() -> tuple[task.Task, object]:
     config = transfer.Config(strategy="full").resolve("digits")
     origin = origins.Origin("a net", small_net(), class_names=list("01234"))
-    return task.Task(config, CPU, small_net, origin, load_digits(), range(5, 10)), config
+    images = load_digits()
+    return task.Task(config, CPU, small_net, origin, images, range(5, 10), transfer), config
 
 
 def designs() -> dict[str, object]:
@@ -568,15 +570,6 @@ def test_each_claim_can_hold_fail_and_stay_open_and_equal_arms_stay_equal(name: 
             arms |= {claim.higher: values[0], claim.lower: values[1]}
             assert results_of(experiment, arms, 359).verdicts()[i].outcome == outcome, claim
     assert_calm(experiment)
-
-
-def test_a_source_without_weights_leaves_scratch_alone() -> None:
-    here, config = a_task()
-    here.origin = origins.Origin("random weights")
-    for name in ("compare", "fractions"):
-        experiment = getattr(transfer, name)(here, config)
-        assert all(arm.name.startswith("scratch") for arm in experiment.arms)
-        assert not experiment.claims
 
 
 # ------------------------------------------------------------------------------- whole runs

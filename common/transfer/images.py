@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.data import Data, Loader
 from common.engine.device import mixed_seed
@@ -127,61 +127,6 @@ def other_domain(here: Source, there: Source | None, kind: str) -> Source:
         for seed, name in enumerate(("train", "val", "test"))
     }
     return dataclasses.replace(here, name=f"{here.name}, {kind}", **splits)
-
-
-# ---------------------------------------------------------------------------------------- features
-
-
-def classify_with_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) and what the classifier made them from, the features (N, D)."""
-    seen: list[Tensor] = []
-    classifier = model.get_classifier()
-    handle = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        logits = model(x)
-    finally:
-        handle.remove()
-    return logits, seen[0]
-
-
-class ClassifierOnFeatures(nn.Module):
-    """The last layer alone, to be trained on features (N, D); saved and loaded as the whole
-    model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.model.get_classifier()(features)
-
-    def state_dict(self, *args: object, **options: object) -> dict[str, Tensor]:
-        return self.model.state_dict(*args, **options)
-
-    def load_state_dict(self, state: Mapping[str, Tensor], *args: object) -> object:
-        return self.model.load_state_dict(state, *args)
-
-
-class TwoDomains(nn.Module):
-    """In training (2N, 3, H, W), source then target -> the source's logits (N, K) and features
-    (N, D), the target's logits and features; else logits.
-
-    One domain after the other, so that BatchNorm takes the mean and variance of each.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        if not self.training:
-            return self.model(x)
-        source, target = x.chunk(2)
-        return (
-            *classify_with_features(self.model, source),
-            *classify_with_features(self.model, target),
-        )
 
 
 # ------------------------------------------------------------------------------- loaders of a kind

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,17 +14,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.config import TrainConfig
 from common.data import Data, make_data, read_once
 from common.engine import processes
+from common.engine.device import memory_format, set_up_torch
 from common.engine.errors import UserError
 from common.engine.sources import Source, load_source
-from common.experiments import Experiment, run_experiment, train_trial
+from common.experiments import Arm, Experiment, Trial, run_experiment, tested, train_trial
 from common.runs import Run, prepare
 from common.transfer.flags import locate
-from common.transfer.images import choose_classes, few_labels, long_tail
+from common.transfer.images import balanced_order, choose_classes, few_labels, long_tail
 from common.transfer.origins import Origin, open_run, trained_origin
 
 SOURCE = "source.pt"  # the pretrained net, beside the run that started from it
@@ -40,6 +43,7 @@ class Task:
         build: the untrained net, for so many classes.
         images: of all classes.
         classes: of these, the target's.
+        lesson: whose `transfer` trains by a strategy.
     """
 
     config: Any
@@ -48,6 +52,7 @@ class Task:
     origin: Origin
     images: Source
     classes: range
+    lesson: ModuleType
 
     @property
     def class_names(self) -> list[str]:
@@ -56,6 +61,57 @@ class Task:
     def target(self, images: Source | None = None) -> Source:
         """The target's part of `images`, by default of all."""
         return choose_classes(images or self.images, self.classes)
+
+    def start(self, config: Any) -> nn.Module:
+        """The source's model with a new classifier, or for `scratch` an untrained one.
+
+        The same classes in the same order, as in pictures of another kind, keep the classifier.
+        """
+        set_up_torch(self.device, config.seed, config.deterministic)
+        if config.strategy == "scratch":
+            model = self.build(len(self.classes))
+        else:
+            model = deepcopy(self.origin.model)
+            if self.origin.class_names != self.class_names:
+                model.reset_classifier(len(self.classes))
+        return model.to(self.device, memory_format=memory_format(config.image_size))
+
+    def arm(
+        self,
+        name: str,
+        rates: Sequence[float] = (),
+        loss: Callable[[Tensor], nn.Module] = lambda counts: nn.CrossEntropyLoss(),
+        balanced: bool = False,
+        **changes: Any,
+    ) -> Arm:
+        """A transfer as an arm of an experiment.
+
+        Args:
+            loss: the images of each class to a loss.
+            balanced: all classes come equally often.
+        """
+        train = partial(self._try_out, loss, balanced)
+        return Arm(name, self.build, changes, rates=rates, train=train)
+
+    def _try_out(
+        self,
+        loss: Callable[[Tensor], nn.Module],
+        balanced: bool,
+        arm: Arm,
+        data: Data,
+        config: Any,
+        device: torch.device,
+    ) -> Trial:
+        if balanced:
+            loader = copy(data.train)  # the other arms keep their order
+            loader.order = partial(balanced_order, loader.labels, config.seed)
+            data = dataclasses.replace(data, train=loader)
+        counts = torch.bincount(data.train.labels, minlength=data.num_classes)
+        model, loss_fn = self.start(config), loss(counts).to(device)
+        began = time.monotonic()
+        history = self.lesson.transfer(model, data, config, loss_fn)
+        seconds = time.monotonic() - began
+        return tested(f"{arm.name}, seed {config.seed}", model, data, history, seconds)
 
     def labelled(self, fraction: float) -> int:
         """How many training images of the target have labels."""
@@ -110,7 +166,7 @@ def open_task(config: TrainConfig, lesson: ModuleType) -> Task:
     classes = len(images.class_names)
     task = Task(
         config, device, partial(lesson.build, config), Origin("random weights"), images,
-        range(classes),
+        range(classes), lesson,
     )  # fmt: skip
     if past:
         task.build, task.origin = past.build, past.origin
@@ -195,6 +251,11 @@ def settings_for(asked: Any, config: Any, images: int, table: Sequence[Any]) -> 
     return dataclasses.replace(config, **settings)
 
 
+def around(lr: float) -> tuple[float, ...]:
+    """The rates that an arm may choose from."""
+    return lr / 3, lr, 3 * lr
+
+
 def as_many_steps(config: Any, most: int, labels: int) -> dict[str, float]:
     """With `labels` images as many steps as the config's epochs have with `most`."""
     full, part = (max(1, n // config.batch_size) for n in (most, labels))
@@ -218,7 +279,27 @@ def with_weights(
 
     def carry_out(config: Any) -> object:
         task = open_task(dataclasses.replace(config, fraction=fraction(config)), lesson)
+        if task.origin.model is None:
+            raise UserError(
+                f"--experiment {config.experiment} needs weights to start from: add --pretrained, "
+                "or --from RUN, or --source-classes N"
+            )
         return run_experiment(lesson.LESSON, partial(design, task), task.config, task.images)
+
+    return carry_out
+
+
+def at_one_rate(lesson: ModuleType, design: Callable[[Any], Experiment]) -> Callable[[Any], object]:
+    """A domain adaptation: the rate can't be chosen without labels, so all methods have one.
+
+    Covariances and critics have gradients with spikes: hence the limit, for all methods alike.
+    """
+
+    def carry_out(config: Any) -> object:
+        config = locate(config)
+        base_lr = config.base_lr or (0.8 if config.dataset == "digits" else 0.2)
+        config = dataclasses.replace(config, base_lr=base_lr, clip=config.clip or 1.0)
+        return run_experiment(lesson.LESSON, design, config)
 
     return carry_out
 
@@ -232,6 +313,8 @@ def choose_strategy(task: Task, design: Callable[[Task, Any], Experiment], run: 
     chosen: dict[str, Any] = {"strategy": config.strategy or "full"}
     outcome: dict[str, Any] = {}
     if config.compare:
+        if task.origin.model is None:
+            raise UserError("--compare needs weights to start from")
         # The same test images for all seeds, lest one seed's choice sees those of another.
         images = dataclasses.replace(task.images, drawn=0.0)
         outcome = run_experiment(run.lesson, partial(design, task), config, images, run)
