@@ -109,7 +109,6 @@ class Config(TrainConfig):
 config = parse_flags(Config) if __name__ == "__main__" else Config()
 
 # %%
-import inspect
 import math
 import os
 import sys
@@ -122,14 +121,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from common import training
 from common.data import Data, Loader
-from common.evaluation import baselines, evaluate
+from common.engine.baselines import baselines
+from common.evaluation import evaluate
 from common.experiments import Arm, Claim, Experiment
 from common.live import digits, live, show
 from common.profiling import profile
 from common.runs import Run, banner, draw_figures
-from common.training import Schedule, fit, make_schedule, parameter_groups
+from common.training import Schedule, fit, make_schedule, parameter_groups, train_one_epoch
 from common.transfer.arms import Adaptation, recall_figure, recalls, way_to_the_oracle
 from common.transfer.calibration import calibrate
 from common.transfer.deployment import deploy, use
@@ -481,7 +480,7 @@ def run(config: Config) -> dict[str, object] | None:
 
 # %%
 if live():
-    print(inspect.getsource(training.train_one_epoch))
+    show(train_one_epoch)
 
 # %% [markdown]
 # ## Experiment `compare`: all strategies under one budget

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.data import Data, Loader
+from common.data import Loader
 from common.engine import processes
 from common.engine.device import evaluating
 from common.engine.records import ClassRecord, Evaluation
@@ -72,38 +70,6 @@ def evaluate(model: nn.Module, loader: Loader, class_names: list[str]) -> Evalua
         probabilities=probabilities,
         per_class=per_class,
     )
-
-
-def baselines(data: Data, most: int = 5000, side: int = 16) -> dict[str, float]:
-    """Test accuracies of what has learned no features: a guess, the commonest class, and logistic
-    regression on the pixels (of at most `most` training images, at most `side` pixels wide).
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    def pixels(loader: Loader, rows: np.ndarray) -> np.ndarray:
-        parts = []
-        for i in range(0, len(rows), 256):
-            x = loader.take(rows[i : i + 256]).float()
-            if x.shape[-1] > side:
-                x = F.interpolate(x, size=(side, side), mode="area")
-            parts.append(x.flatten(1).cpu())
-        return torch.cat(parts).numpy()
-
-    rows = np.random.default_rng(0).permutation(len(data.train.labels))[:most]
-    train, test = (loader.labels.numpy() for loader in (data.train, data.test))
-    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        linear.fit(pixels(data.train, rows), train[rows])
-    right = linear.predict(pixels(data.test, np.arange(len(test)))) == test
-    return {
-        "chance": 1 / data.num_classes,
-        "majority": float((test == np.bincount(train).argmax()).mean()),
-        "logistic_regression": float(right.mean()),
-    }
 
 
 def most_wrong(evaluation: Evaluation, count: int = 25) -> np.ndarray:

@@ -23,9 +23,9 @@ from common import plotting
 from common.config import TrainConfig
 from common.data import make_data
 from common.engine import checkpoint, file_loader
+from common.engine.baselines import baselines
 from common.engine.errors import UserError
 from common.engine.sources import Pictures, load_digits, read_image
-from common.evaluation import baselines
 from common.training import fit, make_schedule
 from common.transfer import calibration, embedding, flags, images, origins, parts, task
 from common.transfer.export import export_model
