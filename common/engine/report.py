@@ -91,14 +91,15 @@ def facts_of(result: Mapping[str, Any]) -> dict[str, str]:
 def outcome_of(result: Mapping[str, Any]) -> str:
     """The last lines of a run on the terminal."""
     low, high = result["test_top1_interval"]
-    told = _baselines(result)
-    return (
+    lines = [
         f"test       top-1 {result['test_top1']:.2%} (95% interval {low:.1%} to {high:.1%})"
-        f"{_top5(result)}, with the weights of epoch {result['best_epoch']}\n"
-        f"{f'beside it  {told}' + chr(10) if told else ''}"
+        f"{_top5(result)}, with the weights of epoch {result['best_epoch']}",
         f"cost       {result['train_seconds']:.0f} s of training, {result['latency_ms']:.2f} ms an "
-        f"image, {result['peak_memory_mb']:.0f} MB"
-    )
+        f"image, {result['peak_memory_mb']:.0f} MB",
+    ]
+    if told := _baselines(result):
+        lines.insert(1, f"beside it  {told}")
+    return "\n".join(lines)
 
 
 def _baselines(result: Mapping[str, Any]) -> str:
