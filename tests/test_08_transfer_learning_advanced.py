@@ -634,7 +634,7 @@ def test_own_folder_from_a_run_of_lesson_1(
     [
         (["--dataset", "no/such/folder"], "no such folder"),
         (["--dataset", "digitz"], "did you mean digits?"),
-        (["--model", "resnet19"], "did you mean resnet18?"),
+        (["--model", "resnet19"], "did you mean resnet"),
         (["--model", "torchvision:resnet19"], "unknown torchvision model"),
         (["--from", "runs/none"], "no run folder"),
         (["--fractions", "0.1,2"], "--fractions 0.1,2"),
