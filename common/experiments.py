@@ -38,7 +38,7 @@ from common.engine.errors import Diverged, Interrupted
 from common.engine.files import lock, write_json
 from common.engine.overview import write_index
 from common.engine.records import EpochRecord
-from common.engine.sources import load_source
+from common.engine.sources import Source, load_source
 from common.engine.store import Store
 from common.engine.surroundings import command
 from common.engine.verdicts import OverImages, OverSeeds, Verdict, judge, wilson
@@ -114,6 +114,7 @@ class Experiment:
         after: the same of a finished training, (trial, data) to a dict; `trial.model` is the net.
         figure: drawn from the results; by default each measure that a claim is about.
         notes: sentences that follow from the results and are no claims.
+        data: makes a data set of the images that a seed draws, as `make_data` does.
     """
 
     heading: str
@@ -123,6 +124,7 @@ class Experiment:
     after: Callable[[Trial, Data], Mapping[str, Any]] | None = None
     figure: Callable[[Results], Figure] | None = None
     notes: Callable[[Results], list[str]] | None = None
+    data: Callable[[Source, Any, torch.device], Data] = make_data
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,20 @@ def train_trial(
         error.losses = [float(loss) for loss in losses]
         raise
     seconds = time.monotonic() - began
+    steps = (torch.stack(values).tolist() for values in (losses, gradients))
+    return tested(name, model, data, history, seconds, *steps)
+
+
+def tested(
+    name: str,
+    model: nn.Module,
+    data: Data,
+    history: list[EpochRecord],
+    seconds: float,
+    losses: Sequence[float] = (),
+    gradients: Sequence[float] = (),
+) -> Trial:
+    """A trained network, tested: one line is printed."""
     probabilities, labels = predict(model, data.test)
     right = (probabilities.argmax(1) == labels).numpy()
     last, top1 = history[-1], float(right.mean())
@@ -255,8 +271,8 @@ def train_trial(
         top1,
         seconds,
         history,
-        torch.stack(losses).tolist(),
-        torch.stack(gradients).tolist(),
+        list(losses),
+        list(gradients),
         model=model,
         right=right,
     )
@@ -324,12 +340,20 @@ def _unpack(record: Record) -> np.ndarray:
 
 
 def run_experiment(
-    lesson: str, design: Callable[[Any], Experiment], config: TrainConfig
+    lesson: str,
+    design: Callable[[Any], Experiment],
+    config: TrainConfig,
+    source: Source | None = None,
+    run: Run | None = None,
 ) -> dict[str, Any]:
     """Train every arm with every seed, judge the claims, and write experiment.json, a figure and
     report.html; returns what experiment.json holds.
 
     Seed by seed: an experiment that's stopped early has compared like with like.
+
+    Args:
+        source: the images, where they are at hand already.
+        run: where it's kept, if it's a part of this run.
 
     Raises:
         Interrupted: Ctrl-C or a signal; every finished training is kept.
@@ -337,9 +361,10 @@ def run_experiment(
     config, device = prepare(config)
     experiment = design(config)
     sides = [arm.changes.get("image_size", config.image_size) for arm in experiment.arms]
-    source = read_once(load_source(config), replace(config, image_size=max(sides)))
-    config = replace(config, resume=config.resume or processes.from_main(_left(config, lesson)))
-    run = Run.open(config, lesson)
+    source = source or read_once(load_source(config), replace(config, image_size=max(sides)))
+    if run is None:
+        config = replace(config, resume=config.resume or processes.from_main(_left(config, lesson)))
+        run = Run.open(config, lesson)
     store = _open_store(run, lesson, source.fingerprint, device)
     arms = {arm.name: arm for arm in experiment.arms}
     memo: list[tuple[TrainConfig, Data]] = []  # the last data, for arms that share their settings
@@ -352,7 +377,7 @@ def run_experiment(
             sized = replace(config, seed=seed, **changes)
             plain = replace(sized, lr=config.lr, base_lr=config.base_lr)
             if not memo or memo[0][0] != plain:
-                memo[:] = [(plain, make_data(source.redrawn(seed), plain, device))]
+                memo[:] = [(plain, experiment.data(source.redrawn(seed), plain, device))]
             record = train_arm(experiment, arm, memo[0][1], sized, device)
             if processes.is_main():
                 store.put(key, record)
@@ -391,7 +416,7 @@ def _outcome(run: Run, results: Results) -> dict[str, Any]:
     """Draw, judge, conclude."""
     experiment, seeds = results.experiment, run.config.seeds
     if processes.is_main():
-        name = run.config.experiment.replace("-", "_")
+        name = (run.config.experiment or "comparison").replace("-", "_")
         run.figure(name, (experiment.figure or draw)(results))
     verdicts = results.verdicts()
     sentences = [tell(c, v, seeds) for c, v in zip(experiment.claims, verdicts)]

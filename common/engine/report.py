@@ -76,6 +76,7 @@ def facts_of(result: Mapping[str, Any]) -> dict[str, str]:
     return {
         "Test accuracy": f"{result['test_top1']:.2%}{_top5(result)}",
         "95% interval": f"{low:.1%} to {high:.1%}, if the test images are drawn at random",
+        **({"Without a network": told} if (told := _baselines(result)) else {}),
         "Validation accuracy": f"{result['val_top1']:.2%}, at epoch {result['best_epoch']} of "
         f"{result['epochs']}",
         "Parameters": f"{result['params']:,}",
@@ -90,12 +91,26 @@ def facts_of(result: Mapping[str, Any]) -> dict[str, str]:
 def outcome_of(result: Mapping[str, Any]) -> str:
     """The last lines of a run on the terminal."""
     low, high = result["test_top1_interval"]
-    return (
+    lines = [
         f"test       top-1 {result['test_top1']:.2%} (95% interval {low:.1%} to {high:.1%})"
-        f"{_top5(result)}, with the weights of epoch {result['best_epoch']}\n"
+        f"{_top5(result)}, with the weights of epoch {result['best_epoch']}",
         f"cost       {result['train_seconds']:.0f} s of training, {result['latency_ms']:.2f} ms an "
-        f"image, {result['peak_memory_mb']:.0f} MB"
-    )
+        f"image, {result['peak_memory_mb']:.0f} MB",
+    ]
+    if told := _baselines(result):
+        lines.insert(1, f"beside it  {told}")
+    return "\n".join(lines)
+
+
+def _baselines(result: Mapping[str, Any]) -> str:
+    """Of a result that has them: see `common.engine.baselines`."""
+    named = {
+        "a guess": "chance",
+        "the commonest class": "majority",
+        "logistic regression on the pixels": "logistic_regression",
+    }
+    found = result.get("baselines", {})
+    return ", ".join(f"{name} {found[key]:.2%}" for name, key in named.items() if key in found)
 
 
 def _top5(result: Mapping[str, Any]) -> str:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from common import plotting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 MOST = 2000  # images drawn; t-SNE takes some 10 s for so many
 
@@ -38,7 +40,10 @@ def embed(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
 
 
 def feature_map(
-    views: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str], seed: int = 0
+    views: Mapping[str, np.ndarray | Tensor],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    seed: int = 0,
 ) -> Figure:
     """One panel per view: its features, (N, D), as points in the colour of their class.
 
@@ -50,7 +55,7 @@ def feature_map(
     labels = labels[chosen]
     figure, axes = plotting.panels(len(views), "What the classifier sees of the test images")
     for ax, (name, features) in zip(axes, views.items()):
-        points, method = embed(features[chosen], seed)
+        points, method = embed(np.asarray(torch.as_tensor(features).cpu())[chosen], seed)
         for c in np.unique(labels):
             mine = points[labels == c]
             color = plotting.PALETTE[c % len(plotting.PALETTE)]

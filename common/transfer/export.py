@@ -11,8 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.engine import processes
 from common.engine.errors import UserError
-from common.engine.files import write_json
+from common.engine.files import write_atomically, write_json
+from common.transfer.calibration import UNKNOWN, Calibration
+from common.transfer.prediction import resized_side
 
 TOLERANCE = 1e-4  # largest difference of two logits
 
@@ -23,10 +26,11 @@ def export_model(
     folder: os.PathLike | str,
     class_names: Sequence[str],
     mean_std: tuple[Tensor, Tensor],
+    calibration: Calibration = UNKNOWN,
 ) -> dict[str, float]:
-    """Write `model.pt2` (torch.export), `model.torchscript` and, where its packages are installed,
-    `model.onnx`, each for any number of normalised images, and `model.json`, which says how to
-    normalise and what the outputs mean.
+    """Write `model.pt2` (torch.export) and, where its packages are installed, `model.onnx`, each
+    for any number of normalised images; `model.json`, which says how a picture becomes an input
+    and what the outputs mean; and `classify.py`, which does so by onnxruntime, without the course.
 
     Every file is read again and asked for the logits of three images, one more than it was made
     with.
@@ -64,9 +68,58 @@ def export_model(
         size = (folder / name).stat().st_size / 1e6
         print(f"export     {folder / name}, {size:.1f} MB, logits within {differences[name]:.1g}")
     mean, std = (v.flatten().tolist() for v in mean_std)
-    facts = {"input": [None, *input_size], "mean": mean, "std": std, "classes": list(class_names)}
+    facts = {
+        "input": [None, *input_size],
+        "preprocessing": {
+            "turn": "as the EXIF tag says",
+            "channels": "RGB",
+            "resize": resized_side(input_size[1]),  # of the shorter side, in pixels
+            "resample": "bilinear, antialiased",
+            "crop": input_size[1],  # side of the square in the centre, in pixels
+            "range": [0, 1],
+            "mean": mean,
+            "std": std,
+        },
+        "classes": list(class_names),
+        "output": "logits; probabilities are softmax(logits / temperature)",
+        "temperature": calibration.temperature,
+        "unsure_below": calibration.threshold,
+    }
     write_json(folder / "model.json", {**facts, "files": differences})
+    write_atomically(folder / "classify.py", CLASSIFY)
+    if processes.is_main():
+        print(f"export     {folder / 'classify.py'}, which needs numpy, pillow and onnxruntime")
     return differences
+
+
+# What a picture goes through, in plain numpy. Its sizes and its rounding are torchvision's.
+CLASSIFY = '''"""python classify.py IMAGE ...: what model.onnx says of pictures, by model.json."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+here = pathlib.Path(__file__).parent
+about = json.loads((here / "model.json").read_text(encoding="utf-8"))
+how, side = about["preprocessing"], about["preprocessing"]["crop"]
+session = onnxruntime.InferenceSession(str(here / "model.onnx"), providers=["CPUExecutionProvider"])
+for path in sys.argv[1:]:
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    short = min(image.size)
+    sides = [how["resize"] * s // short for s in image.size]
+    image = image.resize(sides, Image.Resampling.BILINEAR)
+    left, top = (round((s - side) / 2) for s in image.size)
+    pixels = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
+    x = (pixels - np.float32(how["mean"])) / np.float32(how["std"])  # (side, side, 3)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.transpose(2, 0, 1)[None]})
+    z = logits[0] / about["temperature"]
+    p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    print(path, about["classes"][p.argmax()], f"{p.max():.4f}", sep="\\t")
+'''
 
 
 def _torch_export(model: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
@@ -75,25 +128,6 @@ def _torch_export(model: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor],
         program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
     torch.export.save(program, path)
     return torch.export.load(path).module()
-
-
-def _torchscript(model: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    # Freezing dissolves the submodules, whose classes live in modules with names such as 01_resnet,
-    # which TorchScript can't spell.
-    with torch.no_grad():
-        torch.jit.freeze(torch.jit.trace(_Plain(model).eval(), x)).save(str(path))
-    return torch.jit.load(str(path))
-
-
-class _Plain(nn.Module):
-    """A model under a class name that every format can spell."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
 
 
 def _onnx(model: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
@@ -109,5 +143,5 @@ def _onnx(model: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-WRITERS = {"model.pt2": _torch_export, "model.torchscript": _torchscript, "model.onnx": _onnx}
+WRITERS = {"model.pt2": _torch_export, "model.onnx": _onnx}
 NEEDS = {"model.onnx": ("onnx", "onnxscript", "onnxruntime")}

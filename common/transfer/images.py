@@ -1,8 +1,9 @@
-"""Which images a transfer uses, and features in the place of images."""
+"""Which images a transfer uses, images of another domain, and features in the place of images."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.data import Data, Loader
+from common.engine.device import mixed_seed
 from common.engine.errors import UserError
 from common.engine.sources import Pictures, Source, stratified_split
 
@@ -51,6 +53,80 @@ def few_labels(source: Source, fraction: float, seed: int) -> Source:
         _, part = stratified_split(train.labels, fraction, seed)
         train = train.take(part)
     return dataclasses.replace(source, train=train, val=val)
+
+
+def source_of(data: Data) -> Source:
+    """The images of a data set, so that they may be cut in another way."""
+    splits = {name: loader.part.pictures for name, loader in data.splits().items()}
+    return Source(data.name, data.class_names, flips=data.train.part.flips, **splits)
+
+
+def long_tail(pictures: Pictures, num_classes: int, ratio: float, seed: int) -> Pictures:
+    """Each class rarer than the one before it by one factor, the last `ratio` times as rare as the
+    first.  Cui et al. 2019, sec. 5.1.
+    """
+    counts = torch.bincount(pictures.labels, minlength=num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for c in range(num_classes):
+        keep = max(1, round(int(counts.min()) * ratio ** (-c / (num_classes - 1))))
+        mine = (pictures.labels == c).nonzero().squeeze(1)
+        rows.append(mine[torch.randperm(len(mine), generator=generator)[:keep]])
+    return pictures.take(torch.cat(rows).sort().values)
+
+
+def balanced_order(labels: Tensor, seed: int, epoch: int) -> Tensor:
+    """(N,) row numbers of one epoch, drawn with replacement so that all classes come equally often.
+
+    >>> labels = torch.tensor([0] * 90 + [1] * 10)
+    >>> 0.35 < labels[balanced_order(labels, seed=0, epoch=0)].float().mean() < 0.65
+    tensor(True)
+    """
+    share = 1 / torch.bincount(labels)[labels]
+    generator = torch.Generator().manual_seed(mixed_seed(seed, epoch, 6))
+    return torch.multinomial(share, len(labels), replacement=True, generator=generator)
+
+
+# ----------------------------------------------------------------------------------- other domains
+
+
+def shifted(pictures: Pictures, kind: str, seed: int) -> Pictures:
+    """The same pictures in another domain: "inverted", "noisy" or "textured"."""
+    pixels = pictures.pixels.float()
+    n, _, height, width = pixels.shape
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "inverted":
+        pixels = 255 - pixels
+    elif kind == "noisy":
+        noise = torch.randn(n, 1, height, width, generator=generator)
+        pixels = pixels + 64 * noise
+    elif kind == "textured":
+        # Stripes of a random direction and phase behind each digit.
+        angle, phase = math.pi * torch.rand(2, n, 1, 1, generator=generator)
+        rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
+        wave = torch.sin(2 * math.pi / 3 * (rows * angle.sin() + columns * angle.cos()) + phase)
+        pixels = torch.maximum(pixels, (64 + 64 * wave).unsqueeze(1))
+    return dataclasses.replace(pictures, pixels=pixels.clamp(0, 255).round().to(torch.uint8))
+
+
+def other_domain(here: Source, there: Source | None, kind: str) -> Source:
+    """The target domain: `there`, or the images of `here` shifted in the way `kind`.
+
+    Raises:
+        UserError: the two have other classes; or the images are no pixels, which can't be shifted.
+    """
+    if there is not None:
+        if there.class_names != here.class_names:
+            odd = sorted(set(there.class_names) ^ set(here.class_names)) or ["the order"]
+            raise UserError(f"--target-dir: both folders need the same classes; {odd[0]} differs")
+        return there
+    if here.train.pixels is None:
+        raise UserError("--experiment domain-adaptation: name the other folder by --target-dir")
+    splits = {
+        name: shifted(getattr(here, name), kind, seed)
+        for seed, name in enumerate(("train", "val", "test"))
+    }
+    return dataclasses.replace(here, name=f"{here.name}, {kind}", **splits)
 
 
 # ------------------------------------------------------------------------------- loaders of a kind

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common import inspection, plotting
 from common.engine.errors import UserError
+from common.engine.files import write_atomically, write_json
 from common.engine.sources import EXTENSIONS, read_image
+from common.transfer.calibration import UNKNOWN, Calibration
+
+EVERY_PICTURE = (
+    "every picture gets one of these classes, also one that shows none of them, and it may get it "
+    "with a high probability"
+)
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
@@ -21,12 +31,13 @@ def find_images(paths: Sequence[str]) -> list[str]:
         UserError: a path that isn't there, or no pictures at all.
     """
     found: list[str] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    for path in paths:
+        here = Path(path)
+        if path and here.is_dir():
+            inside = sorted(p for p in here.rglob("*") if p.suffix.lower() in EXTENSIONS)
             found += [str(p) for p in inside if not p.name.startswith(".")]
-        elif path.is_file():
-            found.append(str(path))
+        elif path and here.is_file():
+            found.append(path)
         else:
             raise UserError(f"--predict {path}: no such file or folder")
     if not found:
@@ -34,18 +45,36 @@ def find_images(paths: Sequence[str]) -> list[str]:
     return found
 
 
-def load_images(paths: Sequence[str], side: int) -> Tensor:
-    """(N, 3, side, side) uint8, scaled and cut at the centre as test images are.
+def resized_side(side: int) -> int:
+    """What the shorter side of a picture is scaled to before a square of `side` is cut out of its
+    centre: small images are read at their side, of larger ones a rim of an eighth is cut off.
+    """
+    return side if side <= 64 else round(side * 256 / 224)
+
+
+def load_images(
+    paths: Sequence[str], side: int, skip_broken: bool = False
+) -> tuple[Tensor, list[str]]:
+    """(N, 3, side, side) uint8, scaled and cut at the centre as test images are, and their paths.
 
     Raises:
-        UserError: a file can't be read as an image.
+        UserError: a file can't be read as an image, and `skip_broken` isn't given; or none can.
     """
     from torchvision.transforms import v2
 
-    # Small images are decoded to their side, larger ones cut out of a slightly larger picture.
-    resized = side if side <= 64 else round(side * 256 / 224)
-    transform = v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(side)])
-    return torch.stack([transform(read_image(path)) for path in paths])
+    steps = [v2.Resize(resized_side(side), antialias=True), v2.CenterCrop(side)]
+    transform = v2.Compose(steps)
+    images, read = [], []
+    for path in paths:
+        try:
+            images.append(transform(read_image(path)))
+            read.append(path)
+        except UserError as error:
+            if not skip_broken:
+                raise
+            print(f"skipped    {error}".partition(": repair")[0], flush=True)
+    empty = torch.zeros(0, 3, side, side, dtype=torch.uint8)
+    return (torch.stack(images) if images else empty), read
 
 
 def predict_files(
@@ -55,38 +84,84 @@ def predict_files(
     side: int,
     paths: Sequence[str],
     folder: os.PathLike | str,
+    calibration: Calibration = UNKNOWN,
+    skip_broken: bool = False,
     most: int = 5,
-) -> list[dict[str, float]]:
-    """Print the likeliest classes of each file, and draw Grad-CAM over the first 16.
+) -> list[dict[str, Any]]:
+    """Print the likeliest classes of each file, write predictions.csv and predictions.json, and
+    draw Grad-CAM over the first 16.
 
     Returns:
-        For each file its likeliest classes and their probabilities, the best first.
+        For each file that could be read: path, class, probability, second, margin (how far the
+        first is ahead of the second), unsure (None where no threshold is known), likeliest.
     """
-    files = find_images(paths)
+    files, folder = find_images(paths), Path(folder)
     device = next(model.parameters()).device
     mean, std = (v.view(1, 3, 1, 1).to(device) for v in mean_std)
     model.eval()
-    answers: list[dict[str, float]] = []
+    answers: list[dict[str, Any]] = []
+    shown = torch.zeros(0, 3, side, side, device=device)
     for i in range(0, len(files), 64):
-        x = load_images(files[i : i + 64], side).to(device).float().div_(255).sub_(mean).div_(std)
+        x, read = load_images(files[i : i + 64], side, skip_broken)
+        if not read:
+            continue
+        x = x.to(device).float().div_(255).sub_(mean).div_(std)
         with torch.inference_mode():
-            shares = model(x).float().softmax(1).cpu()
-        top = shares.topk(min(most, len(class_names)), dim=1)
-        answers += [
-            {class_names[c]: p for c, p in zip(classes, values)}
-            for classes, values in zip(top.indices.tolist(), top.values.tolist())
-        ]
-        if i == 0:
-            shown = x[:16]
-    for file, answer in zip(files, answers):
-        told = ", ".join(f"{name} {share:.1%}" for name, share in answer.items())
-        print(f"predict    {file}: {told}")
-    titles = [
-        f"{Path(file).name}: {next(iter(answer))} {next(iter(answer.values())):.0%}"
-        for file, answer in zip(files[: len(shown)], answers)
-    ]
+            shares = (model(x).float() / calibration.temperature).softmax(1).cpu()
+        top = shares.topk(min(max(most, 2), len(class_names)), dim=1)
+        for path, classes, values in zip(read, top.indices.tolist(), top.values.tolist()):
+            answers.append(_answer(path, [class_names[c] for c in classes], values, calibration))
+        shown = torch.cat((shown, x[: 16 - len(shown)]))
+    if not answers:
+        raise UserError(f"--predict {' '.join(paths)}: none of the files can be read as an image")
+    _tell(answers, len(files) - len(answers), calibration)
+    _write(answers, folder, calibration)
+    titles = [f"{Path(a['path']).name}: {a['class']} {a['probability']:.0%}" for a in answers[:16]]
     figure = plotting.grad_cam(
         inspection.to_images(shown, *mean_std), inspection.grad_cam(model, shown), titles
     )
-    print(f"figure     {plotting.save(figure, Path(folder) / 'predictions.png')}", flush=True)
+    print(f"figure     {plotting.save(figure, folder / 'predictions.png')}", flush=True)
     return answers
+
+
+def _answer(
+    path: str, names: list[str], shares: list[float], calibration: Calibration
+) -> dict[str, Any]:
+    unsure = None if calibration.threshold is None else shares[0] < calibration.threshold
+    return {
+        "path": path,
+        "class": names[0],
+        "probability": shares[0],
+        "second": names[1],
+        "margin": shares[0] - shares[1],
+        "unsure": unsure,
+        "likeliest": dict(zip(names, shares)),
+    }
+
+
+def _tell(answers: list[dict[str, Any]], skipped: int, calibration: Calibration) -> None:
+    for answer in answers:
+        told = ", ".join(f"{name} {share:.1%}" for name, share in answer["likeliest"].items())
+        print(f"predict    {answer['path']}: {told}{'  (unsure)' if answer['unsure'] else ''}")
+    if calibration.threshold is not None:
+        unsure = sum(bool(a["unsure"]) for a in answers)
+        print(
+            f"unsure     {unsure} of {len(answers)}: below {calibration.threshold:.1%}, which was "
+            f"set on {calibration.images} validation images"
+        )
+    if skipped:
+        print(f"skipped    {skipped} files that can't be read as images")
+    print(f"note       {EVERY_PICTURE}")
+
+
+def _write(answers: list[dict[str, Any]], folder: Path, calibration: Calibration) -> None:
+    about = {"temperature": calibration.temperature, "threshold": calibration.threshold}
+    answers_ = {"note": EVERY_PICTURE, **about, "predictions": answers}
+    write_json(folder / "predictions.json", answers_)
+    columns = ["path", "class", "probability", "second", "margin", "unsure"]
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(answers)
+    write_atomically(folder / "predictions.csv", table.getvalue())
+    print(f"answers    {folder / 'predictions.csv'}, {folder / 'predictions.json'}")

@@ -1,0 +1,55 @@
+"""A trained model put to use: `--predict` and `--export`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from common.engine.device import pick_device
+from common.transfer.calibration import Calibration
+from common.transfer.export import export_model
+from common.transfer.origins import open_run
+from common.transfer.prediction import predict_files
+
+
+def use(config: Any, lesson: ModuleType) -> None:
+    """`--from RUN` with `--predict` or `--export`: what the run has learned, put to use.
+
+    `--from resnet20` is the net that travels with the course.
+    """
+    past = open_run(config.from_run, lesson)
+    folder = past.folder or Path(config.run_dir) / lesson.LESSON / config.from_run
+    folder.mkdir(parents=True, exist_ok=True)
+    origin, side = past.origin, past.config.image_size
+    model = origin.model.to(pick_device(config.device))
+    deploy(
+        config, folder, model, origin.class_names, origin.mean_std, side, past.build,
+        Calibration.load(past.folder),
+    )  # fmt: skip
+
+
+def deploy(
+    config: Any,
+    folder: Path,
+    model: nn.Module,
+    class_names: Sequence[str],
+    mean_std: tuple[Tensor, Tensor],
+    side: int,
+    build: Callable[[int], nn.Module],
+    calibration: Calibration,
+) -> None:
+    """Classify the images of `--predict`; write the files of `--export`."""
+    if config.predict:
+        paths = config.predict.split(os.pathsep)
+        predict_files(
+            model, class_names, mean_std, side, paths, folder, calibration, config.skip_broken
+        )
+    if config.export:
+        clean = build(len(class_names))  # without the hooks that freezing leaves
+        clean.load_state_dict(model.state_dict())
+        export_model(clean, (3, side, side), folder, class_names, mean_std, calibration)
