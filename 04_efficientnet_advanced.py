@@ -56,7 +56,7 @@ RECORD
 from common.cli import main, parse_flags
 from common.config import TrainConfig, knob
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ import inspect
 import math
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from statistics import mean
 from typing import Any, NamedTuple
@@ -577,8 +576,8 @@ if live():
 # %%
 MARGIN = 0.005  # of accuracy
 
-# Found by count, to within 12%. The formula says 4, 2 and 2 for one axis alone, and phi = 2 for all;
-# but layers are whole and channels come in eights, which so small a net feels.
+# Found by count, to within 12%. The formula says 4, 2 and 2 for one axis alone, and phi = 2 for
+# all; but layers are whole and channels come in eights, which so small a net feels.
 GROWTH: dict[str, tuple[float, float, float]] = {
     #        depth  width  resolution    blocks, side in pixels where the start has 8
     "start": (1.0, 1.0, 1.0),  # 7, 8
