@@ -597,7 +597,9 @@ def compound_scaling(config: Config) -> Experiment:
     for name, (depth, width, resolution) in GROWTH.items():
         side = 4 * round(config.image_size / 2 * resolution / 4)
         row = Row(0.25 * width, 0.25 * depth, side, dropout=0.0)
-        arms.append(Arm(name, partial(efficientnet, row, **plain), {"image_size": side}))
+        # One precision for all: a CPU with bfloat16 would use it from 32 px on, for one arm alone.
+        changes = {"image_size": side, "amp": False}
+        arms.append(Arm(name, partial(efficientnet, row, **plain), changes))
     claims = [
         Claim(f"all three together beat {axis} alone", "compound", axis, margin=MARGIN)
         for axis in ("depth", "width", "resolution")
