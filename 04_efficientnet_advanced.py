@@ -91,18 +91,17 @@ import math
 import random
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from statistics import mean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import plotting
 from common.data import Data, load_data
 from common.engine.device import set_up_torch
 from common.evaluation import evaluate
-from common.experiments import Arm, Claim, Experiment, Results, Trial, run_experiment, train_trial
+from common.experiments import Arm, Claim, Experiment, Trial, run_experiment, train_trial
 from common.live import digits, live, show
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, count_parameters, profile
@@ -740,17 +739,11 @@ def architecture_search(config: Config) -> Experiment:
     def judged(trial: Trial, data: Data) -> dict[str, Any]:
         rewards = trial.model.rewards
         proposed = {"proposed_reward": mean(rewards[POPULATION:])} if len(rewards) > 1 else {}
-        return {"best_reward": max(rewards), **proposed, "rewards": rewards}
+        so_far = {"best reward by nets trained": list(accumulate(rewards, max))}
+        return {"best_reward": max(rewards), **proposed, **so_far}
 
     heading = f"{config.nets} nets each: does evolution beat chance?"
-    return Experiment(heading, arms, claims, after=judged, figure=draw_search)
-
-
-def draw_search(results: Results) -> object:
-    """The best reward so far, for both searches: the mean over seeds, in a band from end to end."""
-    rewards = {n: results.values(n, "rewards") for n in ("evolution", "random")}
-    so_far = {n: [np.maximum.accumulate(run) for run in runs if run] for n, runs in rewards.items()}
-    return plotting.curves(so_far, "nets trained", "reward", results.experiment.heading)
+    return Experiment(heading, arms, claims, after=judged)
 
 
 EXPERIMENTS: dict[str, Callable[[Config], object]] = {

@@ -435,10 +435,12 @@ def test_search_through_the_command_line(cli: Callable, tmp_path: Path) -> None:
     folder, result = outcome(tmp_path, "experiment.json")
     trainings = {record["arm"]: record for record in result["trainings"]}
     assert list(trainings) == ["evolution", "random", "B0's rows"]
-    rewards = {name: record["rewards"] for name, record in trainings.items()}
-    assert [len(values) for values in rewards.values()] == [7, 7, 1]
-    assert rewards["evolution"][:6] == rewards["random"][:6]
-    assert trainings["random"]["proposed_reward"] == rewards["random"][6]
+    best = {name: record["best reward by nets trained"] for name, record in trainings.items()}
+    assert [len(values) for values in best.values()] == [7, 7, 1]
+    assert best["evolution"][:6] == best["random"][:6]
+    assert all(values == sorted(values) for values in best.values())
+    assert trainings["random"]["best_reward"] == best["random"][-1]
+    assert 0 < trainings["random"]["proposed_reward"] <= best["random"][-1]
     assert "proposed_reward" not in trainings["B0's rows"]
     assert (folder / "search.png").stat().st_size > 10_000
 
