@@ -16,10 +16,11 @@ import torch
 import torchvision
 from torch import nn
 
+from common.costs import cost_by_kind
 from common.experiments import Experiment
 from common.integers import framework_integers
 from common.live import digits
-from common.profiling import cost_by_kind, count_macs, count_parameters
+from common.profiling import count_macs, count_parameters
 from common.training import make_optimizer
 from tests.conftest import lesson as find_lesson
 from tests.parity import PUBLISHED, largest_difference, torchvision_twin
@@ -411,7 +412,7 @@ def test_depthwise_filters_alone_go_without_decay() -> None:
 @torch.no_grad()
 def test_variants_of_v2_are_the_same_layers() -> None:
     x = torch.randn(2, 3, 8, 8)
-    options = {"num_classes": 10, "small_input": True, "width_mult": 0.25}
+    options = {"num_classes": 10, "small_input": True}
     names = [arm.name for arm in lesson.inverted_residual(lesson.Config().resolve("digits")).arms]
     nets, logits = [], []
     for name in names:
