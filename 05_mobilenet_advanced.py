@@ -19,11 +19,10 @@ a layer takes about an eighth of the multiply-adds of a standard one.
 """
 
 # %% [markdown]
-# **You will learn** to explain and count the depthwise separable convolution; to write the inverted
-# residual and say why its ends are narrow and linear; to turn a trained net into 8-bit integers by
-# hand. **Before:** lesson 1. **Time:** reading 60 minutes, running 15, exercises 120.
+# **You will** count what a depthwise separable convolution saves, write the inverted residual and
+# say why its ends are narrow and linear, and turn a trained net into 8-bit integers by hand. **You
+# need** lesson 1. **Time**: 45 minutes to read, 15 for the experiments, 2 hours for the exercises.
 #
-# Five questions, for before and after:
 # <details><summary>1. A 3x3 convolution has 64 channels in, 128 out. How many multiply-adds a
 # pixel, and how many if separated?</summary>9 x 64 x 128 = 73,728; 9 x 64 + 64 x 128 = 8,768.
 # </details><details><summary>2. Where are a MobileNet's multiply-adds?</summary>95% of V1's are in
@@ -63,6 +62,8 @@ from common.config import TrainConfig, knob
 
 from dataclasses import dataclass
 
+LESSON = "05_mobilenet_advanced"
+
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
@@ -81,12 +82,10 @@ class Config(TrainConfig):
     RECIPES = {"digits": {"image_size": 8, "epochs": 15, "batch_size": 64, "base_lr": 0.2}}
 
 
-# Flags are read before torch is imported, so that --help answers at once; a notebook gets the
-# defaults.
+# Flags are read before torch is imported, so that --help answers at once.
 config = parse_flags(Config) if __name__ == "__main__" else Config()
 
 # %%
-import inspect
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
@@ -98,7 +97,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import numbers
+from common.config import numbers_of
 from common.costs import cost_by_kind, milliseconds, width_for_macs
 from common.data import Data, load_data
 from common.engine.device import pick_device
@@ -110,8 +109,6 @@ from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, count_parameters, fold_batchnorm, profile
 from common.runs import Run, banner, draw_figures, prepare
 from common.training import fit, make_optimizer, make_schedule, train_one_epoch
-
-LESSON = "05_mobilenet_advanced"
 
 # %% [markdown]
 # ## The unit of everything below: convolution, BatchNorm, activation
@@ -180,7 +177,7 @@ class DepthwiseSeparable(nn.Module):
 StandardConv = partial(ConvBN, kernel=3)
 
 # %% [markdown]
-# **Say it first.** A depthwise layer with one filter per colour reads these images, whose three
+# **Say it first**: a depthwise layer with one filter per colour reads these images, whose three
 # channels are equal. Are the three channels of what comes out equal too?
 
 # %%
@@ -234,7 +231,7 @@ class SqueezeExcitation(nn.Module):
 
 
 # %% [markdown]
-# **Say it first.** A quarter of 72 is 18. To how many channels does a gate of 72 squeeze?
+# **Say it first**: a quarter of 72 is 18. To how many channels does a gate of 72 squeeze?
 # Which numbers does h-swish leave as they are, and which does it set to zero?
 
 # %%
@@ -290,7 +287,7 @@ class InvertedResidual(nn.Module):
 
 
 # %% [markdown]
-# **Say it first.** `InvertedResidual(24, 24, expanded=144)` works on 144 channels inside. Does it
+# **Say it first**: `InvertedResidual(24, 24, expanded=144)` works on 144 channels inside. Does it
 # have more or fewer parameters than one standard 3x3 convolution from 24 to 24 channels?
 
 # %%
@@ -496,7 +493,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 # %% [markdown]
-# **Say it first.** The strides of V1's stem and rows shrink 224 pixels by which factor? Which shape
+# **Say it first**: the strides of V1's stem and rows shrink 224 pixels by which factor? Which shape
 # has its last feature map?
 
 # %%
@@ -511,7 +508,7 @@ if live():
 # NOTE: the table prints 1.19% for the stem. Its column then adds up to 99.29%; the stem's 10.8 of
 # 569 million multiply-adds are 1.9%.
 #
-# **Say it first.** The classifier takes 0.2% of V1's multiply-adds. What share of the parameters?
+# **Say it first**: the classifier takes 0.2% of V1's multiply-adds. What share of the parameters?
 
 # %%
 if live():
@@ -521,8 +518,7 @@ if live():
 # %% [markdown]
 # ## One run, from data to report
 #
-# Flat and explicit: this is the whole recipe. `fit` repeats `train_one_epoch`, whose source is in
-# the next cell.
+# Flat and explicit: this is the whole recipe.
 
 
 # %%
@@ -560,13 +556,11 @@ def run(config: Config) -> dict[str, object]:
 
 
 # %% [markdown]
-# ## The loop itself
-#
-# Nothing is hidden behind `fit`: this is what runs for every batch.
+# What `fit` repeats for every batch; lesson 1 explains it line by line.
 
 # %%
 if live():
-    show(inspect.getsource(train_one_epoch))
+    show(train_one_epoch)
 
 # %% [markdown]
 # ## After training: 8-bit integers
@@ -616,7 +610,7 @@ def fit_weights(weight: Tensor, bits: int = 8, per_channel: bool = True) -> Tens
 
 
 # %% [markdown]
-# **Say it first.** One channel's weights reach 1, another's 0.01. With one scale for both, how many
+# **Say it first**: one channel's weights reach 1, another's 0.01. With one scale for both, how many
 # different integers are left for the second?
 
 # %%
@@ -686,6 +680,9 @@ def to_integers(model: nn.Module, images: Tensor, precision: Precision) -> nn.Mo
 
 
 # %%
+RATES = (1, 2.5, 6)  # times the rate of a default run
+
+
 def without_decay(**options: object) -> nn.Module:
     """V1 whose depthwise filters `make_optimizer` doesn't decay."""
     model = mobilenet_v1(**options)
@@ -703,7 +700,7 @@ def separable(config: Config) -> Experiment:
     with torch.device("meta"):
         budget = count_macs(mobilenet_v1(**options), size)
     thin = partial(standard, width_mult=width_for_macs(standard, budget, size))
-    rates = [config.lr * factor for factor in (0.4, 1, 2.5)]
+    rates = [config.lr * factor for factor in RATES]
     separable = partial(mobilenet_v1, **options)
     longer = {"epochs": 3 * config.epochs}
     arms = [
@@ -738,8 +735,8 @@ def time_saved(results: Results) -> list[str]:
 # ## Experiment 2: V2 with and without its two ideas
 #
 # Figure 6 of Sandler et al. (2018): a ReLU6 after the bottleneck; no shortcut; a shortcut between
-# the wide maps instead. The margin is half a point: two of the 359 test images of digits. The nets
-# are deep and thin, so they train for twice the epochs of a default run.
+# the wide maps instead. Each net has its own best of three rates. The margin is half a point: two
+# of the 359 test images of digits.
 
 
 # %%
@@ -783,8 +780,8 @@ def inverted_residual(config: Config) -> Experiment:
     """Figure 6 of the second paper."""
     options = {"small_input": config.small_input, "width_mult": config.trial_width}
     names = ("V2", "ReLU6 in the bottleneck", "no shortcut", "wide shortcut")
-    longer = {"epochs": 2 * config.epochs}
-    arms = [Arm(name, partial(v2_variant, name, **options), longer) for name in names]
+    rates = [config.lr * factor for factor in RATES]
+    arms = [Arm(name, partial(v2_variant, name, **options), rates=rates) for name in names]
     claims = [
         Claim("a linear bottleneck is better than a ReLU6", "V2", names[1], margin=0.005),
         Claim("the shortcut helps", "V2", names[2], margin=0.005),
@@ -807,12 +804,13 @@ def multipliers(config: Config) -> Experiment:
     """Tables 6 and 7 of the first paper, for each of `config.factors`."""
     net = partial(mobilenet_v1, small_input=config.small_input)
     whole = partial(net, width_mult=config.trial_width)
-    arms, claims = [Arm("whole", whole)], []
-    for factor in numbers(config.factors, "--factors"):
+    rates = [config.lr * factor for factor in RATES]
+    arms, claims = [Arm("whole", whole, rates=rates)], []
+    for factor in numbers_of(config.factors, "--factors"):
         thin, small = f"width x {factor:g}", f"side x {factor:g}"
         arms += [
-            Arm(thin, partial(net, width_mult=config.trial_width * factor)),
-            Arm(small, whole, {"image_size": round(config.image_size * factor)}),
+            Arm(thin, partial(net, width_mult=config.trial_width * factor), rates=rates),
+            Arm(small, whole, {"image_size": round(config.image_size * factor)}, rates=rates),
         ]
         claims += [Claim(f"{thin} is better than {small}", thin, small, margin=0.01)]
     return Experiment("Thinner nets or smaller images", arms, claims)
@@ -898,7 +896,8 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 #
 # ## Exercises
 #
-# Get the starter with `python -m common.starter 05 --out DIR`. It holds 5.1 to 5.3 to fill in.
+# `python -m common.starter 05 --out DIR` makes a copy of this file without the parts that you write
+# and says how to mark it. In order of difficulty:
 #
 # - **5.1** Write `DepthwiseSeparable`. By how much is it cheaper than a standard convolution, both
 #   with a 5x5 kernel, 64 channels in and 128 out? Check with `count_macs`.
