@@ -133,12 +133,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     tricks", sec. 2.
 
     A norm's scale and a bias are vectors: pulling them to zero switches channels off instead of
-    smoothing.
+    smoothing. A parameter with an attribute `no_decay` that is true has none either.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.dim() > 1 and not getattr(p, "no_decay", False)]
+    chosen = {id(p) for p in decayed}
     return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in chosen], "weight_decay": 0.0},
     ]
 
 
