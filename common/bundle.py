@@ -92,6 +92,7 @@ def pack(run: str | Path, trained_on: str = "") -> Path:
         "parameters": count_parameters(model),
         "sha256": digest(state),
         **{name: result[name] for name in told.split()},
+        **{name: value for name, value in result.items() if name == "test_top1_views"},
         "image_size": bundle.image_size,
         "class_names": bundle.class_names,
         "mean": bundle.mean.tolist(),
