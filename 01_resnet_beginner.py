@@ -656,8 +656,8 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # same for all images; BatchNorm removes it and divides by the deviation of the rest, which is below
 # 1. It divides the gradient by the same number (Yang et al. 2019: 1.21 a layer in wide nets). A
 # shortcut brings most of the signal past the block, and the factor down to 1.06. After training the
-# plain net's norms are 0.2 to 0.8, larger than the others'. He et al. (sec. 4.1) saw the same, ruled
-# vanishing gradients out, and supposed that deep plain nets learn exponentially slowly.
+# plain net's norms are 0.2 to 0.8, larger than the others'. He et al. (sec. 4.1) saw the same,
+# ruled vanishing gradients out, and supposed that deep plain nets learn exponentially slowly.
 #
 # ## Exercises
 #

@@ -150,7 +150,7 @@ def main(
         if config.model not in models:
             raise unknown("model", config.model, models)
         if config.summary:
-            from common.runs import print_summary
+            from common.inspection import print_summary
 
             print_summary(config, build)
             return

@@ -7,14 +7,21 @@ at in its plain form.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.config import TrainConfig
+from common.engine import sources
 from common.engine.device import evaluating
+from common.engine.records import LayerRecord
+from common.engine.weights import size_for_weights
+from common.profiling import count_macs, count_parameters, macs_by_module
 
 
 def first_filters(model: nn.Module) -> np.ndarray:
@@ -182,3 +189,106 @@ def _beside(model: nn.Module, x: Tensor) -> Tensor:
 
 def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().float().cpu().numpy().copy()
+
+
+# ---------------------------------------------------------------------------------- the layer table
+
+
+def layer_table(
+    model: nn.Module, input_size: tuple[int, int, int], depth: int = 0
+) -> list[LayerRecord]:
+    """One record per layer that computes or holds something, in the order of the definition.
+
+    Output shapes are of one image; parameters and MACs are a layer's own, so that the columns add
+    up to `count_parameters` and `count_macs`. Works on the meta device.
+
+    Args:
+        depth: what lies deeper is counted with the module of so many levels around it; 0: nothing.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                shapes[name] = tuple(output.shape)
+
+        return hook
+
+    hooks = [m.register_forward_hook(note(name)) for name, m in model.named_modules()]
+    try:
+        macs = macs_by_module(model, input_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    root = type(model).__name__
+    total = {path.removeprefix(root + "."): sum(ops.values()) for path, ops in macs.items()}
+    total[""] = total.pop("Global", 0)
+    modules = dict(model.named_modules())
+    for name in sorted(modules, key=lambda n: -n.count(".")):
+        # A list of modules is never called itself, so the counter knows nothing of it.
+        if name not in total and list(modules[name].children()):
+            inside = (f"{name}.{child}" for child, _ in modules[name].named_children())
+            total[name] = sum(total.get(child, 0) for child in inside)
+    records, seen = [], set()
+    for name, module in modules.items():
+        if depth and name.count(".") >= depth:
+            continue
+        # A parameter that two layers share is listed, as it is counted, with the first.
+        folded = bool(depth) and name.count(".") == depth - 1 and name != ""
+        own_parameters = [p for p in module.parameters(recurse=folded) if p not in seen]
+        seen.update(own_parameters)
+        children = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+        children = [] if folded else children
+        own_macs = total.get(name, 0) - sum(total.get(child, 0) for child in children)
+        params = sum(p.numel() for p in own_parameters)
+        # What holds parameters is listed even if it runs in training only (auxiliary heads).
+        if params or own_macs or (name in shapes and not children):
+            kind, shape = type(module).__name__, shapes.get(name, ())
+            records.append(
+                LayerRecord(name or root, kind, shape, params, own_macs, name.count("."))
+            )
+    return records
+
+
+def thop_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """What thop counts for the same image: BatchNorm
+    and pooling too, attention and bare parameters not.
+    """
+    import thop
+
+    copy = deepcopy(model).to("meta").eval()  # thop leaves its counters in the modules
+    with torch.no_grad():
+        image = torch.zeros(1, *input_size, device="meta")
+        macs, _ = thop.profile(copy, (image,), verbose=False)
+    return int(macs)
+
+
+def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -> None:
+    """The layer table of `--summary`, computed on the meta device: no weights, no data, no time."""
+    name, _ = sources.choose_dataset(config.dataset, config.data_dir, gpu=False)
+    image_size, classes = None, {"cifar100": 100, "imagenet": 1000}.get(name, 10)
+    if name == "folder":
+        image_size, _ = sources.size_of_folder(config.data_dir)
+        classes = len(sources.load_folder(config.data_dir, seed=0).class_names)
+    if config.pretrained:
+        image_size = size_for_weights(config.model, config.image_size, 224)
+    config = config.resolve(name, image_size)
+    with torch.device("meta"):
+        model = build(config, classes)
+    size = (3, config.image_size, config.image_size)
+    params, macs = count_parameters(model), count_macs(model, size)
+    lines = [("layer", "kind", "output", "parameters", "MACs")]
+    for r in layer_table(model, size, config.summary_depth):
+        shape = "x".join(map(str, r.output_shape[1:])) if r.output_shape else "training only"
+        lines.append((r.name, r.kind, shape, f"{r.params:,}", f"{r.macs:,}"))
+    lines.append(("total", "", "", f"{params:,}", f"{macs:,}"))
+    name, *widths = (max(map(len, column)) for column in zip(*lines))
+    name = min(name, 80 - sum(widths) - 2 * len(widths))  # a terminal's 80 columns
+    print(f"{config.model} for {config.dataset}: {classes} classes, {config.image_size} px\n")
+    for layer, kind, *numbers in lines:
+        layer = layer if len(layer) <= name else "…" + layer[-name + 1 :]
+        right = "  ".join(f"{number:>{w}}" for number, w in zip(numbers, widths[1:]))
+        print(f"{layer:<{name}}  {kind:<{widths[0]}}  {right}")
+    print(
+        f"thop counts {thop_macs(model, size):,} MACs: BatchNorm and pooling too, but no attention."
+    )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import deepcopy
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.engine.device import describe, evaluating
 from common.engine.fold import fold_batchnorm
 from common.engine.measure import peak_memory, time_passes
-from common.engine.records import LayerRecord, Profile
+from common.engine.records import Profile
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -62,75 +59,6 @@ def macs_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[s
 def _dummy_image(model: nn.Module, input_size: tuple[int, int, int], batch_size: int = 1) -> Tensor:
     like = next(model.parameters())
     return torch.zeros(batch_size, *input_size, device=like.device, dtype=like.dtype)
-
-
-def layer_table(
-    model: nn.Module, input_size: tuple[int, int, int], depth: int = 0
-) -> list[LayerRecord]:
-    """One record per layer that computes or holds something, in the order of the definition.
-
-    Output shapes are of one image; parameters and MACs are a layer's own, so that the columns add
-    up to `count_parameters` and `count_macs`. Works on the meta device.
-
-    Args:
-        depth: what lies deeper is counted with the module of so many levels around it; 0: nothing.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, Tensor):
-                shapes[name] = tuple(output.shape)
-
-        return hook
-
-    hooks = [m.register_forward_hook(note(name)) for name, m in model.named_modules()]
-    try:
-        macs = macs_by_module(model, input_size)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    root = type(model).__name__
-    total = {path.removeprefix(root + "."): sum(ops.values()) for path, ops in macs.items()}
-    total[""] = total.pop("Global", 0)
-    modules = dict(model.named_modules())
-    for name in sorted(modules, key=lambda n: -n.count(".")):
-        # A list of modules is never called itself, so the counter knows nothing of it.
-        if name not in total and list(modules[name].children()):
-            inside = (f"{name}.{child}" for child, _ in modules[name].named_children())
-            total[name] = sum(total.get(child, 0) for child in inside)
-    records, seen = [], set()
-    for name, module in modules.items():
-        if depth and name.count(".") >= depth:
-            continue
-        # A parameter that two layers share is listed, as it is counted, with the first.
-        folded = bool(depth) and name.count(".") == depth - 1 and name != ""
-        own_parameters = [p for p in module.parameters(recurse=folded) if p not in seen]
-        seen.update(own_parameters)
-        children = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
-        children = [] if folded else children
-        own_macs = total.get(name, 0) - sum(total.get(child, 0) for child in children)
-        params = sum(p.numel() for p in own_parameters)
-        # What holds parameters is listed even if it runs in training only (auxiliary heads).
-        if params or own_macs or (name in shapes and not children):
-            kind, shape = type(module).__name__, shapes.get(name, ())
-            records.append(
-                LayerRecord(name or root, kind, shape, params, own_macs, name.count("."))
-            )
-    return records
-
-
-def thop_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """What thop counts for the same image: BatchNorm
-    and pooling too, attention and bare parameters not.
-    """
-    import thop
-
-    copy = deepcopy(model).to("meta").eval()  # thop leaves its counters in the modules
-    with torch.no_grad():
-        image = torch.zeros(1, *input_size, device="meta")
-        macs, _ = thop.profile(copy, (image,), verbose=False)
-    return int(macs)
 
 
 def profile(

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +26,7 @@ from common.engine.surroundings import command
 from common.engine.verdicts import wilson
 from common.engine.weights import size_for_weights
 from common.evaluation import most_wrong
-from common.profiling import count_macs, count_parameters, layer_table, thop_macs
+from common.profiling import count_macs, count_parameters
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
@@ -222,35 +221,4 @@ def draw_figures(
             [said(r) for r in worst],
             f"Most confidently wrong: {len(worst)} of {wrong} mistakes",
         ),
-    )
-
-
-def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -> None:
-    """The layer table of `--summary`, computed on the meta device: no weights, no data, no time."""
-    name, _ = sources.choose_dataset(config.dataset, config.data_dir, gpu=False)
-    image_size, classes = None, {"cifar100": 100, "imagenet": 1000}.get(name, 10)
-    if name == "folder":
-        image_size, _ = sources.size_of_folder(config.data_dir)
-        classes = len(sources.load_folder(config.data_dir, seed=0).class_names)
-    if config.pretrained:
-        image_size = size_for_weights(config.model, config.image_size, 224)
-    config = config.resolve(name, image_size)
-    with torch.device("meta"):
-        model = build(config, classes)
-    size = (3, config.image_size, config.image_size)
-    params, macs = count_parameters(model), count_macs(model, size)
-    lines = [("layer", "kind", "output", "parameters", "MACs")]
-    for r in layer_table(model, size, config.summary_depth):
-        shape = "x".join(map(str, r.output_shape[1:])) if r.output_shape else "training only"
-        lines.append((r.name, r.kind, shape, f"{r.params:,}", f"{r.macs:,}"))
-    lines.append(("total", "", "", f"{params:,}", f"{macs:,}"))
-    name, *widths = (max(map(len, column)) for column in zip(*lines))
-    name = min(name, 80 - sum(widths) - 2 * len(widths))  # a terminal's 80 columns
-    print(f"{config.model} for {config.dataset}: {classes} classes, {config.image_size} px\n")
-    for layer, kind, *numbers in lines:
-        layer = layer if len(layer) <= name else "…" + layer[-name + 1 :]
-        right = "  ".join(f"{number:>{w}}" for number, w in zip(numbers, widths[1:]))
-        print(f"{layer:<{name}}  {kind:<{widths[0]}}  {right}")
-    print(
-        f"thop counts {thop_macs(model, size):,} MACs: BatchNorm and pooling too, but no attention."
     )

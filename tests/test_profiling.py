@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from common import profiling
-from common.profiling import count_macs, count_parameters, layer_table, profile, thop_macs
+from common.inspection import layer_table, thop_macs
+from common.profiling import count_macs, count_parameters, profile
 from tests.conftest import lesson
 
 
