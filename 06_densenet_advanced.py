@@ -1,4 +1,4 @@
-"""Lesson 6, advanced: DenseNet, where nothing that was found is found twice.
+"""Lesson 6, advanced: DenseNet, where every layer reads what all layers before it found.
 
 Huang, Liu, van der Maaten and Weinberger, "Densely Connected Convolutional Networks", 2017
 (arXiv 1608.06993).
@@ -12,27 +12,32 @@ needs to add only a few of its own.
     python 06_densenet_advanced.py --experiment gradient-flow  # what the short paths are good for
     python 06_densenet_advanced.py --model densenet121 --checkpointing   # less memory
 
-Measured on digits (8 px, 10 epochs, seed 0, torch 2.15, float32 on two cores of an Intel Xeon):
-
-    default, densenet40_k12     test 99.72%, 28 s of training
-    reuse                       99.72%; on average the least read source of a layer has 0.89 of the
-                                average weight; blocks 2 and 3 read their input 0.11 and 0.07 below
-                                the average; 34 s
-    growth-rate, 6 epochs, two  final training loss for k = 6, 12, 24: 0.060, 0.033, 0.019 at equal
-    seeds                       depth, 0.034, 0.033, 0.035 at equal cost; test 99.0% to 99.4%; 82 s
-    gradient-flow, 40 layers    most moved over least moved layer, untrained: dense 2.1, chain 221;
-                                test after training: dense 99.72%, chain 88.02%; 59 s
-    --checkpointing             peak of one training step without the weights: densenet40_k12, 64
-                                images of 32 px, 274 MB instead of 1,175; densenet121, 4 images of
-                                224 px, 254 MB instead of 501
+DEFAULT_RECORD
+What the experiments gave stands at the end of the file, lest it spoil your guess.
 """
+
+# %% [markdown]
+# **You will** write the dense layer, the dense block and the transition, and test what short paths
+# and few maps per layer give. **You need** lessons 1 and 2: the shortcut, BatchNorm. **Time**: 35
+# minutes to read, 1 to run, 8 for the experiments, about 2 hours for the exercises.
+#
+# <details><summary>1. How many channels does layer 5 of a block read, with C channels in and growth
+# rate k?</summary>C + 4 k: the input and what four layers added.</details>
+# <details><summary>2. Why does BatchNorm stand before the convolution, and not behind it?</summary>
+# The same map is read by many layers; each gives it a scale of its own.</details>
+# <details><summary>3. What is the 1x1 convolution of a bottleneck good for here?</summary>The 3x3
+# then reads 4 k channels, however many the list has.</details>
+# <details><summary>4. Where does DenseNet throw something away?</summary>In the transitions only:
+# with compression 0.5 half of the channels.</details>
+# <details><summary>5. Why does backward need so much memory?</summary>Each layer's input is a fresh
+# copy of all maps before it: about L^2/2 copies in a block of L layers.</details>
 
 # %% [markdown]
 # ## The problem, and the one equation
 #
-# A ResNet adds: what a layer found is mixed into what all layers before it had found, and a later
-# layer that needs the old part must take the sum apart again. DenseNet appends. Layer $l$ reads the
-# list of all that was found before it and puts $k$ new maps at its end:
+# A ResNet adds: a layer's output is mixed into the sum of all outputs before it, and a later layer
+# that needs an old part must take the sum apart again. DenseNet appends. Layer $l$ reads the list
+# of all maps before it and puts $k$ new maps at its end:
 #
 # $$x_l = H_l([x_0, x_1, \dots, x_{l-1}])$$
 #
@@ -46,10 +51,12 @@ Measured on digits (8 px, 10 epochs, seed 0, torch 2.15, float32 on two cores of
 #                                   └─ H3 ─────── x3 ┘
 
 # %%
-from common.cli import in_notebook, main, parse_flags
+from common.cli import main, parse_flags
 from common.config import TrainConfig, knob
 
 from dataclasses import dataclass, replace
+
+LESSON = "06_densenet_advanced"
 
 
 @dataclass(frozen=True)
@@ -71,28 +78,14 @@ class Config(TrainConfig):
     checkpointing: bool = knob(
         False, "recompute concatenations in backward: less memory, the same numbers"
     )
-    rates: str = knob(
-        "6,12,24", "growth rates that --experiment growth-rate compares", low=1, high=512
-    )
-    depth: int = knob(
-        22, "layers of the nets that --experiment growth-rate compares", low=7, high=1000
-    )
-    depths: str = knob(
-        "10,22,40", "layers of the nets that --experiment gradient-flow compares", low=7, high=1000
-    )
-    seeds: int = knob(2, "runs of each net that --experiment growth-rate averages", low=1, high=100)
-
-    # What differs from the defaults of common/config.py; the record at the top was measured with
-    # these.
+    # What differs from the defaults of common/config.py; the record was measured with these.
     RECIPES = {"digits": {"image_size": 8, "epochs": 10, "batch_size": 64, "base_lr": 0.2}}
 
 
-# Flags are read before torch is imported, so that --help answers at once; a notebook gets the
-# defaults.
+# Flags are read before torch is imported, so that --help answers at once.
 config = parse_flags(Config) if __name__ == "__main__" else Config()
 
 # %%
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -105,73 +98,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import plotting
-from common.engine.device import memory_format, set_up_torch
-from common.data import load_data
-from common.engine.errors import UserError
+from common.data import Data, load_data
+from common.engine.device import memory_format
 from common.evaluation import evaluate
-from common.experiments import Trial, conclude, mean_and_spread, train_trial
+from common.experiments import Arm, Claim, Experiment, Results, Trial, run_experiment, train_trial
+from common.live import digits, live, show
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, count_parameters, profile
 from common.runs import Run, banner, draw_figures, prepare
 from common.training import fit, make_optimizer, make_schedule, train_one_epoch
-
-LESSON = "06_densenet_advanced"
-
-# %% [markdown]
-# ## Recompute, but count once: gradient checkpointing beside BatchNorm
-#
-# Backward needs each convolution's input. For layer $l$ of a dense block that input is a fresh copy
-# of all $l$ maps before it, so that a block of $L$ layers keeps about $L^2/2$ copies although it
-# only ever made $L$ maps. Checkpointing throws the copies away and makes them again when backward
-# asks.
-#
-# Computing twice must not count twice. A BatchNorm in training mode does two things in its forward
-# pass: it normalises by the batch, which the recomputation needs, and it moves its running
-# statistics, which has already happened. The second pass therefore holds the statistics still.
-
-
-# %%
-@contextmanager
-def running_statistics_held(module: nn.Module) -> Iterator[None]:
-    """Inside, each BatchNorm of `module` normalises by its batch as always, and learns nothing from
-    it.
-
-    >>> norm = nn.BatchNorm2d(3)
-    >>> with running_statistics_held(norm):
-    ...     y = norm(torch.randn(8, 3, 4, 4) + 5)
-    >>> norm.running_mean, int(norm.num_batches_tracked)
-    (tensor([0., 0., 0.]), 0)
-    """
-    norms = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        # running = (1 - momentum) * running + momentum * batch; and no counter, nothing to count.
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, num_batches_tracked) in zip(norms, saved):
-            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
-
-
-@torch.compiler.disable  # the compiler accepts no context of ours; it steps aside for this call
-def recomputed_in_backward(
-    function: Callable[..., Tensor], module: nn.Module, *inputs: Tensor
-) -> Tensor:
-    """`function(*inputs)`, of which only the inputs are kept: backward computes the rest again.
-
-    Args:
-        module: whose BatchNorms `function` runs through.
-    """
-    return checkpoint(
-        function,
-        *inputs,
-        use_reentrant=False,
-        # One context for the first time, one for the second.
-        context_fn=lambda: (nullcontext(), running_statistics_held(module)),
-        preserve_rng_state=False,  # for functions in which nothing is random
-    )
-
 
 # %% [markdown]
 # ## The dense layer: read everything, write a little
@@ -237,6 +172,16 @@ class DenseLayer(nn.Module):
 
 
 # %% [markdown]
+# By hand: with growth rate 12, the layer that reads 36 channels has $36 \cdot 48$ weights in its
+# 1x1, $48 \cdot 12 \cdot 9$ in its 3x3, and two numbers for each channel of its two norms:
+# 1,728 + 5,184 + 72 + 96 = 7,080. **Say it first**: how many without the bottleneck?
+
+# %%
+if live():
+    print(count_parameters(DenseLayer(36, 12)), count_parameters(DenseLayer(36, 12, False)))
+
+
+# %% [markdown]
 # ## The dense block: the list only grows
 
 
@@ -291,6 +236,17 @@ class DenseBlock(nn.Module):
 
 
 # %% [markdown]
+# **Say it first**: a block of four layers with growth rate 12 behind 24 channels. How many channels
+# does each layer read, and how many come out? What is in the first 24 of them?
+
+# %%
+if live():
+    net, x = DenseBlock(24, depth=4, growth_rate=12), torch.randn(1, 24, 8, 8)
+    print([layer.norm1.num_features for layer in net.layers], net(x).shape)
+    print(torch.equal(net(x)[:, :24], x))
+
+
+# %% [markdown]
 # ## The transition: the only place that forgets
 
 
@@ -316,6 +272,38 @@ class Transition(nn.Sequential):
             nn.Conv2d(in_channels, out_channels, 1, bias=False),
             nn.AvgPool2d(2),
         )
+
+
+# %% [markdown]
+# **Say it first**: which shape has a map of 60 channels and 8x8 pixels behind a transition that
+# halves the channels?
+
+# %%
+if live():
+    show(Transition(60, 30)(torch.zeros(1, 60, 8, 8)).shape)
+
+# %% [markdown]
+# ## The paper's table as data
+#
+# The number in a name counts layers with weights: the stem, two for each dense layer (1x1 and 3x3),
+# one for each transition, the classifier. $121 = 1 + 2 \cdot (6 + 12 + 24 + 16) + 3 + 1$.
+
+
+# %%
+class Row(NamedTuple):
+    """One column of table 1: layers per dense block, and the channels that each layer adds."""
+
+    depths: tuple[int, int, int, int]
+    growth_rate: int
+
+
+TABLE: dict[str, Row] = {
+    # Huang et al. 2017, table 1; the wide DenseNet-161 is from sec. 4.4 and the authors' code.
+    "densenet121": Row((6, 12, 24, 16), 32),
+    "densenet161": Row((6, 12, 36, 24), 48),
+    "densenet169": Row((6, 12, 32, 32), 32),
+    "densenet201": Row((6, 12, 48, 32), 32),
+}
 
 
 # %% [markdown]
@@ -419,30 +407,6 @@ class DenseNet(nn.Module):
         self.head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
 
 
-# %% [markdown]
-# ## The paper's table as data
-#
-# The number in a name counts layers with weights: the stem, two for each dense layer (1x1 and 3x3),
-# one for each transition, the classifier. $121 = 1 + 2 \cdot (6 + 12 + 24 + 16) + 3 + 1$.
-
-
-# %%
-class Row(NamedTuple):
-    """One column of table 1: layers per dense block, and the channels that each layer adds."""
-
-    depths: tuple[int, int, int, int]
-    growth_rate: int
-
-
-TABLE: dict[str, Row] = {
-    # Huang et al. 2017, table 1; the wide DenseNet-161 is from sec. 4.4 and the authors' code.
-    "densenet121": Row((6, 12, 24, 16), 32),
-    "densenet161": Row((6, 12, 36, 24), 48),
-    "densenet169": Row((6, 12, 32, 32), 32),
-    "densenet201": Row((6, 12, 48, 32), 32),
-}
-
-
 def densenet(name: str, **options: float | bool) -> DenseNet:
     """The model of one row of the table.
 
@@ -494,17 +458,141 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "densenet_bc100_k12": partial(cifar_densenet, 100, bottleneck=True, compression=0.5),
 }
 
+# %% [markdown]
+# **Say it first**: a digit goes through DenseNet-40: a stem of 16 channels, three blocks of 12
+# layers with growth rate 12, no compression. Which shape comes out of each block?
+
+# %%
+if live():
+    net, x = MODELS["densenet40_k12"](num_classes=10), digits(1)
+    x = net.stem(x)
+    for stage in net.stages:
+        x = stage(x)
+        print(tuple(x.shape))
 
 # %% [markdown]
-# ## The first experiment: who reads whom?
+# ## Recompute, but count once: gradient checkpointing beside BatchNorm
+#
+# Backward needs each convolution's input. For layer $l$ of a dense block that input is a fresh copy
+# of all $l$ maps before it, so that a block of $L$ layers keeps about $L^2/2$ copies although it
+# only ever made $L$ maps. Checkpointing throws the copies away and makes them again when backward
+# asks.
+#
+# `recomputed_in_backward` is what `DenseLayer` calls with `--checkpointing`. Computing twice must
+# not count twice. A BatchNorm in training mode does two things in its forward
+# pass: it normalises by the batch, which the recomputation needs, and it moves its running
+# statistics, which has already happened. The second pass therefore holds the statistics still.
+
+
+# %%
+@contextmanager
+def running_statistics_held(module: nn.Module) -> Iterator[None]:
+    """Inside, each BatchNorm of `module` normalises by its batch as always, and learns nothing from
+    it.
+
+    >>> norm = nn.BatchNorm2d(3)
+    >>> with running_statistics_held(norm):
+    ...     y = norm(torch.randn(8, 3, 4, 4) + 5)
+    >>> norm.running_mean, int(norm.num_batches_tracked)
+    (tensor([0., 0., 0.]), 0)
+    """
+    norms = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        # running = (1 - momentum) * running + momentum * batch; and no counter, nothing to count.
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, num_batches_tracked) in zip(norms, saved):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
+
+
+@torch.compiler.disable  # the compiler can't trace our context: this call runs without it
+def recomputed_in_backward(
+    function: Callable[..., Tensor], module: nn.Module, *inputs: Tensor
+) -> Tensor:
+    """`function(*inputs)`, of which only the inputs are kept: backward computes the rest again.
+
+    Args:
+        module: whose BatchNorms `function` runs through.
+    """
+    return checkpoint(
+        function,
+        *inputs,
+        use_reentrant=False,
+        # One context for the first time, one for the second.
+        context_fn=lambda: (nullcontext(), running_statistics_held(module)),
+        preserve_rng_state=False,  # for functions in which nothing is random
+    )
+
+
+# %% [markdown]
+# ## One run, from data to report
+#
+# Flat and explicit: this is the whole recipe.
+
+
+# %%
+def build(config: Config, num_classes: int) -> DenseNet:
+    """The model that the flags ask for."""
+    options = {"growth_rate": config.growth_rate} if config.growth_rate else {}
+    return MODELS[config.model](
+        num_classes=num_classes,
+        small_input=config.small_input,
+        dropout=config.dropout,
+        checkpointing=config.checkpointing,
+        **options,
+    )
+
+
+def run(config: Config) -> dict[str, object]:
+    """Train, test once with the best epoch's weights, profile, draw, save."""
+    config, device = prepare(config)
+    # Trained weights bring the mean and deviation that they were trained with.
+    mean_std = weights_mean_std(config.model) if config.pretrained else None
+    data = load_data(config, device, mean_std)
+    model = build(config, data.num_classes)
+    model = model.to(device, memory_format=memory_format(config.image_size))
+    if config.pretrained:
+        load_pretrained(model, config.model)
+
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, data.train)
+
+    run = Run.open(config, LESSON)
+    banner(config, device, data, model, run)
+    history = fit(model, data, loss_fn, optimizer, schedule, config, run)
+
+    test = evaluate(model, data.test, data.class_names)  # the only look at the test images
+    cost = profile(model, data.input_size)
+    draw_figures(run, model, data, history, test)
+    return run.finish(model, data, history, test, cost)
+
+
+# %% [markdown]
+# `fit` repeats the loop of lesson 1 once an epoch: forward, loss, backward, step.
+#
+# **Say it first**: `--checkpointing` changes no line of it. Where does the recomputation happen?
+
+# %%
+if live():
+    show(train_one_epoch)
+
+# %% [markdown]
+# ## Experiment: who reads whom?
 #
 # Every layer may read every earlier one. Does it, or do the old maps lie there unread? The paper's
 # figure 5 answers from the weights of the trained net alone: the mean absolute weight with which
 # layer $l$ reads the maps of layer $s$. Weight decay pulls what is of no use to zero; what is still
-# large is read.
+# large is read. Each column is divided by its mean: 1 is a source that the reader uses as much as
+# its average one. An untrained net gives 1 everywhere, give or take 0.05.
 #
-# Each column below is divided by its mean: 1 is a source that the layer uses as much as its average
-# one. An untrained net gives 1 everywhere, up to the luck of its draw: that is the control.
+# The paper makes four remarks. Layers spread their weights over all that they can read. So do the
+# transitions. Blocks behind a transition read its output least. The classifier leans on the newest
+# maps. Beforehand: a source is read if it has half of the average weight; 0.05 more or less is what
+# an untrained net shows too, and no difference.
 
 
 # %%
@@ -532,12 +620,6 @@ def connection_weights(model: DenseNet) -> list[Tensor]:
     return tables
 
 
-def dense_weights(model: DenseNet) -> Tensor:
-    """The weights of all dense layers in one row."""
-    layers = [m for m in model.modules() if isinstance(m, DenseLayer)]
-    return torch.cat([layer.conv1.weight.detach().flatten() for layer in layers])
-
-
 def forgetting_weight_decay(config: Config, steps: int, left: float = 0.05) -> float:
     """The weight decay after which, at the end of training, `left` of the initial weights is left.
 
@@ -548,119 +630,89 @@ def forgetting_weight_decay(config: Config, steps: int, left: float = 0.05) -> f
     return math.log(1 / left) * (1 - config.momentum) / (config.lr / 2 * steps)
 
 
-def reuse(config: Config) -> dict[str, object]:
-    """Figure 5 of the paper: which earlier layers each layer reads; prints a verdict, draws a
-    figure.
-    """
-    chosen_decay = config.weight_decay
-    config, device = prepare(config)
-    data = load_data(config, device)
-    if chosen_decay is None:
+def remarks(model: DenseNet) -> dict[str, float]:
+    """The paper's four remarks on figure 5 as means over entries of the tables."""
+    tables = connection_weights(model)
+    third = max(1, len(tables[-1]) // 3)
+    least = [t.nan_to_num(math.inf).amin(dim=0) for t in tables]  # of each reader; column 0 has one
+    inputs = torch.cat([t[0, 1:-1] for t in tables[1:]])
+    return {
+        "least read by layers": torch.cat([column[1:-1] for column in least]).mean().item(),
+        "least read by transitions": torch.stack([c[-1] for c in least[:-1]]).mean().item(),
+        "transition's output, below average": 1 - inputs.mean().item(),
+        "classifier, newest above average": tables[-1][-third:, -1].mean().item() - 1,
+    }
+
+
+def reuse(config: Config) -> Experiment:
+    """Figure 5 of the paper, and its four remarks."""
+    made = partial(build, config)
+
+    def forget(arm: Arm, data: Data, config: Config, device: torch.device) -> Trial:
         # NOTE: the paper trains for 300 epochs with a decay of 1e-4, in which the initial weights
-        # are long forgotten. A run of seconds has to forget faster to show anything but its start.
-        steps = config.epochs * len(data.train) // config.accumulate
-        config = replace(config, weight_decay=forgetting_weight_decay(config, steps))
-        print(f"recipe     weight decay {config.weight_decay:.2g}, to forget the initial weights")
-    run = Run.open(config, LESSON)
+        # are forgotten. A run of seconds has to forget faster to show anything but its start.
+        decay = forgetting_weight_decay(config, config.epochs * len(data.train))
+        config = replace(config, weight_decay=decay)
+        name = f"{arm.name}, seed {config.seed}"
+        return train_trial(name, partial(made, data.num_classes), data, config, device)
 
-    make = partial(build, config, data.num_classes)
-    set_up_torch(device, config.seed, config.deterministic)
-    start = dense_weights(make())  # what the trial, which takes the same seed, begins with
-    trial = train_trial(config.model, make, data, config, device)
-    kept = F.cosine_similarity(start, dense_weights(trial.model).cpu(), dim=0).item()
-    trained = connection_weights(trial.model)
+    def after(trial: Trial, data: Data) -> dict[str, object]:
+        tables = [
+            t[: i + 1, i].tolist() for t in connection_weights(trial.model) for i in range(len(t))
+        ]
+        return {**remarks(trial.model), "weights by reader": tables}
 
-    weights = torch.cat([table[table.isfinite()] for table in trained])
-    heading = f"Who reads whom in {config.model}: mean absolute weight, 1 = the reader's average"
-    figure, axes = plotting.panels(len(trained), heading)
-    for i, (table, ax) in enumerate(zip(trained, axes)):
-        last = "T" if i + 1 < len(trained) else "C"
-        name = "transition" if last == "T" else "classifier"
+    layers, transitions, below, above = remarks(made(10))
+    net = config.model
+    claims = [
+        Claim("layers read even the least read source", net, 0.5, layers),
+        Claim("transitions read even the least read source", net, 0.5, transitions),
+        Claim("blocks read the transition's output less than their own maps", net, 0, below, 0.05),
+        Claim("the classifier leans on the newest maps", net, 0, above, 0.05),
+    ]
+    arm = Arm(net, lambda num_classes: made(num_classes), train=forget)
+    return Experiment("Who reads whom", [arm], claims, after=after, figure=draw_reuse)
+
+
+def draw_reuse(results: Results) -> object:
+    """Figure 5 of the first seed, block by block."""
+    columns = next(iter(results.records.values()))[0]["weights by reader"]
+    tables: list[list[list[float]]] = []
+    for column in columns:  # each block's first column has one entry
+        if len(column) == 1:
+            tables.append([])
+        tables[-1].append(column)
+    largest, least = max(map(max, columns)), min(map(min, columns))
+    heading = "Who reads whom: mean absolute weight, 1 = the reader's average"
+    figure, axes = plotting.panels(len(tables), heading)
+    for i, (table, ax) in enumerate(zip(tables, axes)):
+        square = torch.full((len(table), len(table)), math.nan)
+        for reader, column in enumerate(table):
+            square[: reader + 1, reader] = torch.tensor(column)
+        last = "T" if i + 1 < len(tables) else "C"
         plotting.heatmap(
-            table.numpy(),
+            square.numpy(),
             ["input", *map(str, range(1, len(table)))],
             [*map(str, range(1, len(table))), last],
             f"Block {i + 1}",
-            xlabel=f"reading layer ({last}: the {name})",
+            xlabel=f"reading layer ({last}: the {'transition' if last == 'T' else 'classifier'})",
             ylabel="layer whose maps are read",
             fmt="{:.2f}",
-            limits=(weights.min().item(), weights.max().item()),
+            limits=(least, largest),
             ax=ax,
         )
-    run.figure("reuse", figure)
-    habits = [reading_habits(table) for table in trained]
-    chance = luck_of_the_draw(make)
-    rows = [
-        {"block": f"block {i + 1}", **{habit: f"{x:.2f}" for habit, x in h.items()}}
-        for i, h in enumerate(habits)
-    ]
-    rows.append({"block": "untrained", **{habit: f"1 ± {x:.2f}" for habit, x in chance.items()}})
-    verdict = reuse_verdict(habits, chance, kept)
-    tables = [[t[: i + 1, i].tolist() for i in range(len(t))] for t in trained]  # without the NaN
-    return conclude(run, rows, verdict, weights_by_reader=tables)
-
-
-def reading_habits(table: Tensor) -> dict[str, float]:
-    """The paper's four remarks on figure 5 as means over entries of one table; 1 is the average."""
-    third = max(1, len(table) // 3)
-    return {
-        "the least read": float(table.nan_to_num(math.inf).amin(dim=0)[1:].mean()),
-        "oldest layers, by the last": float(table[1 : 1 + third, -1 - third : -1].mean()),
-        "the block's input": float(table[0, 1:].mean()),
-        "newest layers, behind": float(table[-third:, -1].mean()),
-    }
-
-
-def luck_of_the_draw(build: Callable[[], DenseNet], draws: int = 10) -> dict[str, float]:
-    """The control: the most by which the same figures miss 1 in nets that nobody trained."""
-    seen = [reading_habits(t) for _ in range(draws) for t in connection_weights(build())]
-    return {habit: max(abs(h[habit] - 1) for h in seen) for habit in seen[0]}
-
-
-def reuse_verdict(
-    habits: list[dict[str, float]], chance: dict[str, float], kept: float
-) -> list[str]:
-    """The remarks of the paper's section 5, put to the numbers.
-
-    Args:
-        kept: cosine between the weights before and after training.
-    """
-    least = min(h["the least read"] for h in habits)
-    oldest = min(h["oldest layers, by the last"] for h in habits)
-    verdict = [
-        f"training turned the weights to a cosine of {kept:.2f} with those drawn at the start: "
-        + ("the figure shows mostly the draw, train longer" if kept > 0.5 else "the draw is gone"),
-        f"layers {'spread' if least > 0.5 else 'do not spread'} their weights over all that they "
-        f"can read: on average the least read source still has {least:.2f} of the average weight",
-        f"the last layers of a block {'still read' if oldest > 0.5 else 'hardly read'} its first "
-        f"ones: {oldest:.2f} of the average weight",
-    ]
-    claims = {
-        "blocks behind a transition read its output less than their own maps": [
-            1 - h["the block's input"] for h in habits[1:]
-        ],
-        "the classifier leans on the newest maps": [habits[-1]["newest layers, behind"] - 1],
-    }
-    for (claim, effects), habit in zip(
-        claims.items(), ("the block's input", "newest layers, behind")
-    ):
-        if all(e > chance[habit] for e in effects):
-            word = "yes"
-        elif all(e < -chance[habit] for e in effects):
-            word = "no, the opposite"
-        else:
-            word = "not beyond chance in every block"
-        figures = " and ".join(f"{e:+.2f}" for e in effects)
-        verdict.append(f"{claim}: {word} ({figures}; chance ±{chance[habit]:.2f})")
-    return verdict
+    return figure
 
 
 # %% [markdown]
-# ## The second experiment: how many maps should a layer add?
+# ## Experiment: how many maps should a layer add?
 #
-# The growth rate buys width, and its price is steep: cost grows with the square of $k$ and of the
-# depth. So there are two fair races: at equal depth, where a larger $k$ costs more, and at equal
-# multiply-adds, where a larger $k$ must be shallower.
+# The growth rate buys width, and cost grows with the square of $k$ and of the depth. So there are
+# two fair races: at equal depth, where a larger $k$ costs more, and at equal multiply-adds, where a
+# larger $k$ must be shallower. The measure is the training loss, since on digits all of these nets
+# test near 99%; 0.01 is a difference that matters.
+#
+# **Say it first**: at equal cost, do you expect narrow and deep ahead, or wide and shallow?
 
 
 # %%
@@ -677,161 +729,37 @@ def equal_cost_depth(growth_rate: int, macs: int, input_size: tuple[int, int, in
     return min(depth, max(7, depth - 3), key=lambda d: abs(cost(d) - macs))
 
 
-def growth_rates(config: Config) -> dict[str, object]:
-    """Narrow and deep against wide and shallow; prints a verdict, draws a figure."""
-    rates = whole_numbers(config.rates, "--rates")
-    check_depths([config.depth], "--depth")
-    chosen_epochs = config.epochs
-    config, device = prepare(config)
-    if chosen_epochs is None:  # many nets, each several times: six tenths of the recipe's length
-        config = replace(config, epochs=max(1, round(0.6 * config.epochs)))
-    data = load_data(config, device)
-    run = Run.open(config, LESSON)
-
-    middle = rates[len(rates) // 2]
+def growth_rates(config: Config) -> Experiment:
+    """Growth rates 6, 12 and 24: at the depth of 22 layers, and at the cost of k = 12."""
+    size, depth = (3, config.image_size, config.image_size), 22
     with torch.device("meta"):
-        net = cifar_densenet(config.depth, middle, num_classes=data.num_classes)
-    macs = count_macs(net, data.input_size)
-    races = {
-        "equal depth": [(k, config.depth) for k in rates],
-        "equal cost": [(k, equal_cost_depth(k, macs, data.input_size)) for k in rates],
-    }
-    trials: dict[tuple[int, int], list[Trial]] = {}
-    for k, depth in dict.fromkeys(races["equal depth"] + races["equal cost"]):
-        trials[k, depth] = [
-            train_trial(
-                f"k {k}, {depth} layers, seed {seed}",
-                partial(cifar_densenet, depth, k, num_classes=data.num_classes),
-                data,
-                replace(config, seed=seed),
-                device,
-            )
-            for seed in range(config.seed, config.seed + config.seeds)
-        ]
-
-    figure, axes = plotting.panels(3, "Growth rate: at equal depth, and at equal cost")
-    for (race, nets), ax in zip(races.items(), axes):
-        losses = {
-            f"k {k}, {depth} layers": [[r.train_loss for r in t.history] for t in trials[k, depth]]
-            for k, depth in nets
-        }
-        title = f"Training loss at {race}"
-        plotting.curves(losses, "epoch", "training loss", title, log_y=True, ax=ax)
-    points = [
-        (f"k {k}, {depth} layers", runs[0].macs / 1e6, mean_and_spread(final_losses(runs))[0])
-        for (k, depth), runs in trials.items()
+        macs = count_macs(cifar_densenet(depth, 12, num_classes=10), size)
+    nets = {f"k {k}, {depth} layers": (k, depth) for k in (6, 12, 24)}
+    deep, shallow = (equal_cost_depth(k, macs, size) for k in (6, 24))
+    nets |= {f"k 6, {deep} layers": (6, deep), f"k 24, {shallow} layers": (24, shallow)}
+    narrow, _, wide, narrow_deep, wide_shallow = nets
+    # Many nets, each several times: six tenths of the recipe's length.
+    shorter = {"epochs": max(1, round(0.6 * config.epochs))}
+    arms = [Arm(name, partial(cifar_densenet, d, k), shorter) for name, (k, d) in nets.items()]
+    claims = [
+        Claim("at equal depth four times the maps train better", narrow, wide, "train_loss", 0.01),
+        Claim("at equal cost wide trains better", narrow_deep, wide_shallow, "train_loss", 0.01),
+        Claim("at equal cost narrow trains better", wide_shallow, narrow_deep, "train_loss", 0.01),
     ]
-    plotting.scatter(
-        points,
-        "million multiply-adds an image",
-        f"final training loss, mean of {config.seeds}",
-        "What the cost buys",
-        log_x=True,
-        ax=axes[2],
-    )
-    run.figure("growth_rate", figure)
-
-    rows = []
-    for (k, depth), runs in trials.items():
-        mean, spread = mean_and_spread([t.test_top1 for t in runs])
-        rows.append(
-            {
-                "k": k,
-                "layers": depth,
-                "parameters": runs[0].params,
-                "M MACs": round(runs[0].macs / 1e6, 2),
-                "train loss": round(mean_and_spread(final_losses(runs))[0], 4),
-                "test top-1": f"{mean:.2%}",
-                "spread": f"{spread:.2%}",
-                "seconds": round(sum(t.seconds for t in runs) / len(runs), 1),
-            }
-        )
-    return conclude(run, rows, growth_verdict(trials, races, len(data.test.labels)))
-
-
-def final_losses(runs: list[Trial]) -> list[float]:
-    return [trial.history[-1].train_loss for trial in runs]
-
-
-def growth_verdict(
-    trials: dict[tuple[int, int], list[Trial]],
-    races: dict[str, list[tuple[int, int]]],
-    test_images: int,
-) -> list[str]:
-    """Who fits and who tests best in each race, and by more than chance or not."""
-
-    def top1(net: tuple[int, int]) -> float:
-        return mean_and_spread([t.test_top1 for t in trials[net]])[0]
-
-    def name(net: tuple[int, int]) -> str:
-        return f"k {net[0]} with {net[1]} layers"
-
-    verdict = []
-    for race, nets in races.items():
-        losses = [mean_and_spread(final_losses(trials[net]))[0] for net in nets]
-        best = nets[losses.index(min(losses))]
-        if losses == sorted(losses, reverse=True):
-            course = "falls as k grows"
-        elif losses == sorted(losses):
-            course = "rises as k grows"
-        else:
-            course = f"is lowest for {name(best)}"
-        # Told apart only if the worst seed of the best net beats every seed of all others.
-        others = [x for net in nets if net != best for x in final_losses(trials[net])]
-        clear = max(final_losses(trials[best])) < min(others)
-        verdict.append(
-            f"at {race} the training loss {course}: {', '.join(f'{x:.4f}' for x in losses)}"
-            + ("" if clear else "; the seeds of the best overlap with others")
-        )
-        first, *_, last = sorted(nets, key=top1, reverse=True)
-        gap, p = top1(first) - top1(last), top1(first)
-        # Two standard errors of a difference of two shares of so many test images.
-        noise = 2 * math.sqrt(2 * p * (1 - p) / test_images)
-        margin = f"by {gap:.2%}, chance alone gives up to {noise:.2%}"
-        if gap > noise:
-            verdict.append(f"at {race} {name(first)} tests best, {name(last)} worst, {margin}")
-        else:
-            verdict.append(
-                f"at {race} no growth rate is ahead: {name(first)} leads {name(last)} {margin}"
-            )
-    narrow, wide = min(races["equal depth"]), max(races["equal depth"])
-    times = trials[wide][0].macs / trials[narrow][0].macs
-    verdict.append(
-        f"from k {narrow[0]} to {wide[0]} at {wide[1]} layers the cost grows {times:.1f} times and "
-        f"the test accuracy changes by {top1(wide) - top1(narrow):+.2%}"
-    )
-    return verdict
-
-
-def whole_numbers(text: str, flag: str) -> list[int]:
-    """The numbers of a flag such as "6,12,24", sorted.
-
-    Raises:
-        UserError: something else, or fewer than two.
-    """
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(set(numbers)) < 2 or min(numbers) < 1:
-        raise UserError(f"{flag} {text}: at least two whole numbers, such as 6,12,24")
-    return sorted(set(numbers))
-
-
-def check_depths(depths: list[int], flag: str) -> None:
-    """Refuse, before anything is trained, a depth that three equal blocks can't have."""
-    for depth in depths:
-        if depth < 7 or depth % 3 != 1:
-            raise UserError(f"{flag} {depth}: a CIFAR DenseNet has 3n + 4 layers (7, 10, 13, ...)")
+    return Experiment("Growth rate: at equal depth, and at equal cost", arms, claims)
 
 
 # %% [markdown]
-# ## The third experiment: what are the short paths good for?
+# ## Experiment: what are the short paths good for?
 #
 # In a chain of layers the gradient of the first is a product of all Jacobians behind it. In a dense
 # block every layer also stands one step from the end. Cut the long connections, give the chain the
 # same number of parameters (it becomes wider), and ask each layer: by which share of itself would
-# one step of gradient descent move its weights?
+# one step of gradient descent move its weights? Unevenness is the share of the most moved layer
+# over that of the least moved, as a power of ten. Half a power of ten is a difference that matters,
+# and half a point of accuracy.
+#
+# **Say it first**: is it the first layer of the chain that is moved most, or the last?
 
 
 # %%
@@ -863,212 +791,65 @@ def gradient_profile(model: DenseNet, x: Tensor, y: Tensor) -> list[float]:
     return moved
 
 
-def unevenness(profile: list[float]) -> float:
-    """The layer that would be moved most over the one that would be moved least."""
-    return max(profile) / min(profile)
+def gradient_flow(config: Config) -> Experiment:
+    """Dense connections against a chain of as many parameters, at 10 and at 40 layers."""
+    nets = {}
+    for depth in (10, 40):
+        nets[f"dense-{depth}"] = partial(cifar_densenet, depth, 12)
+        width = plain_width(depth, 12)
+        nets[f"chain-{depth}"] = partial(cifar_densenet, depth, width, dense=False)
+    uneven = "unevenness at the start, power of ten"
 
+    def before(model: nn.Module, data: Data) -> dict[str, object]:
+        moved = gradient_profile(model, *next(iter(data.train.batches())))
+        at_start = math.log10(max(moved) / min(moved))
+        return {uneven: at_start, "gradient / weights by layer, at the start": moved}
 
-def gradient_flow(config: Config, draws: int = 3) -> dict[str, object]:
-    """How evenly the gradient reaches the layers with dense connections and without; prints a
-    verdict, draws a figure.
-    """
-    depths = whole_numbers(config.depths, "--depths")
-    check_depths(depths, "--depths")
-    config, device = prepare(config)
-    data = load_data(config, device)
-    run = Run.open(config, LESSON)
-    k, deepest, classes = config.growth_rate or 12, depths[-1], data.num_classes
-    nets = {
-        (kind, depth): partial(cifar_densenet, depth, width, dense=dense, num_classes=classes)
-        for depth in depths
-        for kind, dense, width in (("dense", True, k), ("chain", False, plain_width(depth, k)))
-    }
-
-    x, y = next(iter(data.train.batches()))
-    before: dict[tuple[str, int], list[list[float]]] = {net: [] for net in nets}
-    for net, make in nets.items():
-        for draw in range(draws):
-            torch.manual_seed(config.seed + draw)
-            before[net].append(gradient_profile(make().to(device), x, y))
-    uneven = {net: [unevenness(profile) for profile in p] for net, p in before.items()}
-    trials = {
-        kind: train_trial(f"{kind}-{deepest}", nets[kind, deepest], data, config, device)
-        for kind in ("dense", "chain")
-    }
-    after = {kind: gradient_profile(trial.model, x, y) for kind, trial in trials.items()}
-
-    figure, (start, deeper, loss) = plotting.panels(
-        3, "The gradient with dense connections, and in a chain"
-    )
-    plotting.curves(
-        {kind: before[kind, deepest] for kind in trials},
-        "layer",
-        "gradient / weights",
-        f"Before training, {deepest} layers",
-        log_y=True,
-        ax=start,
-    )
-    plotting.curves(
-        {kind: list(zip(*(uneven[kind, d] for d in depths))) for kind in trials},
-        "layers of the net",
-        "most moved / least moved layer",
-        "Unevenness before training",
-        log_y=True,
-        x=depths,
-        ax=deeper,
-    )
-    losses = {kind: [r.train_loss for r in trial.history] for kind, trial in trials.items()}
-    title = f"Training loss, {deepest} layers"
-    plotting.curves(losses, "epoch", "training loss", title, log_y=True, ax=loss)
-    run.figure("gradient_flow", figure)
-
-    rows = [
-        {
-            **trial.row(),
-            "uneven before": f"{mean_and_spread(uneven[kind, deepest])[0]:.1f}",
-            "uneven after": f"{unevenness(after[kind]):.1f}",
-        }
-        for kind, trial in trials.items()
+    dense, chain = (("dense-40", "dense-10"), ("chain-40", "chain-10"))
+    claims = [
+        Claim("the chain's gradient is the more uneven", chain[0], dense[0], uneven, 0.5),
+        Claim("depth makes the chain's more uneven, more so", *chain, uneven, 0.5, beyond=dense),
+        Claim("the dense net tests better", dense[0], chain[0], margin=0.005),
     ]
-    profiles = {
-        kind: [sum(layer) / draws for layer in zip(*before[kind, deepest])] for kind in trials
-    }
-    verdict = gradient_verdict(profiles, uneven, trials, depths)
-    return conclude(run, rows, verdict, before=profiles, after=after)
-
-
-def gradient_verdict(
-    profiles: dict[str, list[float]],
-    uneven: dict[tuple[str, int], list[float]],
-    trials: dict[str, Trial],
-    depths: list[int],
-) -> list[str]:
-    """What the numbers say of the paper's claim that dense connections let the gradient through."""
-    shallow, deep = depths[0], depths[-1]
-    verdict = []
-    for kind in trials:
-        ratio = profiles[kind][0] / profiles[kind][-1]
-        grows = f"grows {ratio:.3g}-fold" if ratio > 1 else f"shrinks to {ratio:.2g} of itself"
-        verdict.append(f"{kind}, {deep} layers, untrained: on its way back the gradient {grows}")
-    for kind in trials:
-        a, b = (mean_and_spread(uneven[kind, depth])[0] for depth in (shallow, deep))
-        verdict.append(
-            f"{kind}: from {shallow} to {deep} layers the most moved layer goes from {a:.3g} to "
-            f"{b:.3g} times the least moved"
-        )
-    dense, chain = (uneven[kind, deep] for kind in ("dense", "chain"))
-    if max(dense) < min(chain):
-        verdict.append(
-            "the claim holds here: in every draw dense connections even the gradient out"
-        )
-    elif min(dense) > max(chain):
-        verdict.append("the claim fails here: in every draw the chain's gradient is the more even")
-    else:
-        verdict.append("the claim does not show here: the draws of the two overlap (more --depths)")
-    loss = {kind: trial.history[-1].train_loss for kind, trial in trials.items()}
-    better, worse = sorted(loss, key=loss.get)
-    verdict.append(
-        f"the {better} net trains better, to a loss of {loss[better]:.4f} against "
-        f"{loss[worse]:.4f}, and tests at {trials[better].test_top1:.2%} against "
-        f"{trials[worse].test_top1:.2%}"
-    )
-    return verdict
+    arms = [Arm(name, net) for name, net in nets.items()]
+    heading = "The gradient with dense connections, and in a chain"
+    return Experiment(heading, arms, claims, before=before)
 
 
 EXPERIMENTS: dict[str, Callable[[Config], object]] = {
-    "reuse": reuse,
-    "growth-rate": growth_rates,
-    "gradient-flow": gradient_flow,
+    "reuse": partial(run_experiment, LESSON, reuse),
+    "growth-rate": partial(run_experiment, LESSON, growth_rates),
+    "gradient-flow": partial(run_experiment, LESSON, gradient_flow),
 }
-
-# %% [markdown]
-# ## One run, from data to report
-#
-# Flat and explicit: this is the whole recipe. `fit` repeats `train_one_epoch`, whose source is in
-# the last cell.
-
-
-# %%
-def build(config: Config, num_classes: int) -> DenseNet:
-    """The model that the flags ask for."""
-    if config.dropout >= 1:
-        raise UserError(f"--dropout {config.dropout:g}: a share below 1, such as 0.2")
-    options = {"growth_rate": config.growth_rate} if config.growth_rate else {}
-    return MODELS[config.model](
-        num_classes=num_classes,
-        small_input=config.small_input,
-        dropout=config.dropout,
-        checkpointing=config.checkpointing,
-        **options,
-    )
-
-
-def run(config: Config) -> dict[str, object]:
-    """Train, test once with the best epoch's weights, profile, draw, save; what result.json holds
-    comes back.
-    """
-    config, device = prepare(config)
-    # Trained weights bring the mean and deviation that they were trained with.
-    mean_std = weights_mean_std(config.model) if config.pretrained else None
-    data = load_data(config, device, mean_std)
-    model = build(config, data.num_classes).to(
-        device, memory_format=memory_format(config.image_size)
-    )
-    if config.pretrained:
-        load_pretrained(model, config.model)
-
-    loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    optimizer = make_optimizer(model, config)
-    schedule = make_schedule(optimizer, config, data.train)
-
-    run = Run.open(config, LESSON)
-    banner(config, device, data, model, run)
-    history = fit(model, data, loss_fn, optimizer, schedule, config, run)
-
-    test = evaluate(model, data.test, data.class_names)  # the only look at the test images
-    cost = profile(model, data.input_size)
-    draw_figures(run, model, data, history, test)
-    return run.finish(model, data, history, test, cost)
-
-
-# %% [markdown]
-# ## The loop itself
-#
-# Nothing is hidden behind `fit`: this is what runs for every batch.
-
-# %%
-if in_notebook():
-    print(inspect.getsource(train_one_epoch))
 
 # %% [markdown]
 # ## What to notice
 #
-# - `reuse`: every layer reads everything, the first maps of a block still by its last layers. The
-#   transitions' outputs are read least: these maps are redundant, which is why DenseNet-C may drop
-#   half of them.
-# - `growth-rate`: at equal cost the training loss hardly depends on k. Narrow and deep buys what
-#   wide and shallow buys, with more layers to wait for: compare the seconds.
-# - `gradient-flow`: BatchNorm has turned the old trouble round. In the chain the gradient does not
-#   vanish on its way back, it grows with every layer, until no learning rate suits the first layers
-#   and the last. Dense connections need no such luck.
 # - The chain has more multiply-adds than the dense net. Compare their seconds all the same:
-#   concatenation multiplies nothing, and yet moves every map again for every layer that reads it.
+#   concatenation multiplies nothing, but copies every map for every layer that reads it.
 # - DenseNet-121 has 8.0 million parameters and ResNet-50 25.6 million, at 74.4% and 76.1% on
 #   ImageNet, but 2.8 billion multiply-adds against 4.1: it saves parameters more than time.
 # - `activations.png`: channels are numbered. In stage 1 those below 16 are the stem's, unchanged.
+# - `--checkpointing`, peak of one training step without the weights: densenet40_k12, 64 images of
+#   32 px, 274 MB instead of 1,175; densenet121, 4 images of 224 px, 254 MB instead of 501.
+#
+# EXPERIMENT_RECORD
 #
 # ## Exercises
 #
-# 1. Write `DenseBlock` without looking. How many channels does its layer $l$ read?
-# 2. Count the parameters of DenseNet-40 (k = 12) by hand. Which share do the last layers of each
-#    block hold, and what does the bottleneck change?
-# 3. Remove `context_fn` from `recomputed_in_backward` and train with `--checkpointing`. Which
-#    numbers change: the training loss, the validation loss, or both? Why?
-# 4. A BatchNorm scales each map before a convolution reads it. Multiply the weights in
-#    `connection_weights` by the absolute scale of `norm1`. Does figure 5 change?
-# 5. After training, the chain's gradient is even (`gradient-flow`, last column). Nothing was added
-#    to it, so what has become of its first layers' weights? What does BatchNorm make of that?
-# 6. `--experiment growth-rate --rates 2,4,8`: when is a growth rate too small?
+# `python -m common.starter 06 --out DIR` makes a copy of this file without the parts that you write
+# and says how to mark it. In order of difficulty:
+#
+# - **6.3** The transition. **6.1** The dense layer. **6.2** The dense block: how many channels does
+#   its layer $l$ read?
+# - **6.4** The whole net. Which share of DenseNet-40's parameters do the last layers of each block
+#   hold, and what does the bottleneck change?
+# - Remove `context_fn` from `recomputed_in_backward` and train with `--checkpointing`. Which
+#   numbers change: the training loss, the validation loss, or both? Why?
+# - A BatchNorm scales each map before a convolution reads it. Multiply the weights in
+#   `connection_weights` by the absolute scale of `norm1`. Does figure 5 change?
+# - The paper's dropout is 0.2, after each convolution but the first, where images are not augmented
+#   (`--augment none --dropout 0.2`). Does it help here?
 
 # %%
 if __name__ == "__main__":
