@@ -285,3 +285,65 @@ def test_every_number_has_finite_bounds_on_both_sides(name: str) -> None:
             for beyond in (math.nan, math.inf, -math.inf, high + 1, low - 1):
                 with pytest.raises(UserError, match=r"makes sense is|wants int"):
                     kind(**{spec.name: beyond if numeric else str(beyond)})
+
+
+# ------------------------------------------------------------------- output that nobody can take
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a Linux device")
+@pytest.mark.parametrize(
+    ("redirect", "codes", "lines"),
+    [
+        ("--summary --dataset digits > /dev/full", {2}, 1),
+        ("--help > /dev/full", {2}, 1),
+        ("--summary --dataset digits 2>&-", {0}, 0),
+        ("--epochs 0 2>&-", {2}, 0),
+        ("--summary --dataset digits | head -1 > /dev/null; exit ${PIPESTATUS[0]}", {0, 141}, 0),
+        ("--summary --dataset digits >&-", {0}, 0),
+    ],
+)
+def test_output_that_nobody_can_take(redirect: str, codes: set[int], lines: int) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} 01_resnet_beginner.py {redirect}"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode in codes, done.stderr
+    assert len(done.stderr.splitlines()) == lines, done.stderr
+    assert not lines or "No space left on device" in done.stderr
+
+
+def test_class_names_in_other_scripts(image_folder: Callable, tmp_path: Path) -> None:
+    """On a terminal that knows ASCII only, in figures that have no glyphs for them."""
+    folder = image_folder(classes=("猫", "собака", "été"), per_class=10)
+    done = python(
+        "01_resnet_beginner.py", "--dataset", "folder", "--data-dir", str(folder), "--smoke",
+        "--model", "resnet20", "--device", "cpu", "--workers", "0", "--run-dir", str(tmp_path),
+        LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0", PYTHONIOENCODING="ascii",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_is_in_groups_the_lessons_own_first(cli: Callable) -> None:
+    code, out, _ = cli("06", "--help")
+    titles = [line for line in out.splitlines() if re.fullmatch(r"\w[\w ]*:", line)]
+    assert code == 0 and "usage" not in out
+    assert titles == ["this lesson:", "images:", "training:", "machine:", "the run and its folder:"]
+    assert out.index("--growth-rate") < out.index("images:") < out.index("--dataset")
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_summary_fits_a_terminal_and_adds_up(cli: Callable, depth: int) -> None:
+    flags = "--model densenet121 --image-size 224 --dataset cifar10 --summary".split()
+    code, out, err = cli("06", *flags, "--summary-depth", str(depth))
+    assert code == 0, err
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    start = next(i for i, line in enumerate(lines) if line.startswith("layer ")) + 1
+    end = next(i for i, line in enumerate(lines) if line.startswith("total "))
+    numbers = [
+        [int(n.replace(",", "")) for n in line.split()[-2:]] for line in lines[start : end + 1]
+    ]
+    *rows, total = numbers
+    assert [sum(column) for column in zip(*rows)] == total
+    assert min(macs for _, macs in rows) >= 0
+    assert len(rows) == 3 if depth == 1 else len(rows) > 10

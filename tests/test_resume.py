@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -428,3 +429,114 @@ def test_resume_refuses_what_does_not_belong(nursery: Nursery, tmp_path: Path) -
     (run / "config.json").write_text(json.dumps({**config, "seed": 9}))
     code, _, err = nursery.finish("--resume", str(run))
     assert code == 2 and "was made with seed 0, not 9" in err
+
+
+@pytest.fixture(scope="module")
+def finished(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    code, _, err = nursery.finish(
+        "--dataset", "digits", *FLAGS, "--run-dir", str(folder), "--smoke"
+    )
+    assert code == 0, err
+    return the_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "holds no settings"), ("null", "holds no settings"), ("{", "can't be read"),
+     ({"epochs": "many"}, "--epochs 'many': wants int"), ({"epochs": 1.5}, "wants int"),
+     ({"lr": "0.1"}, "wants float"), ({"amp": 1}, "wants bool"), ({"seed": True}, "wants int"),
+     ({"model": None}, "wants str"), ({"depth": 3}, "made by another version"),
+     ({"ema": 2}, "the most that makes sense")],
+)  # fmt: skip
+def test_a_config_that_is_none_is_one_line(
+    nursery: Nursery, tmp_path: Path, finished: Path, content: object, message: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((run / "config.json").read_text()) | content)
+    (run / "config.json").write_text(content)
+    code, _, err = nursery.finish("--resume", str(run))
+    assert code == 2 and message in err and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"history": ...}, "has no history"), ({"meter": ...}, "has no meter"),
+     ({"world": "2"}, "world is of type str"), ({"history": [3]}, "history is of type int"),
+     ({"meter": {"epoch": 1}}, "has no meter.batch"), ({"best": None}, "best is of type NoneType"),
+     ({"model": {"body.0.weight": torch.ones(2)}}, "doesn't fit this run"),
+     ({"optimizer": {"state": {}}}, "doesn't fit this run"), ({"rng": [{}]}, "doesn't fit")],
+)  # fmt: skip
+def test_a_checkpoint_that_does_not_fit_is_one_line(
+    nursery: Nursery, tmp_path: Path, finished: Path, change: dict, message: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    state = checkpoint.load(run / "last.pt") | change
+    (run / "previous.pt").unlink(missing_ok=True)
+    checkpoint.save(run / "last.pt", {k: v for k, v in state.items() if v is not ...})
+    code, _, err = nursery.finish("--resume", str(run))
+    assert code == 2 and message in err and len(err.splitlines()) == 1, err
+
+
+def test_what_a_killed_run_left_half_written_is_removed(
+    nursery: Nursery, tmp_path: Path, finished: Path
+) -> None:
+    for name in ("run", "neighbour"):
+        shutil.copytree(finished, tmp_path / name)
+        (tmp_path / name / ".last.pt.12345.tmp").write_bytes(b"half")
+    code, _, err = nursery.finish("--resume", str(tmp_path / "run"))
+    assert code == 0, err
+    assert [p.name for p in tmp_path.glob("*/.*.tmp")] == []
+
+
+def test_two_at_once_in_one_folder(nursery: Nursery, tmp_path: Path, finished: Path) -> None:
+    """The second is told; the files of one that is at work are left alone."""
+    shutil.copytree(finished, tmp_path / "tiny" / "run")
+    busy = tmp_path / "tiny" / "run"
+    script = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from common.engine.files import claim_folder
+claim_folder(Path({str(busy)!r}))
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        other.stdout.readline()
+        (busy / ".last.pt.1.tmp").write_bytes(b"half")
+        code, _, err = nursery.finish("--resume", str(busy))
+        assert code == 2 and "another process is working in this folder" in err
+        assert len(err.splitlines()) == 1
+        flags = ["--dataset", "digits", *FLAGS, "--run-dir", str(tmp_path), "--smoke"]
+        assert nursery.finish(*flags)[0] == 0
+        assert (busy / ".last.pt.1.tmp").exists()
+        other.kill()
+    code, _, err = nursery.finish("--resume", str(busy))
+    assert code == 0, err
+
+
+def test_a_signal_in_the_last_save_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable
+) -> None:
+    """The run is done but for the save; it leaves by the signal, with all on the disk."""
+    real, flags = os.fsync, "--dataset digits --model resnet20 --device cpu --smoke".split()
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+        saves = []
+
+        def fsync(handle: int, number: int = number, saves: list = saves) -> None:
+            saves.append(handle)
+            if len(saves) == 5:  # first save and its folder, best.pt and its folder, the last one
+                os.kill(os.getpid(), number)
+            real(handle)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        returned, out, err = cli("01", *flags, "--run-dir", str(tmp_path / str(code)))
+        assert returned == code and len(err.splitlines()) == 1, err
+        assert len(saves) == 6 and "--resume" in err and "test  " not in out
+        (run,) = (tmp_path / str(code) / "01_resnet_beginner").iterdir()
+        assert checkpoint.load(run / "last.pt")["meter"]["epoch"] == 1
