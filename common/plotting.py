@@ -327,6 +327,7 @@ def curves(
     ylabel: str,
     title: str,
     *,
+    log_x: bool = False,
     log_y: bool = False,
     smooth: int = 0,
     x: Sequence[float] | None = None,
@@ -339,6 +340,7 @@ def curves(
     Args:
         series: values by name; of shape (points,), or (runs, points): then the mean of the runs, in
             a band from the lowest to the highest.
+        log_x: a logarithmic axis of positive `x`.
         log_y: a logarithmic axis; values of 0 and less are left out.
         smooth: width, in points, of a moving average; the raw values stay behind it, faint.
         x: where the points lie; 1, 2, 3, ... by default. A shorter series takes the first of them.
@@ -348,6 +350,8 @@ def curves(
 
     ax = ax or panels(1, size=(7.6, 4.6))[1][0]
     colors = colors or PALETTE
+    if log_x:
+        ax.set_xscale("log")
     if log_y:
         ax.set_yscale("log")
     ends, seen, whole = [], [], True
@@ -384,7 +388,9 @@ def curves(
         _plain_log_ticks(ax.yaxis, seen)
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    if whole and seen:
+    if log_x and seen:
+        _plain_log_ticks(ax.xaxis, where)
+    elif whole and seen:
         ax.xaxis.set_major_locator(
             MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
         )
