@@ -162,6 +162,13 @@ def main(
             from common.profiling import count_macs
 
             check_size(config, build, count_macs, TRAIN_IMAGES)
+        if config.find_lr and not known:
+            raise UserError("--find-lr is for one network: name it with --model, in lessons 1 to 6")
+        if config.find_lr:
+            from common.find_lr import find_lr
+
+            find_lr(config, build)
+            return
         job = experiments[config.experiment] if config.experiment else run
         job(config)
 

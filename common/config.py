@@ -172,6 +172,10 @@ class TrainConfig:
     summary_depth: int = knob(
         0, "with --summary: levels of modules to show, 0: all of them", low=0, high=20
     )
+    find_lr: bool = knob(
+        False, "raise the learning rate step by step and draw the loss, instead of training"
+    )
+    track: str = knob("", "write TensorBoard's files too", ("tensorboard", ""))
     experiment: str = knob("", "run the lesson's experiment of this name instead of training")
     seeds: int = knob(
         3, "trainings of each arm of an experiment, with seeds SEED, SEED + 1, ...", low=1, high=100
@@ -256,6 +260,7 @@ class TrainConfig:
             "compile",
             "auto_batch",
             "seeds",
+            "track",
         }
     )
 

@@ -46,6 +46,7 @@ def save(figure: Figure, path: Path | str) -> Path:
     """Write the figure as PNG, whole or not at all, and free its memory."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _enlarge_small_text(figure)
     png = io.BytesIO()
     with warnings.catch_warnings():
         # Class names may be in a script that none of the fonts here has: boxes, but no warning for
@@ -55,6 +56,23 @@ def save(figure: Figure, path: Path | str) -> Path:
     figure.clear()
     write_atomically(path, png.getvalue())
     return path
+
+
+def _enlarge_small_text(figure: Figure) -> None:
+    """No text below 1/60 of the height of a 16:9 screen that the figure fills: it's to be read from
+    the last row.
+    """
+    from matplotlib.text import Text
+
+    width, height = figure.get_size_inches()
+    smallest = max(height, width * 9 / 16) * 72 / 60
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            labels = axis.get_ticklabels()
+            if labels and labels[0].get_size() < smallest:
+                axis.set_tick_params(labelsize=smallest)  # for the ticks that are to come, too
+    for text in figure.findobj(Text):
+        text.set_size(max(text.get_size(), smallest))
 
 
 def panels(
@@ -309,6 +327,7 @@ def curves(
     ylabel: str,
     title: str,
     *,
+    log_x: bool = False,
     log_y: bool = False,
     smooth: int = 0,
     x: Sequence[float] | None = None,
@@ -321,6 +340,7 @@ def curves(
     Args:
         series: values by name; of shape (points,), or (runs, points): then the mean of the runs, in
             a band from the lowest to the highest.
+        log_x: a logarithmic axis of positive `x`.
         log_y: a logarithmic axis; values of 0 and less are left out.
         smooth: width, in points, of a moving average; the raw values stay behind it, faint.
         x: where the points lie; 1, 2, 3, ... by default. A shorter series takes the first of them.
@@ -330,6 +350,8 @@ def curves(
 
     ax = ax or panels(1, size=(7.6, 4.6))[1][0]
     colors = colors or PALETTE
+    if log_x:
+        ax.set_xscale("log")
     if log_y:
         ax.set_yscale("log")
     ends, seen, whole = [], [], True
@@ -366,7 +388,9 @@ def curves(
         _plain_log_ticks(ax.yaxis, seen)
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    if whole and seen:
+    if log_x and seen:
+        _plain_log_ticks(ax.xaxis, where)
+    elif whole and seen:
         ax.xaxis.set_major_locator(
             MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
         )
@@ -720,10 +744,9 @@ def _draw_matrix(
         step = next((n for n in steps if len(labels) <= n * (30 if text else 12)), 2000)
         ticks = range(0, len(labels), step)
         axis.set_ticks(list(ticks), [_short(str(labels[i])) for i in ticks], parse_math=False)
-    small = TEXT_SIZE if max(rows, columns) <= 12 else SMALL_SIZE
-    ax.tick_params(length=0, labelsize=small, labelcolor=INK)
+    ax.tick_params(length=0, labelsize=TEXT_SIZE, labelcolor=INK)
     longest = max(len(_short(str(name))) for name in column_labels)
-    if longest * 0.62 * small * len(ax.get_xticks()) > 0.72 * 72 * _panel_width(ax):
+    if longest * 0.62 * TEXT_SIZE * len(ax.get_xticks()) > 0.72 * 72 * _panel_width(ax):
         for tick in ax.get_xticklabels():
             tick.set(rotation=45, ha="right", rotation_mode="anchor")
     ax.spines[:].set_visible(False)
@@ -779,15 +802,11 @@ def _tile(tiles: np.ndarray, columns: int) -> np.ndarray:
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(h, w) -> (height, width), bilinear, pixel centres aligned."""
-    for axis, size in ((0, height), (1, width)):
-        old = image.shape[axis]
-        where = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
-        below = np.minimum(where.astype(int), max(old - 2, 0))
-        above = np.minimum(below + 1, old - 1)
-        share = (where - below).reshape((-1, 1) if axis == 0 else (1, -1))
-        image = (1 - share) * image.take(below, axis) + share * image.take(above, axis)
-    return image
+    """(h, w) -> (height, width), larger, bilinear, pixel centres aligned."""
+    from PIL import Image
+
+    picture = Image.fromarray(image.astype(np.float32))
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
 # -----------------------------------------------------------------------------------------------
@@ -797,18 +816,16 @@ def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _column_mean(runs: np.ndarray) -> np.ndarray:
     """Mean over the runs that have a value; NaN where none has."""
-    known = np.isfinite(runs)
-    count = known.sum(axis=0)
-    return np.where(count > 0, np.where(known, runs, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
+    return np.ma.masked_invalid(runs).mean(axis=0).filled(np.nan)
 
 
 def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
     """Mean over the `width` points around each, fewer at the ends. NaN stays and isn't counted."""
-    known = np.isfinite(values)
-    before, after = width // 2, width - 1 - width // 2
-    padded = np.pad(np.stack([np.where(known, values, 0), known]), ((0, 0), (before + 1, after)))
-    running = padded.cumsum(axis=1)
-    total, count = running[:, width:] - running[:, :-width]
+    known, after = np.isfinite(values), (width - 1) // 2
+    total, count = (
+        np.convolve(v, np.ones(width))[after : after + len(values)]
+        for v in (np.where(known, values, 0), known)
+    )
     return np.where(known, total / np.maximum(count, 1), np.nan)
 
 
@@ -865,22 +882,17 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None
 def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
     """Positions at least `gap` apart in [low, high], nearest to the wanted ones by least squares.
 
-    With y_i = z_i + i * gap, "apart" means that z never falls: isotonic regression, by pooling
-    neighbours.
+    With y_i = z_i + i * gap, "apart" means that z never falls: isotonic regression.
     """
+    from sklearn.isotonic import isotonic_regression
+
     wanted = np.asarray(wanted, dtype=float)
-    count = len(wanted)
-    gap = min(gap, (high - low) / max(1, count - 1))
-    order = np.argsort(wanted, kind="stable")
-    pools: list[list[float]] = []
-    for value in wanted[order] - gap * np.arange(count):
-        pools.append([value])
-        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
-            last = pools.pop()
-            pools[-1] += last
-    placed = np.array([np.mean(pool) for pool in pools for _ in pool])
-    result = np.empty(count)
-    result[order] = np.clip(placed, low, high - gap * (count - 1)) + gap * np.arange(count)
+    gap = min(gap, (high - low) / max(1, len(wanted) - 1))
+    order, steps = np.argsort(wanted, kind="stable"), gap * np.arange(len(wanted))
+    result = np.empty(len(wanted))
+    result[order] = steps + isotonic_regression(
+        wanted[order] - steps, y_min=low, y_max=high - gap * (len(wanted) - 1)
+    )
     return result
 
 

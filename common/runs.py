@@ -23,6 +23,7 @@ from common.engine.overview import write_index
 from common.engine.records import EpochRecord, Evaluation, Profile
 from common.engine.run_folder import RunFolder
 from common.engine.surroundings import command
+from common.engine.tracking import check_package, track
 from common.engine.verdicts import wilson
 from common.engine.weights import size_for_weights
 from common.evaluation import most_wrong
@@ -36,8 +37,10 @@ def prepare(config: ConfigT) -> tuple[ConfigT, torch.device]:
     filled in.
 
     Raises:
-        UserError: the device or the dataset isn't there.
+        UserError: the device, the dataset or the package of --track isn't there.
     """
+    if config.track:
+        check_package()
     processes.join_processes(config.device)
     device = pick_device(config.device)
     set_up_torch(device, config.seed, config.deterministic)
@@ -104,6 +107,8 @@ class Run(RunFolder):
             return
         write_csv(self.folder / "history.csv", history)
         r = history[-1]
+        if self.config.track:
+            track(self.folder, r)
         print(
             f"epoch {r.epoch:>{len(str(epochs))}}/{epochs}  loss {r.train_loss:.4f}  train "
             f"{r.train_top1:6.2%}  "

@@ -230,7 +230,7 @@ pre { margin: .4rem 0; font-size: .8rem; line-height: 1.32; background: var(--ca
       padding: .4rem .8rem; border-radius: .4rem; }
 table { font-size: 1em; }
 summary { font-size: 1em; margin: .5rem 0 0; }
-svg { fill: currentColor; max-width: 100%; overflow: visible; }
+svg { background: none; fill: currentColor; max-width: 100%; overflow: visible; }
 svg.display { display: block; margin: .8rem auto; }
 figure { height: 100%; margin: 0; display: flex; flex-direction: column; }
 figure label { flex: 1; min-height: 0; background: none; }

@@ -187,6 +187,81 @@ def test_awkward_data_makes_a_figure_whose_titles_fit(make: Callable[[], Figure]
     )
 
 
+def three_panels() -> Figure:
+    figure, axes = plotting.panels(3, "Three panels side by side")
+    for ax in axes:
+        plotting.curves({"one": [1, 2], "two": [2, 1]}, "epoch", "loss", "Title", ax=ax)
+    return figure
+
+
+LARGE = {
+    **AWKWARD,
+    "three panels": three_panels,
+    "learning curves": lambda: plotting.learning_curves(make_history(12)),
+    "20 classes": lambda: plotting.confusion_matrix(
+        make_evaluation(20, 900), [str(i) for i in range(20)]
+    ),
+    "seven stages": lambda: plotting.activations(
+        random(8, 8, 3), {f"stage {i}": random(64, 4, 4) for i in range(7)}
+    ),
+    "20 bars": lambda: plotting.bars({f"bar {i}": i for i in range(20)}, "y", "t"),
+    "all models": lambda: plotting.scatter(MODELS, "GMACs", "accuracy", "t", log_x=True),
+}
+
+
+@pytest.mark.parametrize("make", LARGE.values(), ids=LARGE.keys())
+def test_saved_text_is_at_least_a_sixtieth_of_the_screen(
+    make: Callable[[], Figure], tmp_path: Path
+) -> None:
+    from matplotlib.text import Text
+
+    figure = make()
+    figure.clear = lambda: None
+    plotting.save(figure, tmp_path / "figure.png")
+    draw(figure)
+    width, height = figure.get_size_inches()
+    for text in figure.findobj(Text):
+        if text.get_visible() and text.get_text().strip():
+            assert text.get_size() >= 72 * max(height, width * 9 / 16) / 60 - 1e-6, text.get_text()
+    for ax in figure.axes:
+        assert not overlapping(ax.get_xticklabels()) or ax.get_xticklabels()[0].get_rotation()
+        assert not overlapping(ax.get_yticklabels())
+
+
+# Machado, Oliveira and Fernandes 2009, table 1, severity 1.0; they act on linear RGB.
+SIGHTS = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                   [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                     [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                   [0.004733, 0.691367, 0.303900]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sight", SIGHTS.values(), ids=SIGHTS.keys())
+def test_colours_are_told_apart_by_the_colour_blind(sight: list[list[float]]) -> None:
+    to_xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
+
+    def linear(color: str) -> np.ndarray:
+        rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+    def lab(rgb: np.ndarray) -> np.ndarray:
+        t = to_xyz @ rgb.clip(0, 1) / (to_xyz @ np.ones(3))
+        x, y, z = np.where(t > 216 / 24389, np.cbrt(t), (24389 / 27 * t + 16) / 116)
+        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    seen = [lab(np.asarray(sight) @ linear(color)) for color in plotting.PALETTE]
+    for (i, a), (j, b) in combinations(enumerate(seen), 2):
+        assert np.linalg.norm(a - b) >= 25, (plotting.PALETTE[i], plotting.PALETTE[j])
+    for color in plotting.PALETTE:
+        assert 1.05 / (to_xyz[1] @ linear(color) + 0.05) >= 3, f"{color} on white (WCAG 2.1)"
+
+
 def test_learning_curves_plot_the_history_and_name_the_best_epoch() -> None:
     history = make_history(12)
     loss, accuracy, rate = draw(plotting.learning_curves(history)).axes
@@ -251,7 +326,7 @@ def test_heatmaps_are_enlarged_as_torch_does() -> None:
     for shape, size in (((3, 5), (32, 20)), ((1, 1), (4, 4)), ((7, 7), (224, 224))):
         heat = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         expected = torch.nn.functional.interpolate(heat[None, None], size, mode="bilinear")[0, 0]
-        np.testing.assert_allclose(plotting._resize(heat.numpy(), *size), expected, atol=1e-12)
+        np.testing.assert_allclose(plotting._resize(heat.numpy(), *size), expected, atol=1e-6)
 
 
 def test_images_and_titles_must_agree() -> None:

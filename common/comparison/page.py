@@ -114,8 +114,7 @@ def _json(data: object) -> str:
 STYLE = """
 pre { white-space: pre-wrap; border-left: 3px solid var(--line); padding-left: 1rem; }
 .legend span { margin-right: 1.2rem; white-space: nowrap; }
-.legend i { display: inline-block; width: .75em; height: .75em; border-radius: 50%;
-  margin-right: .4em; }
+.legend i { margin-right: .4em; }
 td, th { text-align: right; padding: .3rem .6rem; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; }
 svg { max-width: 100%; height: auto; display: block; }

@@ -181,7 +181,6 @@ main { max-width: 90rem; }
 polyline { fill: none; stroke-width: 2.5; stroke-linecap: round; stroke-linejoin: round; }
 svg.marking polyline:not(.marked) { opacity: .15; }
 polyline.marked { stroke-width: 4; }
-i { display: inline-block; width: .75em; height: .75em; border-radius: 50%; }
 td { vertical-align: top; } .text { white-space: normal; min-width: 20rem; }
 input { font: inherit; padding: .2rem .5rem; color: inherit; background: var(--card);
         border: 1px solid var(--line); border-radius: .3rem; }

@@ -15,9 +15,9 @@ from common.engine.files import write_atomically
 
 LONG_TABLE = 30  # rows; longer ones are folded
 DPI = 130  # of the figures
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the light ones are darkened so
-# that they can be read on white.
-PALETTE = ["#0072B2", "#D55E00", "#009E73", "#B5509A", "#B98500", "#2F8FC4", "#5A5A5A"]
+# Found by a search: any two differ by 25 or more in CIELAB, to normal sight and to protanopes,
+# deuteranopes and tritanopes (as simulated by Machado et al. 2009), and each stands out from white.
+PALETTE = ["#005C9F", "#D96C0B", "#00A561", "#EA4AE8", "#7E2A12", "#1B0262", "#6E4A56"]
 
 
 def write_report(
@@ -261,6 +261,10 @@ th button { font: inherit; color: inherit; background: none; border: 0; padding:
             cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
+/* Charts stand on white, as the figures do, for the sake of their colours. */
+svg { background: #fff; border-radius: .5rem; --ink: #222; --line: #ddd; --page: #fff; }
+i { display: inline-block; width: .75em; height: .75em; border-radius: 50%; }
+@media (prefers-color-scheme: dark) { i { outline: 1.5px solid #fff; } }
 tr.marked { background: var(--mark); }
 """
 

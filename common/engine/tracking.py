@@ -1,0 +1,45 @@
+"""`--track tensorboard`: what history.csv gets goes to TensorBoard's files too, by torch's own
+writer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from common.engine.records import EpochRecord
+
+
+def check_package() -> None:
+    """Before a run begins.
+
+    Raises:
+        UserError: the package isn't there.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    except ImportError:
+        raise UserError("--track tensorboard needs a package: pip install tensorboard") from None
+
+
+@cache
+def writer(folder: Path) -> SummaryWriter:
+    """One file of events for a process and its run."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder / "tensorboard")
+
+
+def track(folder: Path, record: EpochRecord) -> None:
+    """An epoch's numbers; see them with `tensorboard --logdir runs`."""
+    for name, value in asdict(record).items():
+        if name != "epoch":
+            writer(folder).add_scalar(name, value, record.epoch)
+    writer(folder).flush()
