@@ -9,7 +9,8 @@ one GPU, and others have gone on from there. Three ideas of the net let it learn
 - Width where the picture is small. A convolution, then max-pooling, and only then the residual
   pair, at a quarter of the cost.
 
-    python 01_resnet_beginner.py --model resnet9 --recipe fast --views --dataset folder --data-dir DIR
+    python 01_resnet_beginner.py --model resnet9 --recipe fast --views \\
+        --dataset folder --data-dir DIR
 
 Measured on CIFAR-10 (JPEG copy), seed 0, one thread of an AMD EPYC that others used too, bfloat16,
 torch 2.14: 10 epochs, test 88.49%, with views averaged 89.68%, 1,771 s. resnet20 needs 40 epochs
