@@ -9,6 +9,13 @@ one GPU, and others have gone on from there. Three ideas of the net let it learn
 - Width where the picture is small. A convolution, then max-pooling, and only then the residual
   pair, at a quarter of the cost.
 
+    python 01_resnet_beginner.py --model resnet9 --recipe fast --views \\
+        --dataset folder --data-dir DIR
+
+Measured on CIFAR-10 (JPEG copy), seed 0, one thread of an AMD EPYC that others used too, bfloat16,
+torch 2.14: 10 epochs, test 88.49%, with views averaged 89.68%, 1,771 s. resnet20 needs 40 epochs
+for 86.55% and 150 for 89.05%.
+
 The recipe (`--recipe fast`) is `FAST` in common/config.py; common/optimizers.py has its Muon.
 """
 
@@ -145,11 +152,11 @@ TRICKS: dict[str, tuple[dict[str, bool], dict[str, object]]] = {
 
 
 def bag_of_tricks(config: TrainConfig) -> Experiment:
-    """Each of `TRICKS` left out, in a third of the epochs: the bag is for short trainings.
+    """Each of `TRICKS` left out, in a quarter of the epochs: the bag is for short trainings.
 
     digits have no flips, and batches of their own size.
     """
-    epochs = max(1, config.epochs // 3)
+    epochs = max(1, config.epochs // 4)
     tricks, fast = dict(TRICKS), {**config.FAST, "epochs": epochs, "momentum": 0.6}
     if config.dataset == "digits":
         tricks.popitem()

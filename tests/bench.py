@@ -174,6 +174,9 @@ class First:
     def __init__(self, loader: object, count: int) -> None:
         self.loader, self.count, self.accumulate = loader, count, 1
 
+    def __len__(self) -> int:
+        return min(self.count, len(self.loader))
+
     def batches(self, epoch: int, start: int = 0) -> Batches:
         for i, batch in enumerate(self.loader.batches(epoch, start)):
             if i == self.count:
@@ -384,8 +387,8 @@ def _parts(ours: bool, case: Case) -> dict[str, float]:
     for _ in range(case.steps + 1):
         measure("input (one thread for plain)", load)
         measure("forward", forward)
-        measure("backward", lambda: side.scaler.scale(box["loss"]).backward())
-        measure("optimizer", lambda: (side.scaler.step(optimizer), side.scaler.update()))
+        measure("backward", lambda: side.aids.scaler.scale(box["loss"]).backward())
+        measure("optimizer", lambda: (side.aids.scaler.step(optimizer), side.aids.scaler.update()))
         optimizer.zero_grad()
         measure("logging", log)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
