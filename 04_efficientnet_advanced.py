@@ -705,6 +705,8 @@ def train_found(evolve: bool | None, arm: Arm, data: Data, config: Config, devic
         with torch.device("meta"):
             return count_macs(net(stages), data.input_size)
 
+    target = config.budget * macs(ROWS)
+
     def judge(stages: Stages) -> float:
         short = replace(config, epochs=config.proxy_epochs, warmup=0)
         set_up_torch(device, config.seed, config.deterministic)
@@ -713,7 +715,7 @@ def train_found(evolve: bool | None, arm: Arm, data: Data, config: Config, devic
         optimizer = make_optimizer(model, short)
         schedule = make_schedule(optimizer, short, data.train)
         history = fit(model, data, nn.CrossEntropyLoss(), optimizer, schedule, short)
-        return reward(history[-1].val_top1, macs(stages), config.budget * macs(ROWS))
+        return reward(history[-1].val_top1, macs(stages), target)
 
     if evolve is None:
         rewards = {ROWS: judge(ROWS)}
