@@ -627,10 +627,10 @@ if live():
 # $$w' = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}\, w, \qquad
 # b' = \beta - \frac{\gamma \mu}{\sqrt{\sigma^2 + \epsilon}}$$
 #
-# These factors differ from channel to channel, most of all in depthwise layers, so a scale per
-# channel should matter here (Krishnamoorthi 2018, sec. 3.1). Then some training images show the
-# range of each layer's input. The integers' sum $s_w s_x \sum q_w (q_x - z)$ equals the sum over
-# dequantized numbers, so a float layer can stand for an integer one (Jacob et al. 2018, sec. 3).
+# These factors differ from channel to channel, so a scale per channel should matter (Krishnamoorthi
+# 2018, sec. 3.1). Then some training images show the range of each layer's input. Integer kernels
+# compute $s_w s_x \sum q_w (q_x - z)$. This is the sum over dequantized numbers, so a float layer
+# can stand for an integer one (Jacob et al. 2018, sec. 3).
 
 
 # %%
