@@ -37,23 +37,26 @@ def replace_layers(
     return net
 
 
-def framework_integers(model: nn.Module, images: Tensor) -> nn.Module | None:
-    """`model` on the CPU in torch's own integer kernels; None where this torch, or this chip, has
-    none.
+def has_framework_integers() -> bool:
+    """Whether torch has integer kernels for this chip. It has marked them for removal."""
+    try:
+        from torch.ao.quantization import quantize_fx  # noqa: F401
+    except ImportError:
+        return False
+    return torch.backends.quantized.engine != "none"
+
+
+def framework_integers(model: nn.Module, images: Tensor) -> nn.Module:
+    """`model` on the CPU in torch's own integer kernels.
 
     On x86 torch's default rounds weights to 8 bits and activations to 7: older chips add up
     products in 16 bits, which 8 bits times 8 bits can overflow.
     """
-    try:  # torch has marked it for removal
-        from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
-    except ImportError:
-        return None
-    engine = torch.backends.quantized.engine
-    if engine not in ("x86", "fbgemm", "qnnpack", "onednn"):
-        return None
+    from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
+
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        mapping = get_default_qconfig_mapping(engine)
+        mapping = get_default_qconfig_mapping(torch.backends.quantized.engine)
         net = quantize_fx.prepare_fx(deepcopy(model).cpu().eval(), mapping, (images[:1].cpu(),))
         net(images.cpu())
         return quantize_fx.convert_fx(net)

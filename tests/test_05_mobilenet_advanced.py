@@ -18,7 +18,7 @@ from torch import nn
 
 from common.costs import cost_by_kind
 from common.experiments import Experiment
-from common.integers import framework_integers
+from common.integers import framework_integers, has_framework_integers
 from common.live import digits
 from common.profiling import count_macs, count_parameters
 from common.training import make_optimizer
@@ -324,21 +324,19 @@ def test_torchs_kernels_are_about_as_far_as_seven_bits(
     used: tuple[nn.Module, torch.Tensor],
 ) -> None:
     model, images = used
-    theirs = framework_integers(model, images)
-    if theirs is None:
+    if not has_framework_integers():
         pytest.skip("this torch has no integer kernels here")
+    theirs = framework_integers(model, images)
     ours = lesson.to_integers(model, images, lesson.Precision(8, 7))
     exact = model(images)
     ours, theirs = ((net(images) - exact).norm().item() for net in (ours, theirs))
     assert theirs == pytest.approx(ours, rel=0.5)
 
 
-def test_torch_without_kernels_is_no_error(
-    used: tuple[nn.Module, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_without_kernels_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.ao.quantization.quantize_fx", None)
     monkeypatch.delattr("torch.ao.quantization.quantize_fx", raising=False)
-    assert framework_integers(*used) is None
+    assert not has_framework_integers()
     experiment = lesson.integers(lesson.Config(device="cpu", width_mult=0.25).resolve("digits"))
     assert [arm.name for arm in experiment.arms] == ["float32", *lesson.PRECISIONS]
     assert "nothing to time" in experiment.notes(None)[0]
@@ -396,7 +394,7 @@ def test_experiments_in_miniature(
         assert 1 <= macs["thin standard"] / macs["separable"] < 1.3
     if name == "multipliers":
         macs = [row["M MACs"] for row in outcome["rows"]]
-        assert macs[0] / macs[2] == pytest.approx(4, rel=0.1)
+        assert macs[0] > 2.5 * macs[1] and macs[0] > 2.5 * macs[2]
 
 
 def test_depthwise_filters_alone_go_without_decay() -> None:
@@ -445,7 +443,7 @@ def test_training_in_miniature(cli: Callable, tmp_path: Path) -> None:
     assert result["params"] == count_parameters(expected)
 
 
-@pytest.mark.parametrize("factors", ["0.5,x", "0,1", "0.1"])
+@pytest.mark.parametrize("factors", ["0.5,x", "0,1", "0.3"])
 def test_bad_factors_are_told(cli: Callable, factors: str) -> None:
     flags = ("--dataset", "digits", "--experiment", "multipliers", "--factors", factors)
     code, _, err = cli("05", *flags)
