@@ -822,12 +822,12 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # %% [markdown]
 # ## What to notice
 #
-# - What transfer saves is labels and steps: with many of both, scratch catches up (`fractions`).
+# - What transfer saves is labels and steps. How many labels does scratch need to catch up
+#   (`fractions`)?
 # - `features` trains one layer, in a fraction of the time: what the source's last layer has not
 #   kept, no classifier can bring back. `features.png` shows the test images as it sees them.
-# - Beside the result stand chance and a logistic regression on the pixels: what the net is ahead of.
-# - In the table of `domain-adaptation` compare the rows in pairs, with and without AdaBN: how much
-#   of a method's gain is that of the statistics?
+# - Beside the result stand a guess and a logistic regression on the pixels: is it ahead of them?
+# - In `domain-adaptation` compare the rows in pairs: how much of a gain do the statistics bring?
 # - A loss that lays two domains upon one another can lay a class upon a wrong one: nothing in Deep
 #   CORAL or DANN objects, for neither sees a label of the target (`--shift inverted`).
 #
