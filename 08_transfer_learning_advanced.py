@@ -15,8 +15,6 @@ them, and learn only what is new.
         --predict cat.jpg my_folder --skip-broken --export
     python 08_transfer_learning_advanced.py --from resnet20 --predict cat.jpg
     python 08_transfer_learning_advanced.py --experiment compare  # or one of the other four below
-
-RECORD
 """
 
 # %% [markdown]
@@ -57,7 +55,7 @@ RECORD
 
 # %%
 from common.cli import main
-from common.config import TrainConfig, knob, numbers
+from common.config import TrainConfig, knob, numbers_of
 from common.transfer.flags import parse_flags
 
 from dataclasses import dataclass
@@ -136,7 +134,7 @@ from common.transfer.embedding import feature_map
 from common.transfer.images import in_chunks, with_features
 from common.transfer.origins import Catalogue
 from common.transfer.parts import ClassifierOnFeatures, classify_with_features, parts_of
-from common.transfer.prediction import find_images
+from common.transfer.prediction import EVERY_PICTURE, find_images
 from common.transfer.task import SOURCE, Task, around, as_many_steps, at_one_rate, choose_strategy
 from common.transfer.task import open_task, with_weights
 
@@ -464,7 +462,8 @@ def run(config: Config) -> dict[str, object] | None:
     facts = {
         "strategy": config.strategy, "labels": len(data.train.labels), "fraction": config.fraction,
         "source": origin.name, "source_top1": origin.top1, "baselines": baselines(data),
-        "calibration": vars(calibration), **compared,
+        "calibration": vars(calibration), **compared, "tables": {"All": compared["strategies"]},
+        "notes": [*compared["verdict"], EVERY_PICTURE],
     }  # fmt: skip
     result = run.finish(model, data, history, test, cost, **facts)
     mean_std, side = (data.mean, data.std), config.image_size
@@ -512,7 +511,7 @@ def compare(task: Task, config: Config) -> Experiment:
 
 # %%
 def fractions(task: Task, config: Config) -> Experiment:
-    shares = sorted(set(numbers(config.fractions, "--fractions"))) or [1.0]
+    shares = sorted(set(numbers_of(config.fractions, "--fractions"))) or [1.0]
     counts = [task.labelled(share) for share in shares]
     arms = [
         task.arm(f"{name}, {count} labels", around(config.lr), strategy=name, fraction=f, **length)
@@ -812,7 +811,9 @@ def domain_adaptation(config: Config) -> Experiment:
 # %%
 EXPERIMENTS: dict[str, Callable[[Config], object]] = {
     "compare": with_weights(HERE, compare),
-    "fractions": with_weights(HERE, fractions, lambda c: max(numbers(c.fractions, ""), default=1)),
+    "fractions": with_weights(
+        HERE, fractions, lambda c: max(numbers_of(c.fractions, ""), default=1)
+    ),
     "schedules": with_weights(HERE, schedules),
     "imbalance": with_weights(HERE, imbalance, lambda c: c.fraction or 1.0),
     "domain-adaptation": at_one_rate(HERE, domain_adaptation),
@@ -821,7 +822,14 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # %% [markdown]
 # ## What to notice
 #
-# NOTICE
+# - What transfer saves is labels and steps. How many labels does scratch need to catch up
+#   (`fractions`)?
+# - `features` trains one layer, in a fraction of the time: what the source's last layer has not
+#   kept, no classifier can bring back. `features.png` shows the test images as it sees them.
+# - Beside the result stand a guess and a logistic regression on the pixels: is it ahead of them?
+# - In `domain-adaptation` compare the rows in pairs: how much of a gain do the statistics bring?
+# - A loss that lays two domains upon one another can lay a class upon a wrong one: nothing in Deep
+#   CORAL or DANN objects, for neither sees a label of the target (`--shift inverted`).
 #
 # ## Exercises
 #

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,10 +135,12 @@ class Run(RunFolder):
         history: list[EpochRecord],
         test: Evaluation,
         cost: Profile,
+        notes: Sequence[str] = (),
+        tables: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> dict[str, Any]:
-        """Write result.json and report.html, print the
-        outcome, and return what result.json holds.
+        """Write result.json and report.html, print the outcome, and return what result.json holds,
+        with `more` in it; `notes` and `tables` are for the report.
         """
         best = self.load_best()["best"]
         device = next(model.parameters()).device
@@ -175,9 +178,9 @@ class Run(RunFolder):
         write_json(self.folder / "result.json", result)
         facts = {"Data": data.describe(), **report.facts_of(result), "Command": command()}
         epochs = [dataclasses.asdict(r) for r in history]
-        tables = {"Per class": result["per_class"], "Epochs": epochs}
+        tables = {**(tables or {}), "Per class": result["per_class"], "Epochs": epochs}
         title = f"{self.config.model} on {self.config.dataset}"
-        page = report.write_report(self.folder, title, facts, tables, self.figures)
+        page = report.write_report(self.folder, title, facts, tables, self.figures, notes=notes)
         index = write_index(self.folder.parent.parent)
         print(f"{report.outcome_of(result)}\nreport     {page}, all runs: {index}", flush=True)
         return result

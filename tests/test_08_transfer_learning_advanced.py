@@ -597,6 +597,9 @@ def test_default_run_goes_on_with_the_winner_in_one_folder(
     assert f"at rate {rates.pop():.3g}" in out and not rates
     assert {p.name for p in folder.glob("*.png")} == {"comparison.png", "features.png"}
 
+    page = (folder / "report.html").read_text()
+    assert "progressive" in page and "logistic regression" in page and "every picture gets" in page
+
     code, out, err = cli("08", "--resume", str(folder))  # all is there
     assert code == 0 and "results read" in out and "seed 0  " not in out, err
     again = json.loads((folder / "result.json").read_text())

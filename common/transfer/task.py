@@ -328,4 +328,4 @@ def choose_strategy(task: Task, design: Callable[[Task, Any], Experiment], run: 
                 rate = f"{chosen['lr']:.3g}"
                 print(f"winner     {best}, by validation accuracy, at rate {rate}", flush=True)
     run.config = dataclasses.replace(config, **chosen)
-    return {"strategies": outcome.get("rows"), "verdict": outcome.get("verdict")}
+    return {"strategies": outcome.get("rows", []), "verdict": outcome.get("verdict", [])}
