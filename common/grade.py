@@ -19,11 +19,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.grading import confinement
 from common.grading.exercises import (
     FOLDER,
     exercises,
@@ -33,7 +35,16 @@ from common.grading.exercises import (
     manifests,
     worth,
 )
-from common.grading.marking import Grader, References, Result, Submission, is_hidden, not_run
+from common.grading.marking import (
+    MARKED,
+    PACKED,
+    Grader,
+    References,
+    Result,
+    Submission,
+    is_hidden,
+    not_run,
+)
 from common.grading.sandbox import Limits, require_platform
 
 if TYPE_CHECKING:
@@ -68,8 +79,13 @@ def by_exercise(results: Iterable[Result]) -> dict[str, list[Result]]:
 
 def gradescope(results: list[Result], seconds: float) -> dict[str, Any]:
     """`results.json` in Gradescope's form. Each test speaks for itself alone: nothing visible tells
-    of a hidden one.
+    how a hidden one went, only of what kind its cases are.
     """
+    hints: dict[tuple[str, str], str] = {}
+    for number, group in by_exercise(results).items():
+        last = [r for r in group if r.visibility == "visible"][-1:]
+        kind = exercises(lesson_of(number))[number].kind
+        hints |= {(r.exercise, r.check): f"\nThe hidden cases: {kind}." for r in last}
     return {
         "execution_time": round(seconds, 3),
         "stdout_visibility": "hidden",
@@ -80,7 +96,7 @@ def gradescope(results: list[Result], seconds: float) -> dict[str, Any]:
                 "score": r.score,
                 "max_score": r.max_score,
                 "status": "passed" if r.passed else "failed",
-                "output": r.message or "passed",
+                "output": (r.message or "passed") + hints.get((r.exercise, r.check), ""),
                 "visibility": r.visibility,
             }
             for r in results
@@ -138,25 +154,21 @@ def mark_class(
     jobs: int,
     limits: Limits,
     quiet: bool = False,
+    roster: Iterable[str] = (),
 ) -> list[Grade]:
     """Mark every file and folder in `folder`; keep what `out` already holds of an unchanged
     submission.
 
     `out` is rewritten whenever a student is done, so that a stopped run goes on where it was.
+
+    Args:
+        roster: who should have handed in: who has not gets lines with 0 points.
     """
     from tqdm import tqdm
 
-    submissions = [
-        Submission(_name(path), path)
-        for path in sorted(folder.iterdir())
-        if not is_hidden(Path(path.name)) and (path.is_dir() or path.suffix == ".py")
-    ]
+    submissions = find_submissions(folder, out)
     rules = _rules_digest(lessons)
     digests = {s.name: f"{s.digest(lessons)}-{rules}" for s in submissions}
-    if len(digests) < len(submissions):
-        names = [s.name for s in submissions]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two submissions are called {twice}")
     rows = worth(lessons)
     numbers = [number for lesson in lessons for number in exercises(lesson)]
     done: dict[str, list[Grade]] = {}
@@ -201,13 +213,69 @@ def mark_class(
         for grader in graders:
             grader.host.close()
         bar.close()
+    for name in roster:
+        if name not in done:
+            lost = by_exercise(not_run(row, "not handed in") for row in rows)
+            done[name] = [_grade(name, group, digest="none") for group in lost.values()]
     _write_grades(out, done)
     return [grade for student in sorted(done) for grade in done[student]]
 
 
+def find_submissions(folder: Path, out: Path) -> list[Submission]:
+    """Every file and folder that somebody may have handed in, but for `out` itself. What can't be
+    marked gets its lines too, and says why.
+    """
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if not is_hidden(Path(path.name))
+        and (path.is_dir() or path.suffix.lower() in (*MARKED, *PACKED))
+    ]
+    names = Counter(_name(path) for path in paths)
+    found = []
+    for path in paths:
+        name = _name(path)
+        if names[name] > 1:  # ann.py beside ann/: both are marked, under their whole names
+            whole = _text(path.name) + ("/" if path.is_dir() else "")
+            print(f"note: more than one submission is called {name}: {whole}", file=sys.stderr)
+            name = whole
+        found.append(Submission(name, path))
+    ignored = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path not in paths and path != out and not is_hidden(Path(path.name))
+    ]
+    if ignored:
+        print(f"note: not a submission: {', '.join(map(_text, ignored[:9]))}", file=sys.stderr)
+    return found
+
+
+def read_roster(path: Path) -> list[str]:
+    """The names in the first column of a CSV file, or in its column `student` or `name`.  Raises:
+    ValueError.
+    """
+    try:
+        rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"--roster {path}: can't be read: {error}") from None
+    rows = [row for row in rows if any(cell.strip() for cell in row)]
+    head = [cell.strip().lower() for cell in rows[0]] if rows else []
+    column = next((head.index(word) for word in ("student", "name") if word in head), None)
+    names = [
+        row[column or 0].strip() for row in rows[column is not None :] if len(row) > (column or 0)
+    ]
+    if not any(names):
+        raise ValueError(f"--roster {path}: has no names in its first column")
+    return [name for name in dict.fromkeys(names) if name]
+
+
 def _name(path: Path) -> str:
-    """What a student is called in the table: of a name that is no text, its bytes."""
-    name = path.name if path.is_dir() else path.stem
+    """What a student is called in the table."""
+    return _text(path.name if path.is_dir() else path.stem)
+
+
+def _text(name: str) -> str:
+    """A file's name as text: of one that is none, its bytes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -328,6 +396,9 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, metavar="CSV", help="mark a whole class; goes on where it was stopped"
     )
     parser.add_argument(
+        "--roster", type=Path, metavar="CSV", help="with --out: who is missing gets 0 points"
+    )
+    parser.add_argument(
         "--lessons", metavar="NN,NN", help="what the assignment consists of (default: all)"
     )
     parser.add_argument("--grade-json", type=Path, metavar="FILE", help="Gradescope's results.json")
@@ -371,15 +442,20 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(
                     f"--out marks a class, so {options.submission} must be a folder of submissions"
                 )
+            roster = read_roster(options.roster) if options.roster else []
             grades = mark_class(
                 options.submission,
                 options.out,
                 parse_lessons(options.lessons),
                 options.jobs,
                 limits,
+                roster=roster,
             )
+            strangers = sorted({grade.student for grade in grades} - set(roster)) if roster else []
+            if strangers:
+                print(f"note: not on the roster: {', '.join(strangers[:9])}", file=sys.stderr)
             students = len({grade.student for grade in grades})
-            if os.geteuid() != 0:
+            if os.geteuid() != 0 and not confinement.available():
                 print(
                     "note: submissions ran as your own user; see docs/GRADING.md about strangers",
                     file=sys.stderr,

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.grading.exercises import exercises, file_name, lesson_path, manifests, worth
+from common.grading.exercises import ROOT, exercises, file_name, lesson_path, manifests, worth
 from common.grading.holes import take_out
 
 if TYPE_CHECKING:
@@ -22,17 +24,38 @@ if TYPE_CHECKING:
     from common.grading.exercises import Exercise
 
 
-def make_starter(lesson: str, only: Iterable[str] | None = None) -> str:
+def make_starter(lesson: str, only: Iterable[str] | None = None, folder: Path | None = None) -> str:
     """The text of the starter of `lesson`, with the exercises `only` (numbers; all where None)
     taken out.
+
+    Args:
+        folder: where it will lie, from where it finds the course.
     """
     chosen = [e for e in exercises(lesson).values() if only is None or e.number in set(only)]
     source = lesson_path(lesson).read_text(encoding="utf-8")
-    return _with_assignment(take_out(source, chosen), lesson, chosen)
+    return _with_assignment(take_out(source, chosen), lesson, chosen, folder or ROOT)
 
 
-def _with_assignment(source: str, lesson: str, chosen: list[Exercise]) -> str:
-    """A markdown cell behind the lesson's docstring that lists what to do and how to check it."""
+# The first cell of a starter. The course stands before the starter's own folder, so that a lesson
+# that builds on another finds the lesson and not its starter.
+_FIND_COURSE = """
+# %%
+# This file may lie anywhere: here it looks for the course's folder, the one with `common` in it.
+import sys
+from pathlib import Path
+
+here = Path(globals().get("__file__", "x")).resolve().parent
+for folder in (here / {course!r}, here, *here.parents, Path.cwd()):
+    if (folder / "common" / "grading").is_dir():
+        sys.path.insert(0, str(folder))
+        break
+"""
+
+
+def _with_assignment(source: str, lesson: str, chosen: list[Exercise], folder: Path) -> str:
+    """Behind the lesson's docstring a markdown cell that lists what to do and how to check it, and
+    a cell that finds the course.
+    """
     name = file_name(lesson)
     rows = worth((lesson,))
     text = [
@@ -48,19 +71,29 @@ def _with_assignment(source: str, lesson: str, chosen: list[Exercise]) -> str:
         total = sum(row.points for row in rows if row.exercise == exercise.number)
         parts = ", ".join(f"`{part}`" for part in exercise.parts)
         worth_it = f"({exercise.level}, {total:g} points)"
-        text.append(f"# - **{exercise.number} {exercise.title}** {worth_it}: {parts}")
+        text.append(f"# - **{exercise.number} {exercise.title}** {worth_it}: {parts}.")
+        text += wrapped(f"Hidden cases: {exercise.kind}.", "#   ")
     text += [
         "#",
-        "# Check yourself as often as you like, from the course's folder:",
+        "# Run it: it goes as far as the first piece that is missing. Check yourself, as often as you",
+        "# like, from the course's folder:",
         "#",
+        f"#     python {name}",
         f"#     python -m common.grade path/to/{name}",
-        "",
+        "#",
+        "# If it does not find `common`, say where the course is: `PYTHONPATH=path/to/course python ...`",
     ]
+    course = os.path.relpath(ROOT, folder.resolve())
+    text += _FIND_COURSE.format(course=course).splitlines()
     lines = source.splitlines()
     first = ast.parse(source).body[0]
     docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
     start = first.end_lineno if docstring else 0
     return "\n".join([*lines[:start], "", *text, *lines[start:]]) + "\n"
+
+
+def wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, 99, initial_indent=indent, subsequent_indent=indent)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         only = options.only and [n for n in options.only if n in known]
         try:
             options.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(make_starter(lesson, only), encoding="utf-8")
+            path.write_text(make_starter(lesson, only, options.out), encoding="utf-8")
         except OSError as error:
             return _fail(f"can't write {path}: {error.strerror}")
         numbers = list(known) if only is None else only

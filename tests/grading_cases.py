@@ -11,9 +11,14 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from common.grading.checks import agree
 from common.grading.exercises import (
     ROOT,
     exercises,
@@ -29,6 +34,10 @@ from common.grading.sandbox import Limits
 from common.starter import make_starter
 from tests.grading_hostile import HARM, PREFIX, THEFT
 from tests.grading_solutions import SOLUTIONS
+
+if TYPE_CHECKING:
+    from common.grading import probes
+    from common.grading.exercises import Exercise
 
 
 @dataclass(frozen=True)
@@ -510,13 +519,8 @@ def is_named(message: str) -> bool:
 class Trier:
     """Runs cases, one after another, with one grader."""
 
-    def __init__(self, folder: Path, seed: int = 1) -> None:
-        self.folder = folder
-        limits = replace(Limits(), import_seconds=3, case_seconds=3, patience=2)
-        self.grader = Grader(tuple(manifests()), limits, References(seed))
-
-    def close(self) -> None:
-        self.grader.host.close()
+    def __init__(self, folder: Path, grader: Grader) -> None:
+        self.folder, self.grader = folder, grader
 
     def mark(self, lesson: str, text: str, numbers: list[str]) -> list[Result]:
         path = self.folder / file_name(lesson)
@@ -554,6 +558,39 @@ class Trier:
         return Outcome("harm", lesson, what, results), whole
 
 
+def without_relu(seeds: Iterable[int]) -> list[int]:
+    """Seeds for which squeeze-and-excitation without its ReLU would pass in some case, or for which
+    the reference's numbers would be drawn again too often.
+    """
+    from common.grading import probes
+
+    exercise = exercises("01")["1.3"]
+    sides = []
+    for code in (SOLUTIONS["1.3"], SOLUTIONS["1.3"].replace("torch.relu", "")):
+        sides.append(probes.Submission())
+        sides[-1].namespace = {"torch": torch, "nn": torch.nn}
+        exec(code, sides[-1].namespace)
+    overlooked = []
+    for seed in seeds:
+        for draw in range(References.DRAWS):
+            seen = [_observed(sides[0], exercise, seed + 1000 * draw, careful=True)]
+            if not any(observation["silent"] for observation in seen[0]):
+                break
+        seen.append(_observed(sides[1], exercise, seed + 1000 * draw, careful=False))
+        if any(agree(a["eval"], b["eval"]) for a, b in zip(*seen)):
+            overlooked.append(seed)
+    return overlooked
+
+
+def _observed(
+    side: probes.Submission, exercise: Exercise, seed: int, careful: bool
+) -> list[dict[str, Any]]:
+    return [
+        side.observe(case.expression, case.inputs, case.as_list, seed + i, careful=careful)
+        for i, case in enumerate(exercise.cases)
+    ]
+
+
 _PLACES = ("/tmp", "/var/tmp", "/dev/shm", ".", "/run/lock")
 
 
@@ -575,21 +612,23 @@ def main(argv: list[str] | None = None) -> int:
         return cases[::step]
 
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    limits = replace(Limits(), import_seconds=3, case_seconds=3)
+    grader = Grader(tuple(manifests()), limits, References(options.seed))
+    with tempfile.TemporaryDirectory() as folder, grader:
         os.chmod(folder, 0o755)
-        trier = Trier(Path(folder), options.seed)
-        try:
-            mistakes = [trier.edit("mistake", case) for case in chosen(list(MISTAKES))]
-            right = [trier.edit("right", case) for case in chosen(list(RIGHT))]
-            thefts, harms = [], []
-            if not options.only:
-                lessons = list(manifests())
-                for i, what in enumerate(list(THEFT)[::step]):
-                    for lesson in lessons if options.all else [lessons[i % len(lessons)]]:
-                        thefts.append(trier.theft(what, lesson))
-                harms = [trier.harm(what, "05") for what in list(HARM)[::step]]
-        finally:
-            trier.close()
+        trier = Trier(Path(folder), grader)
+        mistakes = [trier.edit("mistake", case) for case in chosen(list(MISTAKES))]
+        right = [trier.edit("right", case) for case in chosen(list(RIGHT))]
+        thefts, harms = [], []
+        if not options.only:
+            lessons = list(manifests())
+            for i, what in enumerate(list(THEFT)[::step]):
+                for lesson in lessons if options.all else [lessons[i % len(lessons)]]:
+                    thefts.append(trier.theft(what, lesson))
+            harms = [trier.harm(what, "05") for what in list(HARM)[::step]]
+    seeds = range(1000) if options.all else range(0)
+    overlooked = without_relu(seeds)
+    print(f"1.3 without its ReLU: overlooked for {len(overlooked)} of {len(seeds)} seeds")
     return report(mistakes, right, thefts, harms, time.monotonic() - started)
 
 

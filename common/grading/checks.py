@@ -194,6 +194,7 @@ ALL_CASES = (
     "not allowed",
     "not readable",
     "syntax error",
+    "while it was imported",
 )  # said without a case
 BY_PROBE = {
     "evaluate": ("result",),

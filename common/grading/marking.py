@@ -11,6 +11,7 @@ import __future__
 import ast
 import base64
 import hashlib
+import json
 import marshal
 import re
 import secrets
@@ -19,6 +20,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.grading.checks import (
@@ -48,9 +50,12 @@ from common.grading.sandbox import Host, Limits, Worker, WorkerLost
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
-SOURCE_LIMIT = 1 << 20  # bytes of a submitted file
+SOURCE_LIMIT = (
+    1 << 20
+)  # bytes of a submitted file; of a notebook, with its pictures, ten times that
+MARKED = (".py", ".ipynb")
+PACKED = (".zip", ".gz", ".tgz", ".tar", ".7z", ".rar", ".xz", ".bz2")
 MESSAGE_LIMIT = 1000  # characters of one result's message
 SKETCH = 256  # numbers of an output, enough to tell one variant from another; as in `probes`
 
@@ -84,7 +89,7 @@ class Submission:
     path: Path
 
     def source(self, lesson: str, only: bool = False) -> tuple[str, bytes]:
-        """File name and content of what was submitted for `lesson`.
+        """File name and content of what was submitted for `lesson`; of a notebook its code cells.
 
         Args:
             only: no other lesson is marked, so that a file of any name can be meant.
@@ -100,21 +105,34 @@ class Submission:
         if not self.path.is_dir():
             candidates = [self.path]
         else:
-            files = sorted(
-                p for p in self.path.rglob("*.py") if not is_hidden(p.relative_to(self.path))
+            everything = sorted(
+                p for p in self.path.rglob("*") if not is_hidden(p.relative_to(self.path))
             )
-            candidates = [p for p in files if p.name == wanted]
+            files = [p for p in everything if p.suffix.lower() in MARKED]
+            stem = Path(wanted).stem.lower()
+            candidates = [p for p in files if p.stem.lower() == stem]
             candidates = candidates or [p for p in files if re.match(rf"{lesson}\D", p.name)]
             if not candidates and only and len(files) == 1:
                 candidates = files
+            # A notebook beside the script that was made of it, or the other way round.
+            scripts = [p for p in candidates if p.suffix.lower() == ".py"]
+            candidates = scripts or candidates
             if not candidates:
+                packed = [p.name for p in everything if p.suffix.lower() in PACKED]
                 names = ", ".join(p.name for p in files[:5])
                 there = f"there is {names}" if names else "there is no .py file at all"
+                if packed:
+                    there = f"{packed[0]} is not unpacked: hand in the files themselves"
                 raise ValueError(f"missing file: no {wanted}; {there}")
         if len(candidates) > 1:
             places = ", ".join(str(p.relative_to(self.path)) for p in candidates[:3])
             raise ValueError(f"more than one file for lesson {lesson}: {places}; leave one")
-        return candidates[0].name, _read(candidates[0])
+        path = candidates[0]
+        suffix = path.suffix.lower()
+        if suffix in PACKED:
+            raise ValueError(f"{path.name} is not unpacked: hand in the .py or .ipynb file itself")
+        data = _read(path)
+        return (path.name, code_of_notebook(path.name, data) if suffix == ".ipynb" else data)
 
     def lesson(self) -> str | None:
         """The lesson that a lone file belongs to, by its name or else by what it defines."""
@@ -122,7 +140,10 @@ class Submission:
         if match and match.group() in manifests():
             return match.group()
         try:
-            text = _read(self.path).decode("utf-8", "replace")
+            data = _read(self.path)
+            if self.path.suffix.lower() == ".ipynb":
+                data = code_of_notebook(self.path.name, data)
+            text = data.decode("utf-8", "replace")
         except ValueError:
             return None
         defined = set(re.findall(r"^(?:class|def)\s+(\w+)", text, re.MULTILINE))
@@ -145,6 +166,26 @@ class Submission:
         return sha.hexdigest()[:16]
 
 
+def code_of_notebook(name: str, data: bytes) -> bytes:
+    """The code cells as one file. Lines for IPython (%magic, !command) become comments.
+
+    Raises: ValueError, if it is no notebook.
+    """
+    try:
+        cells = json.loads(data)["cells"]
+        texts = ["".join(cell["source"]) for cell in cells if cell.get("cell_type") == "code"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{name} can't be read as a notebook") from None
+    lines: list[str] = []
+    for number, text in enumerate(texts, 1):
+        lines.append(f"# %% code cell {number}")
+        if text.lstrip().startswith("%%"):  # another language, as a rule
+            lines += [f"# {line}" for line in text.splitlines()]
+        else:
+            lines += [re.sub(r"^(\s*)([%!].*)$", r"\1pass  # \2", x) for x in text.splitlines()]
+    return ("\n".join(lines) + "\n").encode("utf-8", "replace")
+
+
 def is_hidden(path: Path) -> bool:
     return any(part.startswith((".", "__")) for part in path.parts)
 
@@ -157,8 +198,9 @@ def _read(path: Path) -> bytes:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path.name} is not a plain file (links are not followed)")
-        if status.st_size > SOURCE_LIMIT:
-            raise ValueError(f"{path.name} is larger than {SOURCE_LIMIT >> 20} MB")
+        limit = SOURCE_LIMIT * (10 if path.suffix.lower() == ".ipynb" else 1)
+        if status.st_size > limit:
+            raise ValueError(f"{path.name} is larger than {limit >> 20} MB")
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path.name} can't be read: {error.strerror}") from None
@@ -274,7 +316,8 @@ class References:
     def __init__(self, seed: int | None = None) -> None:
         self.seed = secrets.randbits(31) if seed is None else seed
         self._seen: dict[str, Observed] = {}
-        self._mistakes: dict[tuple[str, str, bool], list[tuple[str, dict]]] = {}
+        self._manifest: dict[str, list[tuple[str, list[dict]]]] = {}
+        self._mutants: dict[tuple[str, str], list[tuple[str, dict]]] = {}
         self._lock = threading.RLock()
 
     def get(self, exercise: Exercise, host: Host) -> Observed:
@@ -310,6 +353,12 @@ class References:
 
     def name(self, exercise: Exercise, trial: Trial, check: str, host: Host) -> str:
         """The likely mistake: the one known that gives what the submission gave; else ''."""
+        try:
+            return self._name(exercise, trial, check, host)
+        except Exception:  # what a worker sent may be anything
+            return ""
+
+    def _name(self, exercise: Exercise, trial: Trial, check: str, host: Host) -> str:
         if "error" in trial.mine or "forward_error" in trial.mine:
             return ""
         # With other layers than the reference's, no mistake in the reference's can explain it.
@@ -327,15 +376,22 @@ class References:
 
     def _known(
         self, exercise: Exercise, trial: Trial, host: Host, mutate: bool
-    ) -> list[tuple[str, dict]]:
-        key = exercise.number, str(trial.case), mutate
+    ) -> Iterator[tuple[str, dict]]:
+        """The manifest's mistakes, then with `mutate` those that `mutants` makes; each in words,
+        and what is seen of the trial's case with it.
+        """
+        number, text = exercise.number, str(trial.case)
+        cases = [str(case) for case in exercise.cases + exercise.unseen]
+        place = cases.index(text)
         with self._lock:
-            if key not in self._mistakes:
-                seed = self.get(exercise, host).seed
-                cases = exercise.cases + exercise.unseen
-                i = [str(case) for case in cases].index(str(trial.case))
-                self._mistakes[key] = known_mistakes(host, exercise, i, seed, mutate)
-            return self._mistakes[key]
+            seed = self.get(exercise, host).seed
+            if number not in self._manifest:
+                self._manifest[number] = manifest_mistakes(host, exercise, seed)
+            yield from ((name, seen[place]) for name, seen in self._manifest[number])
+            if mutate and (number, text) not in self._mutants:
+                self._mutants[number, text] = made_mistakes(host, exercise, place, seed)
+            if mutate:
+                yield from self._mutants[number, text]
 
 
 def _explains(trial: Trial, check: str, known: dict[str, Any]) -> bool:
@@ -367,34 +423,35 @@ def _explains(trial: Trial, check: str, known: dict[str, Any]) -> bool:
     )
 
 
-def known_mistakes(
-    host: Host, exercise: Exercise, number: int, seed: int, mutate: bool
-) -> list[tuple[str, dict[str, Any]]]:
-    """In words, and what is seen of case `number` with each known mistake in the reference: the
-    manifest's, and with `mutate` those that `mutants` makes.
-    """
-    case = (exercise.cases + exercise.unseen)[number]
+def manifest_mistakes(
+    host: Host, exercise: Exercise, seed: int
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """What is seen of each case with the wrong code that the manifest has."""
     path = lesson_path(exercise.lesson)
     source = path.read_text(encoding="utf-8")
-    found: list[tuple[str, dict[str, Any]]] = []
     aided = replace(exercise, setup=f"{exercise.setup}\n{exercise.aids}")
-    for name, code in exercise.mistakes:
-        wrong = put_in(source, code).encode()
-        seen = observe(host, aided, path.name, wrong, seed, only=number).seen
-        found.append((name, seen[0]))
-    if mutate:
-        try:
-            with Worker(host) as worker:
-                _load(worker, exercise, path.name, source.encode())
-                question = _question(case, seed + number) | {"probe": "mistakes"}
-                answer = worker.ask(question, 4 * host.limits.case_seconds)
-                found += [
-                    (name, {"sketch": (evaluated, trained)})
-                    for name, evaluated, trained in answer.get("mistakes", ())
-                ]
-        except WorkerLost:
-            pass  # a mistake without a name is still a mistake
-    return found
+    return [
+        (name, observe(host, aided, path.name, put_in(source, code).encode(), seed).seen)
+        for name, code in exercise.mistakes
+    ]
+
+
+def made_mistakes(
+    host: Host, exercise: Exercise, place: int, seed: int
+) -> list[tuple[str, dict[str, Any]]]:
+    """What comes out of one case with one step of the reference's done wrong."""
+    path = lesson_path(exercise.lesson)
+    question = _question((exercise.cases + exercise.unseen)[place], seed + place)
+    try:
+        with Worker(host) as worker:
+            _load(worker, exercise, path.name, path.read_bytes())
+            answer = worker.ask({**question, "probe": "mistakes"}, 4 * host.limits.case_seconds)
+    except WorkerLost:
+        return []  # a mistake without a name is still a mistake
+    return [
+        (name, {"sketch": (evaluated, trained)})
+        for name, evaluated, trained in answer.get("mistakes", ())
+    ]
 
 
 @dataclass(frozen=True)
@@ -417,7 +474,6 @@ def observe(
     deadline: float = float("inf"),
     theirs: list[dict[str, Any]] | None = None,
     careful: bool = False,
-    only: int | None = None,
 ) -> Observed:
     """Try all cases of one exercise in a worker of its own. Never raises: whatever goes wrong is an
     observation.
@@ -426,11 +482,8 @@ def observe(
         theirs: what was seen of the reference: where the numbers differ, every other assignment of
             the weights that the shapes allow is tried.
         careful: see `probes`.
-        only: the number of the one case that is to be tried.
     """
-    cases = list(enumerate(exercise.cases + exercise.unseen))
-    if only is not None:
-        cases = [cases[only]]
+    cases = exercise.cases + exercise.unseen
     seen: list[dict[str, Any]] = []
     loaded = False
     try:
@@ -439,7 +492,7 @@ def observe(
             if "error" in answer:
                 return Observed([{"error": _clean(answer["error"])}] * len(cases), seed)
             loaded = True
-            for i, case in cases:
+            for i, case in enumerate(cases):
                 question = _question(case, seed + i)
                 if case.probe == "observe":
                     question["careful"] = careful
@@ -503,13 +556,16 @@ def _arranged(
     same = all(answer.get(key) == theirs[key] for key in ("parameters", "shapes"))
     if not same or "eval" not in answer or agree(answer["eval"], theirs["eval"]):
         return answer
+    if len(theirs["slots"]) > 60:
+        return answer  # of a whole net the parts are the reference's own
     slots = {"slots": theirs["slots"]}
     asked = {k: v for k, v in question.items() if k != "careful"}
     tried = worker.ask(
         {**asked, **slots, "probe": "arrange"}, 4 * host.limits.case_seconds, deadline
     )
     wanted = sketch_of(theirs["eval"], SKETCH)
-    for number, outputs in enumerate(tried.get("tried", ())):
+    outputs_tried = tried.get("tried")
+    for number, outputs in enumerate(outputs_tried if isinstance(outputs_tried, list) else ()):
         if agree(outputs, wanted):
             question = {**question, **slots, "arrangement": number}
             return worker.ask(question, host.limits.case_seconds, deadline)

@@ -145,6 +145,8 @@ class Submission:
         loading.lock_doors(reference)
         # An optimizer would import it, and it puts its own in place of some of torch's functions.
         importlib.import_module("torch._dynamo")
+        # Each worker computes on one thread, whatever the file says.
+        torch.set_num_threads = torch.set_num_interop_threads = lambda number: None
         self.seal = Seal(loading, mutants, weights, sys.modules[__name__], Submission, Noise, types)
         loading.run_with_grafts(
             tree, filename, self.namespace, grafts["replace"], grafts["lacking"], exercise
@@ -270,6 +272,7 @@ class Submission:
         self, expression: str, inputs: list[list[int]], as_list: bool, seed: int
     ) -> tuple[nn.Module, Callable[..., list[Tensor]]]:
         torch.manual_seed(seed)
+        torch.set_grad_enabled(True)  # the file may have switched it off
         module = self._module(expression)
         generator = torch.Generator().manual_seed(seed)
         # Images a little larger than they come, so that what ends at 6 is told from what does not.
