@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.experiments import Experiment
 from common.profiling import count_macs, count_parameters
 from tests.conftest import lesson
 from tests.parity import PUBLISHED, assert_is_torchvisions
+from tests.simulation import assert_calm, results_of
 
 densenet = lesson("06")
 MODELS = densenet.MODELS
@@ -272,31 +274,24 @@ def test_connection_weights_name_who_is_read() -> None:
         assert table[:, -1].mean().item() == pytest.approx(1)
 
 
-def test_reading_habits_of_known_tables() -> None:
-    flat = torch.ones(13, 13).triu()
-    flat[flat == 0] = math.nan
-    assert set(densenet.reading_habits(flat).values()) == {1.0}
-    deaf = flat.clone()
-    deaf[0] = 0.0
-    habits = densenet.reading_habits(deaf)
-    assert habits["the block's input"] == 0 and habits["the least read"] == 0
-    assert habits["newest layers, behind"] == 1
-
-
-def reuse_says(block_input: float, newest: float, kept: float = 0.1) -> str:
-    chance = dict.fromkeys(densenet.reading_habits(torch.ones(4, 4)), 0.05)
-    habits = {**dict.fromkeys(chance, 1.0), "the block's input": block_input}
-    habits["newest layers, behind"] = newest
-    return "\n".join(densenet.reuse_verdict([habits] * 3, chance, kept))
-
-
-def test_reuse_verdict_follows_the_numbers() -> None:
-    assert "own maps: yes" in reuse_says(0.5, 1.0)
-    assert "own maps: not beyond chance" in reuse_says(0.98, 1.0)
-    assert "own maps: no, the opposite" in reuse_says(1.5, 1.0)
-    assert "newest maps: yes" in reuse_says(1.0, 1.2)
-    assert "the draw is gone" in reuse_says(1.0, 1.0)
-    assert "train longer" in reuse_says(1.0, 1.0, kept=0.9)
+def test_remarks_of_a_net_that_reads_all_alike_but_the_transitions_output() -> None:
+    """Every weight is 1, but the second and the third block read their input with a half."""
+    model = densenet.cifar_densenet(16, growth_rate=4, num_classes=10)
+    with torch.no_grad():
+        for i, stage in enumerate(model.stages):
+            for layer in stage[-1].layers:
+                layer.conv1.weight.fill_(1.0)
+                layer.conv1.weight[:, : stage[-1].channels[0]] = 0.5 if i else 1.0
+            if i:
+                stage[0][2].weight.fill_(1.0)
+        model.get_classifier().weight.fill_(1.0)
+    said = densenet.remarks(model)
+    # Of columns (0.5, 1), (0.5, 1, 1), (0.5, 1, 1, 1), each over its mean.
+    shares = [0.5 / 0.75, 0.5 / (2.5 / 3), 0.5 / (3.5 / 4)]
+    below = 1 - sum(shares) / 3
+    assert said["transition's output, below average"] == pytest.approx(below, rel=1e-5)
+    assert said["least read by transitions"] == pytest.approx(1)
+    assert said["classifier, newest above average"] == pytest.approx(0, abs=1e-6)
 
 
 def test_forgetting_weight_decay_forgets() -> None:
@@ -345,68 +340,55 @@ def test_gradient_profile_leaves_no_trace() -> None:
     assert moved[3] == pytest.approx((weight.grad.norm() / weight.norm()).item(), rel=1e-4)
 
 
-class FakeTrial:
-    def __init__(self, top1: float, loss: float = 0.1, macs: int = 1) -> None:
-        self.test_top1, self.macs = top1, macs
-        self.history = [type("Last", (), {"train_loss": loss})]
+DESIGNS = {
+    "reuse": densenet.reuse,
+    "growth-rate": densenet.growth_rates,
+    "gradient-flow": densenet.gradient_flow,
+}
+
+
+@pytest.fixture(scope="module", params=DESIGNS)
+def experiment(request: pytest.FixtureRequest) -> Experiment:
+    return DESIGNS[request.param](densenet.Config().resolve("digits"))
+
+
+def test_equal_nets_are_not_told_apart(experiment: Experiment) -> None:
+    if len(experiment.arms) > 1:
+        assert_calm(experiment, seeds=3)
 
 
 @pytest.mark.parametrize(
-    ("dense", "chain", "expected"),
+    ("higher", "lower", "expected"),
     [
-        ([1.2, 1.3], [5.0, 6.0], "the claim holds"),
-        ([7.0, 8.0], [5.0, 6.0], "the claim fails"),
-        ([1.2, 5.5], [5.0, 6.0], "does not show"),
+        ([9.8, 9.7, 9.8], [0.1, 0.11, 0.1], "holds"),
+        ([0.1, 0.11, 0.1], [9.8, 9.7, 9.8], "fails"),
+        ([0.9, 0.1, 0.95], [0.1, 0.95, 0.6], "undecided"),
     ],
 )
-def test_gradient_verdict(dense: list[float], chain: list[float], expected: str) -> None:
-    uneven = {(k, d): v for k, v in (("dense", dense), ("chain", chain)) for d in (10, 22)}
-    trials = {"dense": FakeTrial(0.9, 0.2), "chain": FakeTrial(0.8, 0.1)}
-    profiles = {"dense": [1.0, 1.0], "chain": [0.5, 1.0]}
-    text = "\n".join(densenet.gradient_verdict(profiles, uneven, trials, [10, 22]))
-    assert expected in text
-    assert "the chain net trains better" in text
-    assert "chain, 22 layers, untrained: on its way back the gradient shrinks to 0.5" in text
-
-
-def test_growth_verdict_knows_chance() -> None:
-    races = {"equal depth": [(6, 22), (12, 22)], "equal cost": [(6, 40), (12, 22)]}
-    trials = {
-        (6, 22): [FakeTrial(0.80, 0.30, macs=10), FakeTrial(0.80, 0.32, macs=10)],
-        (12, 22): [FakeTrial(0.95, 0.10, macs=30), FakeTrial(0.95, 0.14, macs=30)],
-        (6, 40): [FakeTrial(0.94, 0.11, macs=30), FakeTrial(0.94, 0.11, macs=30)],
-    }
-    fit, depth, fit_cost, cost, price = densenet.growth_verdict(trials, races, test_images=360)
-    assert fit.endswith("the training loss falls as k grows: 0.3100, 0.1200")
-    assert "k 12 with 22 layers tests best" in depth
-    assert "rises as k grows: 0.1100, 0.1200" in fit_cost and "overlap" in fit_cost
-    assert "no growth rate is ahead" in cost
-    assert "3.0 times" in price and "+15.00%" in price
+def test_every_claim_holds_fails_or_stays_open(
+    experiment: Experiment, higher: list[float], lower: list[float], expected: str
+) -> None:
+    for i, claim in enumerate(experiment.claims):
+        values = {arm.name: [0.5, 0.5, 0.5] for arm in experiment.arms}
+        values |= {claim.higher: higher} | ({claim.lower: lower} if claim.lower in values else {})
+        if claim.lower not in values and expected == "fails":  # against a number: below it
+            values[claim.higher] = [-9.8, -9.7, -9.8]
+        assert results_of(experiment, values, 359).verdicts()[i].outcome == expected
 
 
 # The whole path through the command line
 
 
-@pytest.mark.parametrize(
-    ("experiment", "figure", "rows"),
-    [
-        ("reuse", "reuse", 4),
-        ("growth-rate", "growth_rate", 3),
-        ("gradient-flow", "gradient_flow", 2),
-    ],
-)
-def test_experiments_in_miniature(
-    cli: Callable, tmp_path: Path, experiment: str, figure: str, rows: int
-) -> None:
+def test_an_experiment_in_miniature(cli: Callable, tmp_path: Path) -> None:
     code, out, err = cli(
-        "06", "--experiment", experiment, "--dataset", "digits", "--smoke", "--device", "cpu",
-        "--growth-rate", "2", "--rates", "2,4", "--depth", "10", "--depths", "7,10", "--seeds", "1",
+        "06", "--experiment", "reuse", "--dataset", "digits", "--smoke", "--device", "cpu",
+        "--growth-rate", "2", "--seeds", "1",
     )  # fmt: skip
     assert code == 0, err
     (outcome,) = (tmp_path / "runs").rglob("experiment.json")
-    assert len(json.loads(outcome.read_text())["rows"]) == rows
-    assert "verdict" in out
-    assert (outcome.parent / f"{figure}.png").stat().st_size > 10_000
+    assert len(json.loads(outcome.read_text())["rows"]) == 1
+    assert out.count("undecided") == 4
+    assert (outcome.parent / "reuse.png").stat().st_size > 10_000
 
 
 def test_run_in_miniature_with_checkpointing(cli: Callable, tmp_path: Path) -> None:
@@ -426,10 +408,6 @@ def test_run_in_miniature_with_checkpointing(cli: Callable, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--experiment", "growth-rate", "--rates", "12"], "--rates"),
-        (["--experiment", "growth-rate", "--depth", "23"], "3n + 4"),
-        (["--experiment", "gradient-flow", "--depths", "10,x"], "--depths"),
-        (["--experiment", "gradient-flow", "--depths", "10,20"], "3n + 4"),
         (["--dropout", "1.5"], "--dropout"),
         (["--growth-rate", "0"], "--growth-rate"),
     ],
