@@ -172,7 +172,9 @@ main(config, {{"net": None}}, None, run, {{}})
 """
 
 
-def start(folder: Path, fault: str, *torchrun: str, number: int = 2) -> list[subprocess.Popen]:
+def start(
+    folder: Path, fault: str, *torchrun: str, number: int = 2, **more: str
+) -> list[subprocess.Popen]:
     """`number` processes that find each other, or those that torchrun starts."""
     script = folder / "faulty.py"
     script.write_text(FAULTY.format(root=str(ROOT)))
@@ -182,7 +184,7 @@ def start(folder: Path, fault: str, *torchrun: str, number: int = 2) -> list[sub
     command = [sys.executable, str(script), fault, str(folder)]
     environments = [
         {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "JOIN_SECONDS": "8"}
+         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for r in range(number)
     ]  # fmt: skip
     if torchrun:
@@ -194,13 +196,13 @@ def start(folder: Path, fault: str, *torchrun: str, number: int = 2) -> list[sub
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **more},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **more, **environment},
         )
-        for more in environments
+        for environment in environments
     ]
 
 
-def end(started: list[subprocess.Popen], seconds: float = 100) -> tuple[list[int], str]:
+def end(started: list[subprocess.Popen], seconds: float = 200) -> tuple[list[int], str]:
     errors = [process.communicate(timeout=seconds)[1] for process in started]
     return [process.returncode for process in started], "".join(errors)
 
@@ -228,7 +230,7 @@ def test_a_fault_in_one_process_ends_all_with_one_line(
 
 
 def test_processes_that_do_not_come_are_not_waited_for_long(tmp_path: Path) -> None:
-    returned, err = end(start(tmp_path, "none", number=1))
+    returned, err = end(start(tmp_path, "none", number=1, JOIN_SECONDS="8"))
     assert returned == [2] and "did not find each other within 8 s" in err
     assert len(err.splitlines()) == 1
 
@@ -239,7 +241,7 @@ def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
     It hung as long as the new workers found the addresses of the old ones in torchrun's store.
     """
     (process,) = start(tmp_path, "killed", "--standalone", "--max-restarts=1")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "resume     after" in out and "done 0 1" in out and "done 1 1" in out
     assert len(list((tmp_path / "ddp").iterdir())) == 1
@@ -251,7 +253,7 @@ def test_a_signal_under_torchrun_is_one_farewell_that_goes_on(tmp_path: Path) ->
         if line.startswith("step 12"):
             break
     process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=200)[1]
     told = [line for line in err.splitlines() if "Go on with" in line]
     assert len(told) == 1 and " --standalone --nproc-per-node=2 " in told[0], err
     (run,) = (tmp_path / "ddp").iterdir()
