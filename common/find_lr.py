@@ -72,6 +72,8 @@ def find_lr(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -> dict
     figure = plotting.curves(
         {"": losses}, "learning rate (log scale)", "smoothed training loss", title, x=x, log_x=True
     )
+    # The rise at the end would flatten all that is to be seen.
+    figure.axes[0].set_ylim(0.95 * min(losses), 1.3 * losses[0])
     run.figure("find_lr", figure)
     rows = [{"rate": f"{r:.2g}", "loss": round(loss, 3)} for r, loss in zip(rates, losses)][::8]
     sentences = [

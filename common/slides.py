@@ -276,7 +276,9 @@ const turn = by => { at = show(at + by); };
 back.addEventListener('click', () => turn(-1));
 forth.addEventListener('click', () => turn(1));
 addEventListener('hashchange', () => { at = show(+location.hash.slice(1)); });
+addEventListener('toggle', () => fit(slides[at - 1]), true);  // a folded answer, opened
 addEventListener('keydown', event => {
+  if (event.target.closest?.('summary') && [' ', 'Enter'].includes(event.key)) return;
   const steps = {ArrowRight: 1, ArrowDown: 1, PageDown: 1, ' ': 1, Enter: 1,
                  ArrowLeft: -1, ArrowUp: -1, PageUp: -1, Backspace: -1,
                  Home: -slides.length, End: slides.length};
