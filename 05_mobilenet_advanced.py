@@ -899,6 +899,12 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 #   of what looks like a loss by the architecture is a net that has not finished learning. (Seeds
 #   1000 and 0, one thread of an AMD EPYC with AVX-512, torch 2.14. One seed decides nothing: the
 #   experiments judge three.)
+# - Integers (`quantize`, digits, seeds 0 to 2): float32 97.96%; 8 bits 98.14% per channel and 97.96%
+#   per tensor, torch's kernels 98.14%, 7-bit activations 97.68%; 4-bit weights 97.31 and 96.75%. All
+#   three claims are undecided: 8 bits cost -0.19 points (98.3% interval -1.42 to +1.04), and the gain
+#   of a scale per channel is +0.19 (-1.04 to +1.42), with 4 bits +0.56 (-5.08 to +6.19). Of 359
+#   test images 8 bits change one or two, too few for three seeds. The net is small and its task
+#   easy, so there is little to lose. What rounding does is plainer in the weights: see the live cell.
 #
 # ## Exercises
 #
