@@ -97,6 +97,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import plotting
 from common.config import numbers_of
 from common.costs import cost_by_kind, milliseconds, width_for_macs
 from common.data import Data, load_data
@@ -875,7 +876,11 @@ def integers(config: Config) -> Experiment:
         gain = milliseconds(fold_batchnorm(large), size) / milliseconds(fast, size)
         return [f"torch's kernels on 224 px: {gain:.1f} times the speed of float32"]
 
-    return Experiment("Integers after training", arms, claims, notes=clock)
+    def draw(results: Results) -> object:
+        tests = {name: results.values(name, "test_top1") for name in names}
+        return plotting.seeds(tests, "test top-1", "Integers after training", percent=True)
+
+    return Experiment("Integers after training", arms, claims, figure=draw, notes=clock)
 
 
 EXPERIMENTS: dict[str, Callable[[Config], object]] = {
@@ -899,6 +904,13 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 #   of what looks like a loss by the architecture is a net that has not finished learning. (Seeds
 #   1000 and 0, one thread of an AMD EPYC with AVX-512, torch 2.14. One seed decides nothing: the
 #   experiments judge three.)
+# - Integers (`quantize`, digits, seeds 0 to 2): float32 97.96%; 8 bits 98.14% per channel, 97.96%
+#   per tensor, torch's kernels 98.14%, 7-bit activations 97.68%; 4-bit weights 97.31 and 96.75%.
+#   All three claims are undecided: 8 bits differ from float32 by +0.19 points (98.3% interval -1.04
+#   to +1.42), a scale per channel gains +0.19 (-1.04 to +1.42), with 4 bits +0.56 (-5.08 to +6.19).
+#   In each seed 8 bits per channel have as many of 359 images right as float32, or one more: too
+#   little for three seeds to tell. The task is easy, so there is little to lose; on ImageNet a
+#   scale per channel mattered (Krishnamoorthi 2018, sec. 3.1).
 #
 # ## Exercises
 #
