@@ -75,20 +75,23 @@ def _with_assignment(source: str, lesson: str, chosen: list[Exercise], folder: P
         text += wrapped(f"Hidden cases: {exercise.kind}.", "#   ")
     text += [
         "#",
-        "# Run it: it goes as far as the first piece that is missing. Check yourself, as often as you",
-        "# like, from the course's folder:",
+        "# Run it: it goes as far as the first piece that is missing. Check yourself, as often as",
+        "# you like, from the course's folder:",
         "#",
         f"#     python {name}",
         f"#     python -m common.grade path/to/{name}",
         "#",
-        "# If it does not find `common`, say where the course is: `PYTHONPATH=path/to/course python ...`",
+        "# If it does not find `common`, say where the course is: PYTHONPATH=path/to/course",
     ]
     course = os.path.relpath(ROOT, folder.resolve())
     text += _FIND_COURSE.format(course=course).splitlines()
     lines = source.splitlines()
-    first = ast.parse(source).body[0]
+    first, *others = ast.parse(source).body
     docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
     start = first.end_lineno if docstring else 0
+    for node in others:
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            start = node.end_lineno  # it must come first
     return "\n".join([*lines[:start], "", *text, *lines[start:]]) + "\n"
 
 

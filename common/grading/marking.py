@@ -366,12 +366,9 @@ class References:
         for name, theirs in self._known(exercise, trial, host, mutate):
             if _explains(trial, check, theirs):
                 return name
-        if check in ("values", "unseen") and mutate:
-            if agree(trial.mine.get("eval", ()), trial.theirs["eval"]):
-                return (
-                    "right in eval mode, off in train mode: the rate or the place of dropout, "
-                    "or BatchNorm"
-                )
+        same = mutate and agree(trial.mine.get("eval", ()), trial.theirs["eval"])
+        if same and check in ("values", "unseen"):
+            return "right in eval mode, not in train mode: dropout (rate, place) or BatchNorm"
         return ""
 
     def _known(

@@ -370,7 +370,7 @@ def _then(function: Callable[[Tensor], Tensor]) -> Change:
 
 
 def _batch_statistics(func: Callable, args: tuple, kwargs: dict) -> Any:
-    x, mean, var, weight, bias, *_ = args
+    x, _, _, weight, bias, *_ = args
     return F.batch_norm(x, None, None, weight, bias, True, 0.0, kwargs.get("eps", 1e-5))
 
 

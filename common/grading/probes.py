@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 import types
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -195,10 +196,9 @@ class Submission:
         }
         if error is not None:
             return {**seen, "forward_error": self.describe(error)}
-        filler: Callable[..., None] = lambda zero=False: weights.fill(units, seed, zero)
+        filler = partial(weights.fill, units, seed)
         if slots is not None:
-            chosen = self._arrangement(units, slots, arrangement)
-            filler = lambda zero=False: chosen.fill(seed, zero)
+            filler = partial(self._arrangement(units, slots, arrangement).fill, seed)
         try:
             seen["shapes"] = [list(y.shape) for y in forward()]
             seen.update(self._watch(module, filler, forward, seed))
@@ -410,7 +410,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _initial(layer: nn.Module) -> list[Any]:
-    """A layer in words, its size, and of its weight and its bias: how many numbers, mean, spread."""
+    """A layer in words, its size, and of weight and bias: how many numbers, mean, spread."""
     numbers, sizes = [], []
     for role in ("weight", "bias"):
         p = layer._parameters.get(role)
