@@ -835,7 +835,22 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # - `--checkpointing`, peak of one training step without the weights: densenet40_k12, 64 images of
 #   32 px, 274 MB instead of 1,175; densenet121, 4 images of 224 px, 254 MB instead of 501.
 #
-# EXPERIMENT_RECORD
+# What the experiments gave at their defaults (digits, seeds 0 to 2, one thread of an AMD EPYC with
+# other work beside it, torch 2.14):
+#
+#     reuse           the least read source of a layer has 0.93 of the average weight, that of a
+#                     transition 0.80: both claims hold. The transition's output is read 0.07 below
+#                     the average (97.5% interval 0.01 to 0.13), the newest maps by the classifier
+#                     0.06 above it (-0.02 to 0.13): both claims are undecided; 310 s
+#     gradient-flow   at 40 layers the most moved layer of the chain moves 230 times as much as the
+#                     least moved one, that of the dense net twice as much; test 55.7% (± 5.4) and
+#                     99.4% (± 0.4). All three claims hold; 823 s
+#
+# In the chain the gradient does not vanish on its way back: it grows with every layer, until no
+# learning rate suits both the first layers and the last. BatchNorm divides by the deviation of each
+# batch, forward and backward; lesson 1's plain nets show the same. As for reuse: the two remarks
+# that hold are about all layers together, the two undecided ones about a tenth of the entries, with
+# effects as small as what an untrained net shows. The paper saw them after 300 epochs, not after 10.
 #
 # ## Exercises
 #
