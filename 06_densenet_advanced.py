@@ -849,8 +849,8 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # In the chain the gradient does not vanish on its way back: it grows with every layer, until no
 # learning rate suits both the first layers and the last. BatchNorm divides by the deviation of each
 # batch, forward and backward; lesson 1's plain nets show the same. As for reuse: the two remarks
-# that hold are about all layers together, the two undecided ones about a tenth of the entries, with
-# effects as small as what an untrained net shows. The paper saw them after 300 epochs, not after 10.
+# that hold are about all layers together; the undecided ones are about a tenth of the entries, with
+# effects as small as an untrained net shows. The paper saw them after 300 epochs, not after 10.
 #
 # ## Exercises
 #
