@@ -735,3 +735,10 @@ def test_schedules_of_the_flag_reach_the_optimizer() -> None:
     )
     plain = make_schedule(optimizer, replace(config, schedule="onecycle"), data.train)
     assert schedule.kind == plain.kind == "onecycle" and schedule.factor(0) == pytest.approx(1 / 25)
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "nowhere", "digits2"])
+def test_a_missing_target_is_blamed_on_its_own_flag(name: str) -> None:
+    config = transfer.Config(dataset=name)
+    with pytest.raises(UserError, match=f"^--target-dir {name}: no such folder"):
+        flags.locate(config, "--target-dir")

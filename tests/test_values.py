@@ -17,6 +17,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from common.comparison.results import parse_size
 from common.config import TrainConfig
 from common.engine import limits
 from common.engine.errors import UserError
@@ -139,3 +140,9 @@ def test_what_would_take_years_is_refused() -> None:
     flags = "--dataset=cifar10 --epochs=10000 --image-size=512 --device=cpu --batch-size=8"
     code, err = told("01", *flags.split())
     assert code == 2 and "days here, at the very least" in err
+
+
+@pytest.mark.parametrize("text", ["1", "0", "9K", "1e3", "101G", "inf"])
+def test_a_size_that_no_net_has(text: str) -> None:
+    with pytest.raises(UserError, match=f"--match-to {text}: "):
+        parse_size(text, "--match-to")

@@ -441,4 +441,7 @@ def parse_size(text: str, flag: str) -> float:
     match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMG]?)\s*", text)
     if not match or float(match[1]) == 0:
         raise UserError(f"{flag} {text}: a number with K, M or G, such as 0.3M")
-    return float(match[1]) * COUNT[match[2]]
+    size = float(match[1]) * COUNT[match[2]]
+    if not 1e4 <= size <= 1e11:
+        raise UserError(f"{flag} {text}: no net of the course is made that size; 10K to 100G are")
+    return size

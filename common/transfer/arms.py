@@ -86,7 +86,7 @@ class Adaptation:
         self.build, self.methods, self.adapt = build, methods, adapt
         self.folder = None
         if config.target_dir:
-            there = locate(dataclasses.replace(config, dataset=config.target_dir))
+            there = locate(dataclasses.replace(config, dataset=config.target_dir), "--target-dir")
             self.folder = read_once(load_source(there), there)
         self.trained: dict[tuple[str, int], tuple] = {}
 

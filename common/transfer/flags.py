@@ -47,7 +47,7 @@ def spell_out(argv: list[str]) -> list[str]:
     return out
 
 
-def locate(config: ConfigT) -> ConfigT:
+def locate(config: ConfigT, flag: str = "--dataset") -> ConfigT:
     """A `--dataset` that is a path as a folder of images; a `torchvision:` model as pretrained,
     unless it is to be trained from scratch.
 
@@ -63,5 +63,7 @@ def locate(config: ConfigT) -> ConfigT:
     if Path(config.dataset).is_dir():
         return dataclasses.replace(config, dataset="folder", data_dir=config.dataset)
     if "/" in config.dataset or "\\" in config.dataset or Path(config.dataset).exists():
-        raise UserError(f"--dataset {config.dataset}: no such folder")
+        raise UserError(f"{flag} {config.dataset}: no such folder")
+    if flag != "--dataset":
+        raise UserError(f"{flag} {config.dataset}: no such folder")
     raise unknown("dataset, and no folder,", config.dataset, DATASETS)
