@@ -213,8 +213,9 @@ def mark_class(
         for grader in graders:
             grader.host.close()
         bar.close()
+    handed_in = {_name(s.path) for s in submissions}
     for name in roster:
-        if name not in done:
+        if name not in handed_in:
             lost = by_exercise(not_run(row, "not handed in") for row in rows)
             done[name] = [_grade(name, group, digest="none") for group in lost.values()]
     _write_grades(out, done)
@@ -451,7 +452,10 @@ def main(argv: list[str] | None = None) -> int:
                 limits,
                 roster=roster,
             )
-            strangers = sorted({grade.student for grade in grades} - set(roster)) if roster else []
+            names = {grade.student.rstrip("/") for grade in grades}
+            strangers = sorted(
+                n for n in names if roster and n not in roster and Path(n).stem not in roster
+            )
             if strangers:
                 print(f"note: not on the roster: {', '.join(strangers[:9])}", file=sys.stderr)
             students = len({grade.student for grade in grades})

@@ -823,3 +823,43 @@ def adapt_batch_norm(model, loader):
     return model
 """,
 )
+_add(
+    "2.5",
+    """
+class BatchNorm2d(nn.Module):
+    def __init__(self, channels, eps=1e-5, momentum=0.1):
+        super().__init__()
+        self.eps = eps
+        self.momentum = momentum
+        self.gamma = nn.Parameter(torch.ones(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+
+    def forward(self, x):
+        mean, var = self.mean, self.var
+        if self.training:
+            flat = x.transpose(0, 1).flatten(1)
+            mean = flat.mean(1)
+            var = flat.var(1, unbiased=False)
+            with torch.no_grad():
+                n = flat.shape[1]
+                self.mean.copy_((1 - self.momentum) * self.mean + self.momentum * mean)
+                self.var.copy_((1 - self.momentum) * self.var + self.momentum * var * n / (n - 1))
+        y = (x - mean[:, None, None]) / torch.sqrt(var[:, None, None] + self.eps)
+        return y * self.gamma[:, None, None] + self.beta[:, None, None]
+""",
+)
+_add(
+    "5.4",
+    """
+def quantize(x, scale, zero_point, bits=8):
+    q = torch.round(x / scale) + zero_point
+    q = torch.clamp(q, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return q.to(torch.int8)
+
+
+def dequantize(q, scale, zero_point):
+    return (q.to(torch.float32) - zero_point) * scale
+""",
+)

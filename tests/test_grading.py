@@ -551,3 +551,30 @@ def test_a_formula_in_a_message_stays_text(tmp_path: Path) -> None:
     grade._write_grades(tmp_path / "grades.csv", {line.student: [line]})
     assert "\n'=1+1,05" in (tmp_path / "grades.csv").read_text()
     assert grade._read_grades(tmp_path / "grades.csv")[0].student == "=1+1"
+
+
+def test_notebooks_archives_and_namesakes_have_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """None is ignored in silence, and who handed in nothing is on the roster."""
+    folder, out = tmp_path / "class", tmp_path / "grades.csv"
+    (folder / "ann").mkdir(parents=True)
+    cells = [{"cell_type": "markdown", "source": ["text"]}]
+    cells += [{"cell_type": "code", "source": ["%matplotlib inline\n", LESSON_5]}]
+    (folder / "ann" / "05_mobilenet_advanced.ipynb").write_text(json.dumps({"cells": cells}))
+    (folder / "ann.PY").write_text("")
+    (folder / "bob.zip").write_bytes(b"PK")
+    (folder / "notes.txt").write_text("")
+    roster = tmp_path / "names.csv"
+    roster.write_text("student,group\nann,1\nbob,1\ncy,2\n")
+    names = grade.read_roster(roster)
+    grades = grade.mark_class(folder, out, ("05",), 1, Limits(), quiet=True, roster=names)
+    points_of = {line.student: 0.0 for line in grades}
+    for line in grades:
+        points_of[line.student] += line.score
+    total = sum(row.points for row in worth(("05",)))
+    assert points_of == {"ann/": total, "ann.PY": 0, "bob": 0, "cy": 0}
+    said = {line.student: line.message for line in grades}
+    assert "not unpacked" in said["bob"] and "not handed in" in said["cy"]
+    notes = capsys.readouterr().err
+    assert "more than one submission is called ann" in notes and "notes.txt" in notes
