@@ -819,6 +819,7 @@ def train_once(entry: Entry, data: Data, config: Config, device: torch.device) -
         train_loss=[record.train_loss for record in history],
         val_top1=[record.val_top1 for record in history],
         failure=failure,
+        test_images=sum(c.support for c in test.per_class) if test else 0,
     )
 
 
