@@ -370,6 +370,7 @@ def test_a_stopped_comparison_keeps_what_is_done_and_says_how_to_go_on(tmp_path:
     ("flags", "message"),
     [
         (["--choose", "parms<5M"], "unknown word in --choose 'parms' (did you mean params?)"),
+        (["--choose", ""], "--choose: '' is no constraint"),
         (["--choose", "latency<5"], "latency needs a unit"),
         (["--model", "resnet18,resnet81"], "unknown model 'resnet81' (did you mean resnet18?)"),
         (["--budget", "soon"], "--budget soon"),
@@ -394,6 +395,15 @@ def test_a_failed_training_is_a_result_and_no_mean_hides_it() -> None:
     assert "failed under this recipe" in trained_verdict(
         [replace(candidate, model="other", top1=0.5, seeds=1), summarise(candidate, [good, bad])]
     )
+
+
+def test_only_the_transformer_takes_adamw() -> None:
+    config = lesson.Config(dataset="digits").resolve("digits")
+    own = lesson.own_optimizer("vit_xs_16", config)
+    assert (own.optimizer, own.lr, own.weight_decay) == ("adamw", 1e-3 * 64 / 256, 0.05)
+    assert lesson.own_optimizer("resnet18", config) == config
+    same = replace(config, one_optimizer=True)
+    assert lesson.own_optimizer("vit_xs_16", same) == same
 
 
 def test_a_time_budget_becomes_whole_epochs() -> None:

@@ -128,12 +128,12 @@ def present(
     title = f"Model comparison: {config.experiment or config.dataset}"
     write_tables(run.folder, title, tables)
     pictures = {name: run.figure(name, figure).read_bytes() for name, figure in figures.items()}
-    page = comparison_page(title, tables, pictures, "\n\n".join([*verdicts, *choices]))
+    page = comparison_page(title, tables, pictures, "\n\n".join([*choices, *verdicts]))
     write_atomically(run.folder / "report.html", page)
+    print(*(f"\n{choice}" for choice in choices), sep="\n")
     for table in tables:
         print(f"\n{table.title}. {table.note}\n\n{markdown_table(table.candidates)}")
     print("", *(f"verdict    {sentence}" for sentence in verdicts), sep="\n")
-    print(*(f"\n{choice}" for choice in choices), sep="\n")
     index = write_index(run.folder.parent.parent)
     print(f"report     {run.folder / 'report.html'}, all runs: {index}", flush=True)
     return tables

@@ -131,22 +131,31 @@ def parse_constraints(text: str) -> list[Constraint]:
         UserError: names the first part that is no constraint, the unknown word, or the wrong unit.
     """
     constraints = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*(\d+\.?\d*|\.\d+)\s*(\S*)\s*", part)
+    parts = text.split(",")
+    for part in parts[:-1] if len(parts) > 1 and not parts[-1].strip() else parts:
+        match = re.fullmatch(
+            r"\s*(\w+)\s*(<=|>=|<|>)\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(\S*)\s*", part
+        )
         if not match:
             raise UserError(
                 f"--choose: {part.strip()!r} is no constraint; write a word, <, <=, > or >=, a "
                 "number and its unit, such as params<5M, and a comma between two"
             )
         word, sign, number, unit = match.groups()
+        word = word.lower()
         if word not in QUANTITIES:
             raise unknown("word in --choose", word, QUANTITIES)
         quantity = QUANTITIES[word]
+        unit = {u.lower(): u for u in quantity.units}.get(unit.lower(), unit)
         if unit not in quantity.units:
             units = ", ".join(u or "none" for u in quantity.units)
             said = f"unknown unit {unit!r} of {word}" if unit else f"{word} needs a unit"
             raise UserError(f"--choose: {part.strip()}: {said}; units of {word}: {units}")
         limit = float(number) * quantity.units[unit]
+        if quantity.units is SHARE and not unit and float(number) <= 1:
+            limit = float(number)  # top1>0.75 is 75%
+        if quantity.units is SHARE and limit > 1:
+            raise UserError(f"--choose: {part.strip()}: no accuracy is above 100%")
         constraints.append(Constraint(part.strip(), quantity.field, COMPARISONS[sign], limit))
     return constraints
 
