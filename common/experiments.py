@@ -622,8 +622,3 @@ def _cell(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: ""}[value]
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation over seeds; the deviation of one value is 0."""
-    return mean(values), stdev(values) if len(values) > 1 else 0.0

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -26,7 +27,14 @@ from common.comparison.conclusion import trained_verdict
 from common.comparison.entries import chosen_names, is_small
 from common.comparison.imagenet import PUBLISHED as PUBLISHED_HERE
 from common.comparison.imagenet import evaluate_imagenet, load_official
-from common.comparison.results import Training, parse_budget, summarise
+from common.comparison.results import (
+    Candidate,
+    Training,
+    choose,
+    judge_pairs,
+    parse_budget,
+    summarise,
+)
 from common.comparison.training import epochs_within
 from common.data import load_data
 from common.engine.errors import UserError
@@ -286,7 +294,7 @@ def test_a_comparison_from_start_to_report_and_on_with_more_seeds(
     tiny = ["--model", "lenet5,vit_xs_16", "--epochs", "1", "--seeds", "1", "--pass-limit", "0.01"]
     done = command(tmp_path, *tiny)
     assert done.returncode == 0, done.stderr
-    assert "verdict    digits: " in done.stdout and "by one seed" in done.stdout
+    assert "verdict    digits: " in done.stdout and "one seed decides nothing" in done.stdout
     folder = folder_of(tmp_path)
     for name in ("comparison.md", "comparison.csv", "comparison.json", "report.html"):
         assert (folder / name).stat().st_size > 0
@@ -362,6 +370,7 @@ def test_a_stopped_comparison_keeps_what_is_done_and_says_how_to_go_on(tmp_path:
     ("flags", "message"),
     [
         (["--choose", "parms<5M"], "unknown word in --choose 'parms' (did you mean params?)"),
+        (["--choose", ""], "--choose: '' is no constraint"),
         (["--choose", "latency<5"], "latency needs a unit"),
         (["--model", "resnet18,resnet81"], "unknown model 'resnet81' (did you mean resnet18?)"),
         (["--budget", "soon"], "--budget soon"),
@@ -388,6 +397,15 @@ def test_a_failed_training_is_a_result_and_no_mean_hides_it() -> None:
     )
 
 
+def test_only_the_transformer_takes_adamw() -> None:
+    config = lesson.Config(dataset="digits").resolve("digits")
+    own = lesson.own_optimizer("vit_xs_16", config)
+    assert (own.optimizer, own.lr, own.weight_decay) == ("adamw", 1e-3 * 64 / 256, 0.05)
+    assert lesson.own_optimizer("resnet18", config) == config
+    same = replace(config, one_optimizer=True)
+    assert lesson.own_optimizer("vit_xs_16", same) == same
+
+
 def test_a_time_budget_becomes_whole_epochs() -> None:
     config = lesson.Config(dataset="digits", epochs=1, smoke=True).resolve("digits")
     device = torch.device("cpu")
@@ -397,15 +415,58 @@ def test_a_time_budget_becomes_whole_epochs() -> None:
     assert epochs_within(parse_budget("60s"), lesson.train_once, e, data, config, device) > 1
 
 
-def test_verdict_tells_chance_from_lead() -> None:
+def trained(**scores: list[float]) -> list[Candidate]:
+    """Made-up results: each model's accuracies by seed; the later, the cheaper."""
     base = lesson.entry("digits", "lenet5", get_model("lenet5"), 32).candidate
-    far = [
-        replace(base, model="a", top1=0.98, top1_std=0.01, seeds=3),
-        replace(base, model="b", top1=0.80, top1_std=0.01, seeds=3),
+    return [
+        summarise(
+            replace(base, model=model, macs=1000 - i),
+            [
+                Training(model, seed, 6, 1, 1, top1, 1.0, 1.0, [1.0], [top1], test_images=359)
+                for seed, top1 in enumerate(values)
+            ],
+        )
+        for i, (model, values) in enumerate(scores.items())
     ]
-    near = [far[0], replace(far[1], top1=0.97, macs=10)]
-    assert "more than two standard errors above every other" in trained_verdict(far)
-    assert "3 seeds can't tell it from b; the cheapest of these is b" in trained_verdict(near)
+
+
+def test_verdict_has_three_outcomes() -> None:
+    rows = trained(
+        best=[0.990, 0.985, 0.992, 0.988, 0.990] * 4,
+        level=[0.990, 0.985, 0.992, 0.987, 0.990] * 4,
+        noisy=[0.99, 0.95, 0.98, 1.0, 0.97] * 4,
+        worse=[0.80, 0.79, 0.81, 0.80, 0.795] * 4,
+    )
+    said = trained_verdict(rows)
+    assert "it is more than 0.5 points better than worse;" in said
+    assert "at most 0.5 points worse: level;" in said and "undecided: noisy;" in said
+    assert "the cheapest that it is not shown to beat is noisy" in said
+    # What is tied in the verdict is tied where one is chosen.
+    assert choose(rows, []).tied == ["best", "level", "noisy"]
+
+
+def test_one_seed_decides_nothing() -> None:
+    rows = trained(a=[0.99], b=[0.10])
+    assert "one seed decides nothing" in trained_verdict(rows)
+    assert choose(rows, []).tied == ["a", "b"]
+
+
+def test_the_luckiest_of_equals_is_not_called_better() -> None:
+    """Four equal rivals, five seeds: the one with the highest mean is said to beat another in at
+    most 5% of 2,000 comparisons.
+    """
+    draw = np.random.default_rng(0)
+    errors = 0
+    base = Candidate("made up", "", "07", None, 8, 1, 1)
+    for _ in range(2000):
+        scores = draw.normal(0.7, 0.1, (4, 5)).tolist()  # so wide that the margin helps little
+        rows = [
+            replace(base, model=str(i), top1=mean(s), top1_by_seed=s, test_images=359)
+            for i, s in enumerate(scores)
+        ]
+        best = max(rows, key=lambda c: c.top1).model
+        errors += any(v.outcome == "holds" for (a, _), v in judge_pairs(rows).items() if a == best)
+    assert errors <= 0.05 * 2000
 
 
 # --------------------------------------------------------------------------------- --eval-imagenet

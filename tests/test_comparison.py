@@ -93,6 +93,9 @@ def test_front_is_what_the_definition_says() -> None:
         ("size < 20 MB", "size_mb", 20, 19.9, 20.0),
         ("throughput>100/s", "images_per_second", 100, 100.1, 100.0),
         ("top1>=75%", "top1", 0.75, 0.75, 0.7499),
+        ("top1>=0.75", "top1", 0.75, 0.75, 0.7499),
+        ("PARAMS<5m", "params", 5e6, 4_999_999, 5_000_000),
+        ("params<1e6,", "params", 1e6, 999_999, 1_000_000),
         ("px<=224", "input_px", 224, 224, 225),
     ],
 )
@@ -108,9 +111,11 @@ def test_a_constraint(text: str, field: str, limit: float, inside: float, outsid
     [
         ("param<5M", r"unknown word in --choose 'param' \(did you mean params\?\)"),
         ("params<5M,latency<20", "latency<20: latency needs a unit; units of latency: us, ms, s"),
-        ("params<5m", "unknown unit 'm' of params; units of params: none, K, M, G"),
+        ("params<5ms", "unknown unit 'ms' of params; units of params: none, K, M, G"),
+        ("top1>101%", "no accuracy is above 100%"),
+        ("", "'' is no constraint"),
         ("params=5M", "'params=5M' is no constraint"),
-        ("params<5M,", "'' is no constraint"),
+        ("params<5M,,", "'' is no constraint"),
         ("params<-5M", "is no constraint"),
     ],
 )

@@ -14,11 +14,13 @@ from common.comparison.figures import cost_figure
 from common.comparison.imagenet import PUBLISHED, evaluate_imagenet, load_official
 from common.comparison.page import comparison_page
 from common.comparison.results import (
+    MARGIN,
     Candidate,
     Constraint,
     Table,
     choose,
     describe_choice,
+    judge_pairs,
     markdown_table,
     pareto_front,
     percent,
@@ -55,25 +57,34 @@ def front_verdict(rows: list[Candidate]) -> str:
 
 
 def trained_verdict(rows: list[Candidate]) -> str:
-    """Who won, by how much, and whether the seeds allow to say so."""
-    tied = tied_with_best(rows)
-    if not tied:
+    """Which network has the highest mean, and from which others the seeds can tell it."""
+    ranked = sorted((c for c in rows if c.top1 is not None), key=lambda c: -c.top1)
+    if not ranked:
         return "every training failed; try a smaller --lr"
-    best = tied[0]
+    best, *others = ranked
     told = [f"{best.model} has the highest mean, {percent(best.top1)}"]
-    if best.top1_std is None:
-        told[0] += ", by one seed, which says nothing of chance: use --seeds 3"
-    elif len(tied) == 1:
-        told[0] += ", more than two standard errors above every other"
+    if best.seeds < 2:
+        told.append("one seed decides nothing: use --seeds 3")
     else:
-        told[0] += (
-            f", but {best.seeds} seeds can't tell it from {', '.join(c.model for c in tied[1:])}"
-        )
+        verdicts = judge_pairs(rows)
+        pairs = {c.model: verdicts[best.model, c.model] for c in others}
+        points = f"{100 * MARGIN:g} points"
+        for outcome, words in (
+            ("holds", f"it is more than {points} better than"),
+            ("fails", f"at most {points} worse:"),
+            ("undecided", "undecided:"),
+        ):
+            if names := [model for model, pair in pairs.items() if pair.outcome == outcome]:
+                told.append(f"{words} {', '.join(names)}")
+        open_pairs = [pair for pair in pairs.values() if pair.outcome == "undecided"]
+        if enough := [pair.seeds_to_decide for pair in open_pairs if pair.seeds_to_decide]:
+            told.append(f"about {min(enough)} seeds would decide one of these")
+        tied = tied_with_best(ranked, verdicts)
         thrifty = min(tied, key=lambda c: c.macs)
         if thrifty is not best:
             told.append(
-                f"the cheapest of these is {thrifty.model}: {si(thrifty.macs)} multiply-adds "
-                f"against {si(best.macs)}"
+                f"the cheapest that it is not shown to beat is {thrifty.model}: "
+                f"{si(thrifty.macs)} multiply-adds against {si(best.macs)}"
             )
     told.append(front_verdict(rows))
     if failed := [c.model for c in rows if c.top1 is None]:
@@ -117,12 +128,12 @@ def present(
     title = f"Model comparison: {config.experiment or config.dataset}"
     write_tables(run.folder, title, tables)
     pictures = {name: run.figure(name, figure).read_bytes() for name, figure in figures.items()}
-    page = comparison_page(title, tables, pictures, "\n\n".join([*verdicts, *choices]))
+    page = comparison_page(title, tables, pictures, "\n\n".join([*choices, *verdicts]))
     write_atomically(run.folder / "report.html", page)
+    print(*(f"\n{choice}" for choice in choices), sep="\n")
     for table in tables:
         print(f"\n{table.title}. {table.note}\n\n{markdown_table(table.candidates)}")
     print("", *(f"verdict    {sentence}" for sentence in verdicts), sep="\n")
-    print(*(f"\n{choice}" for choice in choices), sep="\n")
     index = write_index(run.folder.parent.parent)
     print(f"report     {run.folder / 'report.html'}, all runs: {index}", flush=True)
     return tables
