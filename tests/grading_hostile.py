@@ -94,7 +94,7 @@ for value in list(globals().values()):
 """,
     "open the lesson": """
 import glob
-for pattern in ('/work/*/0*_*.py', '/tmp/*/*/0*_*.py', '/root/**/0*_*.py', '/**/0?_*.py'):
+for pattern in ('/*/*/0*_*.py', '/tmp/*/*/0*_*.py', '/**/0?_*.py'):
     for path in glob.glob(pattern)[:50]:
         try:
             exec(open(path).read().split('# %% [markdown]')[3], globals())
