@@ -314,7 +314,7 @@ def test_adabn_does_not_depend_on_the_order_of_the_files() -> None:
     by_brightness = digits.train.pixels.float().mean((1, 2, 3)).argsort()
     config = transfer.Config(dataset="digits").resolve("digits")
     source = replace(digits, train=digits.train.take(by_brightness))
-    data = transfer.make_data(source, config, torch.device("cpu"))
+    data = make_data(source, config, torch.device("cpu"))
     model = transfer.adapt_batch_norm(small_net(), data.train)
     responses = model.stem[0](data.train.take(range(len(data.train.labels))))
     torch.testing.assert_close(
