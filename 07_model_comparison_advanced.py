@@ -152,7 +152,7 @@ from common.comparison.training import TRAINING, open_stores, train_all
 from common.data import Data
 from common.engine.errors import Interrupted, UserError
 from common.evaluation import evaluate
-from common.comparison.imagenet import PUBLISHED
+from common.comparison.imagenet import published
 from common.live import digits, live, show
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.profiling import count_macs, count_parameters
@@ -728,7 +728,7 @@ def entry(task: str, name: str, build: Callable[[], nn.Module], image_size: int)
     macs = count_macs(model, size)
     by_thop, note = count_by_thop(model, size, macs)
     tensors = [*model.parameters(), *model.buffers()]
-    published = PUBLISHED.get(name) if task == "ImageNet" else None
+    row = published().get(name) if task == "ImageNet" else None
     candidate = Candidate(
         task=task,
         model=name,
@@ -740,9 +740,9 @@ def entry(task: str, name: str, build: Callable[[], nn.Module], image_size: int)
         thop_macs=by_thop,
         thop_note=note,
         size_mb=sum(t.numel() * t.element_size() for t in tensors) / 1e6,
-        top1=published and published.top1 / 100,
-        top5=published and published.top5 / 100,
-        source="published: torchvision, IMAGENET1K_V1" if published else "",
+        top1=row and row.top1 / 100,
+        top5=row and row.top5 / 100,
+        source="published: torchvision, IMAGENET1K_V1" if row else "",
     )
     return Entry(build, candidate)
 

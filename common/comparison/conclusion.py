@@ -11,7 +11,7 @@ from torch import nn
 
 from common.comparison.entries import chosen_names, without_aux
 from common.comparison.figures import cost_figure
-from common.comparison.imagenet import PUBLISHED, evaluate_imagenet, load_official
+from common.comparison.imagenet import evaluate_imagenet, load_official, published
 from common.comparison.page import comparison_page
 from common.comparison.results import (
     MARGIN,
@@ -152,23 +152,23 @@ def reproduce(
     """
     store = Store(run.folder / "imagenet.json", {"folder": config.eval_imagenet}, tell=run.resumed)
     rows = []
-    for name in chosen_names(config.model, list(PUBLISHED)):
-        if name not in PUBLISHED:
+    for name in chosen_names(config.model, list(published())):
+        if name not in published():
             raise UserError(f"--model {name}: torchvision has no weights for it")
-        published = PUBLISHED[name]
+        row = published()[name]
         if store.get(name) is None:
             model = load_official(get_model(name)(), name).to(device)
             top1, top5, images = evaluate_imagenet(model, name, config)
-            counts = entry("ImageNet", name, without_aux(get_model(name)), published.crop).candidate
+            counts = entry("ImageNet", name, without_aux(get_model(name)), row.crop).candidate
             source = f"measured on {images:,} images"
             store.put(name, replace(counts, top1=top1, top5=top5, source=source))
         rows.append(Candidate(**store.get(name)))
         print(
-            f"{name:<20} top-1 {percent(rows[-1].top1, 3)} (published {published.top1:.3f} %)  "
-            f"top-5 {percent(rows[-1].top5, 3)} (published {published.top5:.3f} %)",
+            f"{name:<20} top-1 {percent(rows[-1].top1, 3)} (published {row.top1:.3f} %)  "
+            f"top-5 {percent(rows[-1].top5, 3)} (published {row.top5:.3f} %)",
             flush=True,
         )
-    off = {c.model: abs(100 * c.top1 - PUBLISHED[c.model].top1) for c in rows}
+    off = {c.model: abs(100 * c.top1 - published()[c.model].top1) for c in rows}
     worst = max(off, key=off.get)
     verdict = f"the largest distance from the published top-1 is {off[worst]:.3f} points ({worst})"
     note = f"Official weights in our models, {rows[0].source}, on {describe(device)}."

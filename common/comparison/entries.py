@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from common.comparison.imagenet import PUBLISHED
+from common.comparison.imagenet import published
 from common.comparison.sweeps import SWEEPS, Entry
 from common.config import TrainConfig
 from common.engine.progress import Bar
@@ -64,8 +64,8 @@ def imagenet_entries(
     entries = []
     for name in names:
         build = get_model(name)
-        crop = PUBLISHED[name].crop if name in PUBLISHED else 224
-        if name in PUBLISHED or not is_small(build):
+        crop = published()[name].crop if name in published() else 224
+        if name in published() or not is_small(build):
             build = without_aux(build)
             entries.append(entry("ImageNet", name, build, crop))
             bar.advance(1, name)

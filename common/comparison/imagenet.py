@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,15 +12,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.data import IMAGENET_MEAN, IMAGENET_STD
 from common.engine.errors import UserError
 from common.engine.file_loader import from_workers, worker_count
 from common.engine.progress import Bar
+from common.lessons import all_models
 from common.pretrained import load_torchvision_state, official_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torchvision.datasets import ImageFolder
 
     from common.config import TrainConfig
@@ -33,78 +33,37 @@ class Published(NamedTuple):
 
     top1: float
     top5: float
-    crop: int = 224  # side of the centre crop, pixels: the input of the model
-    resize: int = 256  # shorter side before the crop
-    bicubic: bool = False  # else bilinear
+    crop: int  # side of the centre crop, pixels: the input of the model
+    transform: Callable[[Image.Image], Tensor]  # resize, crop, to [0, 1], normalise
 
 
-PUBLISHED: dict[str, Published] = {
-    "alexnet": Published(56.522, 79.066),
-    "vgg11": Published(69.02, 88.628),
-    "vgg13": Published(69.928, 89.246),
-    "vgg16": Published(71.592, 90.382),
-    "vgg19": Published(72.376, 90.876),
-    "vgg11_bn": Published(70.37, 89.81),
-    "vgg13_bn": Published(71.586, 90.374),
-    "vgg16_bn": Published(73.36, 91.516),
-    "vgg19_bn": Published(74.218, 91.842),
-    "googlenet": Published(69.778, 89.53),
-    "inception_v3": Published(77.294, 93.45, crop=299, resize=342),
-    "resnet18": Published(69.758, 89.078),
-    "resnet34": Published(73.314, 91.42),
-    "resnet50": Published(76.13, 92.862),
-    "resnet101": Published(77.374, 93.546),
-    "resnet152": Published(78.312, 94.046),
-    "resnext50_32x4d": Published(77.618, 93.698),
-    "resnext101_32x8d": Published(79.312, 94.526),
-    "wide_resnet50_2": Published(78.468, 94.086),
-    "densenet121": Published(74.434, 91.972),
-    "densenet161": Published(77.138, 93.56),
-    "densenet169": Published(75.6, 92.806),
-    "densenet201": Published(76.896, 93.37),
-    "mobilenet_v2": Published(71.878, 90.286),
-    "mobilenet_v3_small": Published(67.668, 87.402),
-    "mobilenet_v3_large": Published(74.042, 91.34),
-    "efficientnet_b0": Published(77.692, 93.532, bicubic=True),
-    "efficientnet_b1": Published(78.642, 94.186, crop=240, bicubic=True),
-    "efficientnet_b2": Published(80.608, 95.31, crop=288, resize=288, bicubic=True),
-    "efficientnet_b3": Published(82.008, 96.054, crop=300, resize=320, bicubic=True),
-    "efficientnet_b4": Published(83.384, 96.594, crop=380, resize=384, bicubic=True),
-    "efficientnet_b5": Published(83.444, 96.628, crop=456, resize=456, bicubic=True),
-    "efficientnet_b6": Published(84.008, 96.916, crop=528, resize=528, bicubic=True),
-    "efficientnet_b7": Published(84.122, 96.908, crop=600, resize=600, bicubic=True),
-    "vit_b_16": Published(81.072, 95.318),
-    "vit_b_32": Published(75.912, 92.466),
-    "vit_l_16": Published(79.662, 94.638, resize=242),
-}
+@cache
+def published() -> dict[str, Published]:
+    """Of every model of the course that torchvision has, what torchvision says of its weights."""
+    from torchvision import models
+
+    rows = {}
+    for name in all_models().keys() & set(models.list_models()):
+        weights = models.get_model_weights(name)["IMAGENET1K_V1"]
+        top1, top5 = (weights.meta["_metrics"]["ImageNet-1K"][f"acc@{k}"] for k in (1, 5))
+        transform = weights.transforms()
+        rows[name] = Published(top1, top5, transform.crop_size[0], transform)
+    return {name: rows[name] for name in all_models() if name in rows}
 
 
 @torch.inference_mode()
 def evaluate_imagenet(model: nn.Module, name: str, config: TrainConfig) -> tuple[float, float, int]:
     """Top-1 and top-5 (fractions) of `name` on the folder `config.eval_imagenet`, and its images.
 
-    Each image is prepared as `PUBLISHED` says. The images are in DIR/CLASS/* or DIR/val/CLASS/*,
+    Each image is prepared as `published` says. The images are in DIR/CLASS/* or DIR/val/CLASS/*,
     and the class folders in alphabetical order are the model's classes in order, as in the
     validation set sorted into folders named by WordNet ids.
 
     Raises:
         UserError: no such folder, not the model's classes, or a broken image, which is named.
     """
-    from torchvision.transforms import InterpolationMode, v2
-
-    protocol = PUBLISHED[name]
-    device = next(model.parameters()).device
-    mode = InterpolationMode.BICUBIC if protocol.bicubic else InterpolationMode.BILINEAR
-    centre_crop = v2.Compose(
-        [
-            v2.Resize(protocol.resize, mode, antialias=True),
-            v2.CenterCrop(protocol.crop),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-    images = class_folders(config.eval_imagenet, model.get_classifier().out_features, centre_crop)
+    device, transform = next(model.parameters()).device, published()[name].transform
+    images = class_folders(config.eval_imagenet, model.get_classifier().out_features, transform)
     loader = DataLoader(
         images,
         config.batch_size,
