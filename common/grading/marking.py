@@ -311,7 +311,7 @@ class References:
     can foresee; and what they would do with known mistakes in them.
     """
 
-    DRAWS = 5  # seeds to try until each activation matters
+    DRAWS = 20  # seeds to try until each activation matters
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = secrets.randbits(31) if seed is None else seed
