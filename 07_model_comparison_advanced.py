@@ -776,7 +776,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("03", "", by_width_mult),
     Family(
         "01",
-        "",
+        "resnet18",
         lambda w: {
             "channels": tuple(scaled(c, w) for c in (64, 128, 256, 512)),
             "stem_channels": scaled(64, w),

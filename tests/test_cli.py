@@ -133,7 +133,7 @@ def test_pretrained_without_network_names_the_file(cli: Callable, tmp_path: Path
     os.environ["https_proxy"] = os.environ["HTTPS_PROXY"] = "http://127.0.0.1:9"
     try:
         flags = ["--dataset", "digits", "--pretrained", "--device", "cpu", "--smoke"]
-        code, _, err = cli("01", *flags)
+        code, _, err = cli("01", *flags, "--model", "resnet18")
         assert code == 2 and "can't be downloaded" in err and "by hand" in err
         code, _, err = cli("01", *flags, "--model", "plainnet18")
         assert code == 2 and "torchvision has no weights" in err

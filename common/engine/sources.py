@@ -378,7 +378,9 @@ def _scan(folder: Path) -> tuple[list[str], Pictures, list[str]]:
         "reads them"
         for ending, count in sorted(left_out.items())
     ]
-    return classes, Pictures(torch.tensor(labels), paths=paths), notes
+    # A locale that knows ASCII only hands other names over as they lie on the disk, undecoded.
+    names = [os.fsencode(name).decode("utf-8", "replace") for name in classes]
+    return names, Pictures(torch.tensor(labels), paths=paths), notes
 
 
 def _files_below(folder: Path) -> Iterator[str]:
