@@ -182,24 +182,8 @@ class Trial:
     seconds: float  # of training and validation
     history: list[EpochRecord]
     loss: list[float] = field(default_factory=list)  # at every optimizer step
-    first_layer_gradient: list[float] = field(
-        default_factory=list
-    )  # its norm, at every optimizer step
     model: nn.Module | None = None
     right: np.ndarray | None = None  # (test images,) bool
-
-    def row(self) -> dict[str, object]:
-        """The line of the table that an experiment prints."""
-        last = self.history[-1]
-        return {
-            "name": self.name,
-            "parameters": self.params,
-            "M MACs": round(self.macs / 1e6, 2),
-            "train loss": round(last.train_loss, 4),
-            "train top-1": f"{last.train_top1:.2%}",
-            "test top-1": f"{self.test_top1:.2%}",
-            "seconds": round(self.seconds, 1),
-        }
 
 
 def train_trial(
@@ -227,22 +211,16 @@ def train_trial(
     schedule = make_schedule(optimizer, config, data.train)
     loss_fn = loss_fn or nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     losses: list[torch.Tensor] = []
-    gradients: list[torch.Tensor] = []
-    first = next(p for p in model.parameters() if p.requires_grad)
-
-    def note(loss: torch.Tensor) -> None:
-        losses.append(loss)
-        gradients.append(first.grad.norm())
-
     began = time.monotonic()
     try:
-        history = fit(model, data, loss_fn, optimizer, schedule, config, label=name, on_step=note)
+        history = fit(
+            model, data, loss_fn, optimizer, schedule, config, label=name, on_step=losses.append
+        )
     except Diverged as error:
         error.losses = [float(loss) for loss in losses]
         raise
     seconds = time.monotonic() - began
-    steps = (torch.stack(values).tolist() for values in (losses, gradients))
-    return tested(name, model, data, history, seconds, *steps)
+    return tested(name, model, data, history, seconds, torch.stack(losses).tolist())
 
 
 def tested(
@@ -252,7 +230,6 @@ def tested(
     history: list[EpochRecord],
     seconds: float,
     losses: Sequence[float] = (),
-    gradients: Sequence[float] = (),
 ) -> Trial:
     """A trained network, tested: one line is printed."""
     probabilities, labels = predict(model, data.test)
@@ -272,7 +249,6 @@ def tested(
         seconds,
         history,
         list(losses),
-        list(gradients),
         model=model,
         right=right,
     )
