@@ -24,6 +24,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,6 +58,12 @@ class PatchWhitening(nn.Conv2d):
         self.weight.copy_(torch.cat([filters, -filters]))
 
 
+@torch.fx.wrap  # the window follows the shape, which a traced graph (`fold_batchnorm`) can't know
+def halve(x: Tensor) -> Tensor:
+    """Max-pooling by 2; digits of 8 pixels are down to 1 after two stages, and stay."""
+    return F.max_pool2d(x, min(2, x.shape[-1]))
+
+
 class PooledStage(nn.Module):
     """A convolution that widens, max-pooling, then x + F(x), where F is `depth` convolutions.
 
@@ -80,8 +87,7 @@ class PooledStage(nn.Module):
         self.residual = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.widen(x)
-        x = F.max_pool2d(x, min(2, x.shape[-1]))  # 8-pixel digits are down to 1 after two stages
+        x = halve(self.widen(x))
         x = F.relu(self.norm(x))
         return x + self.residual(x) if self.shortcut else self.residual(x)
 
