@@ -1010,7 +1010,8 @@ def branches(config: Config) -> Experiment:
     ]
     arms = [Arm(net, partial(trial_net, config), loss=trial_loss)]
     heading = "Which branch does the work?"
-    return Experiment(heading, arms, claims, after=look_at_branches, figure=draw_branches)
+    look = {"after": look_at_branches, "figure": draw_branches}
+    return Experiment(heading, arms, claims, **look, seeds=7)
 
 
 # %% [markdown]

@@ -748,7 +748,7 @@ def growth_rates(config: Config) -> Experiment:
         Claim("at equal cost wide trains better", narrow_deep, wide_shallow, "train_loss", 0.01),
         Claim("at equal cost narrow trains better", wide_shallow, narrow_deep, "train_loss", 0.01),
     ]
-    return Experiment("Growth rate: at equal depth, and at equal cost", arms, claims)
+    return Experiment("Growth rate: at equal depth, and at equal cost", arms, claims, seeds=6)
 
 
 # %% [markdown]

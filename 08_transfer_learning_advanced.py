@@ -499,7 +499,7 @@ def compare(task: Task, config: Config) -> Experiment:
         Claim("fine-tuning is ahead of a new classifier alone", "full", "features", margin=0.02),
         Claim("waking parts in turn is ahead of all at once", "progressive", "full", margin=0.02),
     ]
-    return Experiment("Strategies under one budget", arms, claims, data=task.data)
+    return Experiment("Strategies under one budget", arms, claims, data=task.data, seeds=20)
 
 
 # %% [markdown]
@@ -526,7 +526,7 @@ def fractions(task: Task, config: Config) -> Experiment:
         Claim("with the fewest labels transfer is ahead of scratch", *few, margin=0.02),
         Claim(text, *few, margin=0.02, beyond=many),
     ]
-    return Experiment("What labels are worth", arms, claims, data=task.data)
+    return Experiment("What labels are worth", arms, claims, data=task.data, seeds=8)
 
 
 # %% [markdown]
@@ -543,7 +543,7 @@ def schedules(task: Task, config: Config) -> Experiment:
     arms = [task.arm(kind, schedule=kind, strategy=strategy) for kind in kinds]
     pairs = ("cosine", "plateau"), ("onecycle", "cosine")
     claims = [Claim(f"{a} is ahead of {b}", a, b, margin=0.02) for a, b in pairs]
-    return Experiment("Schedules for the same transfer", arms, claims, data=task.data)
+    return Experiment("Schedules for the same transfer", arms, claims, data=task.data, seeds=20)
 
 
 # %% [markdown]
@@ -651,7 +651,8 @@ def imbalance(task: Task, config: Config) -> Experiment:
         for name in remedies
     ]
     draw = partial(recall_figure, rare)
-    return Experiment("Rare classes", arms, claims, after=recalls, figure=draw, data=tail)
+    fixed = {"after": recalls, "figure": draw, "data": tail, "seeds": 12}
+    return Experiment("Rare classes", arms, claims, **fixed)
 
 
 # %% [markdown]
@@ -805,7 +806,7 @@ def domain_adaptation(config: Config) -> Experiment:
 
     arms = [Arm(name, partial(build, config), train=train) for name in [*names, "oracle"]]
     heading = f"To {config.target_dir or config.shift} images, without labels there"
-    return Experiment(heading, arms, claims, notes=way_to_the_oracle)
+    return Experiment(heading, arms, claims, notes=way_to_the_oracle, seeds=6)
 
 
 # %%

@@ -183,4 +183,4 @@ def bag_of_tricks(config: TrainConfig) -> Experiment:
         Claim(f"the net is better with {name}", higher=bag.name, lower=f"without {name}")
         for name in tricks
     ]
-    return Experiment("Bag of tricks: what each one gives", [bag, *arms], claims)
+    return Experiment("Bag of tricks: what each one gives", [bag, *arms], claims, seeds=12)
