@@ -120,7 +120,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from common.data import Data, Loader
-from common.engine.baselines import baselines
 from common.evaluation import evaluate
 from common.experiments import Arm, Claim, Experiment
 from common.live import digits, live, show
@@ -461,7 +460,7 @@ def run(config: Config) -> dict[str, object] | None:
     calibration.save(run.folder)
     facts = {
         "strategy": config.strategy, "labels": len(data.train.labels), "fraction": config.fraction,
-        "source": origin.name, "source_top1": origin.top1, "baselines": baselines(data),
+        "source": origin.name, "source_top1": origin.top1,
         "calibration": vars(calibration), **compared, "tables": {"All": compared["strategies"]},
         "notes": [*compared["verdict"], EVERY_PICTURE],
     }  # fmt: skip
