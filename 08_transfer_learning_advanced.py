@@ -25,8 +25,7 @@ them, and learn only what is new.
 # - decide between scratch, features and fine-tuning, and measure the decision
 # - train on classes of which some are rare, and move to images that look different
 #
-# You need lesson 1 (a ResNet, BatchNorm, the loop). Reading 60 minutes, running 2 (each experiment
-# 1 to 4), exercises 120.
+# You need lesson 1. Reading 60 minutes, running 2 (each experiment 1 to 4), exercises 120.
 #
 # <details><summary>1. Which weights of a net trained on cats and dogs help with cars?</summary>
 # The early ones: edges, colours, textures. The last ones tell cats from dogs.</details>
@@ -650,8 +649,7 @@ def imbalance(task: Task, config: Config) -> Experiment:
         for name in remedies
     ]
     draw = partial(recall_figure, rare)
-    fixed = {"after": recalls, "figure": draw, "data": tail, "seeds": 12}
-    return Experiment("Rare classes", arms, claims, **fixed)
+    return Experiment("Rare classes", arms, claims, after=recalls, figure=draw, data=tail, seeds=12)
 
 
 # %% [markdown]
@@ -811,9 +809,7 @@ def domain_adaptation(config: Config) -> Experiment:
 # %%
 EXPERIMENTS: dict[str, Callable[[Config], object]] = {
     "compare": with_weights(HERE, compare),
-    "fractions": with_weights(
-        HERE, fractions, lambda c: max(numbers_of(c.fractions, ""), default=1)
-    ),
+    "fractions": with_weights(HERE, fractions, lambda c: max(numbers_of(c.fractions, "") or [1])),
     "schedules": with_weights(HERE, schedules),
     "imbalance": with_weights(HERE, imbalance, lambda c: c.fraction or 1.0),
     "domain-adaptation": at_one_rate(HERE, domain_adaptation),
@@ -822,14 +818,19 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # %% [markdown]
 # ## What to notice
 #
-# - What transfer saves is labels and steps. How many labels does scratch need to catch up
-#   (`fractions`)?
 # - `features` trains one layer, in a fraction of the time: what the source's last layer has not
 #   kept, no classifier can bring back. `features.png` shows the test images as it sees them.
 # - Beside the result stand a guess and a logistic regression on the pixels: is it ahead of them?
 # - In `domain-adaptation` compare the rows in pairs: how much of a gain do the statistics bring?
 # - A loss that lays two domains upon one another can lay a class upon a wrong one: nothing in Deep
 #   CORAL or DANN objects, for neither sees a label of the target (`--shift inverted`).
+#
+# **What the experiments gave** (digits, 6 to 20 seeds; all numbers: README). `compare`, 32
+# labels and few steps: full 79.6%, a new classifier alone 65.7%, which holds; scratch 76.7%, which
+# is undecided, because scratch varies by 8 points from seed to seed. `fractions`: after 200 epochs
+# on 32 labels scratch has 93.3%, transfer 90.9%: the claim *fails*. Where steps cost nothing, the
+# weights of 649 other digits are worth nothing; the README's table of CIFAR-10 shows the other
+# case. `imbalance` and `domain-adaptation`: all claims hold; `schedules`: both fail.
 #
 # ## Exercises
 #
