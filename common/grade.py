@@ -23,7 +23,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.grading import confinement
 from common.grading.class_page import class_page
@@ -46,6 +46,7 @@ from common.grading.marking import (
     is_hidden,
     not_run,
 )
+from common.grading.platforms import PLATFORMS, by_exercise
 from common.grading.sandbox import Limits, require_platform
 
 if TYPE_CHECKING:
@@ -71,40 +72,6 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def by_exercise(results: Iterable[Result]) -> dict[str, list[Result]]:
-    groups: dict[str, list[Result]] = {}
-    for r in results:
-        groups.setdefault(r.exercise, []).append(r)
-    return groups
-
-
-def gradescope(results: list[Result], seconds: float) -> dict[str, Any]:
-    """`results.json` in Gradescope's form. Each test speaks for itself alone: nothing visible tells
-    how a hidden one went, only of what kind its cases are.
-    """
-    hints: dict[tuple[str, str], str] = {}
-    for number, group in by_exercise(results).items():
-        last = [r for r in group if r.visibility == "visible"][-1:]
-        kind = exercises(lesson_of(number))[number].kind
-        hints |= {(r.exercise, r.check): f"\nThe hidden cases: {kind}." for r in last}
-    return {
-        "execution_time": round(seconds, 3),
-        "stdout_visibility": "hidden",
-        "tests": [
-            {
-                "name": f"{r.exercise} {r.title}: {r.check}",
-                "number": r.exercise,
-                "score": r.score,
-                "max_score": r.max_score,
-                "status": "passed" if r.passed else "failed",
-                "output": (r.message or "passed") + hints.get((r.exercise, r.check), ""),
-                "visibility": r.visibility,
-            }
-            for r in results
-        ],
-    }
-
-
 def write_atomically(path: Path, text: str) -> None:
     """All of `text` under that name or what was there before, whenever the power goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,10 +89,11 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, results: list[Result], seconds: float) -> None:
-    write_atomically(
-        path, json.dumps(gradescope(results, seconds), indent=1, allow_nan=False) + "\n"
-    )
+def write_json(
+    path: Path, results: list[Result], seconds: float, platform: str = "gradescope"
+) -> None:
+    told = PLATFORMS[platform](results, seconds)
+    write_atomically(path, json.dumps(told, indent=1, allow_nan=False) + "\n")
 
 
 # ------------------------------------------------------------------------------------- whole class
@@ -406,7 +374,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--lessons", metavar="NN,NN", help="what the assignment consists of (default: all)"
     )
-    parser.add_argument("--grade-json", type=Path, metavar="FILE", help="Gradescope's results.json")
+    parser.add_argument(
+        "--grade-json", type=Path, metavar="FILE", help="the marks for a platform, as it reads them"
+    )
+    parser.add_argument(
+        "--platform", choices=PLATFORMS, default="gradescope", help="(default: %(default)s)"
+    )
     parser.add_argument(
         "--jobs",
         type=int,
@@ -472,7 +445,8 @@ def main(argv: list[str] | None = None) -> int:
             if grades:
                 print(f"{options.out.with_name('class.html')}: the class on one page")
         else:
-            _mark_one(options.submission, options.lessons, options.grade_json, limits)
+            kept = options.grade_json, options.platform
+            _mark_one(options.submission, options.lessons, *kept, limits)
     except ValueError as error:
         print(f"grade: {error}", file=sys.stderr)
         return 2
@@ -488,7 +462,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _mark_one(path: Path, chosen: str | None, json_path: Path | None, limits: Limits) -> None:
+def _mark_one(
+    path: Path, chosen: str | None, json_path: Path | None, platform: str, limits: Limits
+) -> None:
     submission = Submission(path.stem, path)
     lessons = lessons_for(submission, chosen)
     rows = worth(lessons)
@@ -501,7 +477,7 @@ def _mark_one(path: Path, chosen: str | None, json_path: Path | None, limits: Li
         """
         everything = [results.get((row.exercise, row.check)) or not_run(row) for row in rows]
         if json_path:
-            write_json(json_path, everything, time.monotonic() - started)
+            write_json(json_path, everything, time.monotonic() - started, platform)
         return everything
 
     save()
