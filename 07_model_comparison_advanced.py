@@ -750,7 +750,8 @@ FAMILIES: tuple[Family, ...] = (
 #
 # One rate for all would rank the rates and not the designs: LeNet-5, with no norm, wants another
 # than a ResNet. So each network first tries the same three factors on the common rate, for half the
-# epochs, with a seed that is not counted, and keeps what does best on *validation* images.
+# epochs, with a seed that is not counted, and keeps the one with the lowest *training loss*: so
+# early nothing is over-fitted, and BatchNorm's running averages make validation noisy.
 #
 # Two networks that are equally good seldom get the same number. So the verdict pairs the seeds: the
 # same seed gives both networks the same images in the same order. It judges the differences by
