@@ -19,7 +19,8 @@ from common.cli import exit_codes
 from common.engine.errors import UserError
 from common.engine.files import write_atomically
 from common.grade import parse_lessons
-from common.grading.exercises import ROOT, file_name, lesson_path, manifests
+from common.grading.exercises import file_name
+from common.grading.variants import course_files
 
 # The course is marked with what it is written in; torch without CUDA is 200 MB and not 6 GB.
 SETUP = """#!/usr/bin/env bash
@@ -73,23 +74,13 @@ cd "$root/tests/course"
 """
 
 
-def course_files(lessons: tuple[str, ...]) -> dict[str, bytes]:
-    """What marking needs: `common`, all lessons, since some build on others, and the packages."""
-    paths = [p for p in sorted((ROOT / "common").rglob("*")) if p.suffix in (".py", ".ini", ".csv")]
-    paths += [lesson_path(lesson) for lesson in manifests() if lesson_path(lesson).parent == ROOT]
-    paths = [p for p in dict.fromkeys(paths) if "__pycache__" not in p.parts]
-    files = {str(p.relative_to(ROOT)): p.read_bytes() for p in paths}
-    wanted = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("# for the tests")[0]
-    return {**files, "requirements.txt": wanted.encode()}
-
-
 def kit(platform: str, lessons: tuple[str, ...], index: str = "") -> dict[str, bytes]:
     """Name in the zip to content.
 
     Args:
         index: where pip finds torch's build without CUDA, as pytorch.org names it; "": the default.
     """
-    course, named = course_files(lessons), ",".join(lessons)
+    course, named = course_files(), ",".join(lessons)
     setup = SETUP.format(index=f" --index-url '{index}'" if index else "").encode()
     if platform == "gradescope":
         run = RUN_GRADESCOPE.format(lessons=named).encode()
