@@ -444,9 +444,9 @@ def test_each_model_takes_the_rate_that_learns_fastest(
     assert config.lr == pytest.approx(0.1)
     for name, lr in best.items():
         mine = [run[1:] for run in seen if run[0] == name]
-        tried, counted = mine[:3], mine[3:]
-        assert [(seed, epochs) for seed, _, epochs in tried] == [(1000, 2)] * 3
-        assert [rate for _, rate, _ in tried] == pytest.approx([0.025, 0.1, 0.4])
+        tried, counted = mine[:4], mine[4:]
+        assert [(seed, epochs) for seed, _, epochs in tried] == [(1000, 2)] * 4
+        assert [rate for _, rate, _ in tried] == pytest.approx([0.025, 0.1, 0.4, 1.6])
         assert counted == [(0, pytest.approx(lr), 3), (1, pytest.approx(lr), 3)]
     assert [t.seed for t in done] == [0, 0, 1, 1]
     again = len(seen)
