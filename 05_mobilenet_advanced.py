@@ -906,18 +906,16 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 #   0.06. With one seed three times the epochs took it from 90.3 to 97.5%, the thin one from 98.6 to
 #   98.9%. On ImageNet the paper trains for as long as it takes, and counts the cost of use alone.
 # - `inverted-residual` (digits, three seeds, 30 epochs): V2 91.7%; a ReLU6 in the bottleneck costs
-#   17.4 points (4.9 to 29.8), no shortcut 39.0 (24.0 to 54.0): both claims hold, and both nets learn
+#   17.4 points (4.9 to 29.8), no shortcut 39.0 (24.0 to 54.0): both claims hold; the two learn
 #   the training images worse too. Shortcuts between the wide maps do as well, 92.0%, undecided
 #   (-0.3, -3.1 to 2.5); in the paper they were a point behind, on ImageNet.
 # - `multipliers` (digits, three seeds): half the width 80.0%, half the side 46.2%: the claim holds,
 #   by 33.9 points (10.3 to 57.5). Digits of 4 pixels are hardly digits.
-# - Integers (`quantize`, digits, seeds 0 to 2): float32 97.96%; 8 bits 98.14% per channel, 97.96%
-#   per tensor, torch's kernels 98.14%, 7-bit activations 97.68%; 4-bit weights 97.31 and 96.75%.
-#   All three claims are undecided: 8 bits differ from float32 by +0.19 points (98.3% interval -1.04
-#   to +1.42), a scale per channel gains +0.19 (-1.04 to +1.42), with 4 bits +0.56 (-5.08 to +6.19).
-#   In each seed 8 bits per channel have as many of 359 images right as float32, or one more: too
-#   little for three seeds to tell. The task is easy, so there is little to lose; on ImageNet a
-#   scale per channel mattered (Krishnamoorthi 2018, sec. 3.1).
+# - `quantize` (digits, six seeds): float32 97.82%; 8 bits 97.91% per channel and 97.82% per tensor,
+#   7-bit activations 97.49%, torch's kernels 97.82%; 4-bit weights 96.80% and 95.26%. That 8 bits
+#   cost at most half a point holds (+0.09, 98.3% interval -0.39 to 0.58). What a scale per channel
+#   gains is undecided, with 8 bits (+0.09, -0.34 to 0.53) and with 4 (+1.53, -0.85 to 3.92): the
+#   task is easy, so there is little to lose. On ImageNet it mattered (Krishnamoorthi 2018, 3.1).
 #
 # ## Exercises
 #
