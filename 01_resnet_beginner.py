@@ -649,8 +649,8 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # - ResNet-34 takes a quarter of VGG-16's multiply-adds (`--model resnet34 --image-size 224
 #   --summary`).
 #
-# **What the experiment gave**: all three claims hold (digits at 8 px, seeds 0 to 2, torch 2.14, one
-# thread of an AMD EPYC; mean and deviation over seeds).
+# **What `skip-connections` gave**: all three claims hold (digits at 8 px, seeds 0 to 2, torch 2.14,
+# one thread of an AMD EPYC; mean and deviation over seeds).
 #
 #     loss on the training images    20 layers         32 layers         test, 32 layers
 #     plain                          0.080 ± 0.021     0.558 ± 0.085     88.3%
@@ -664,6 +664,10 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # shortcut brings most of the signal past the block, and the factor down to 1.06. After training the
 # plain net's norms are 0.2 to 0.8, larger than the others'. He et al. (sec. 4.1) saw the same,
 # ruled vanishing gradients out, and supposed that deep plain nets learn exponentially slowly.
+#
+# On CIFAR-10 (JPEG copy, 16 px, four epochs, the same seeds) all three hold again: training loss of
+# the plain nets 1.19 and 1.46, of the residual ones 0.98 and 0.98; test at 32 layers 48.6% and
+# 66.8%. What `bag-of-tricks` gave stands at the head of `common/resnet9.py`.
 #
 # ## Exercises
 #

@@ -91,6 +91,10 @@ class Config(TrainConfig):
         low=0,
         high=1e6,
     )
+    rates: str = knob(
+        "0.25,1,4", "factors on the learning rate that each model tries; 1: no search",
+        low=0.001, high=1000,
+    )  # fmt: skip
     one_optimizer: bool = knob(False, "the Transformer takes SGD too, as all others do")
     fold: bool = knob(
         False, "time networks with BatchNorm folded into the convolutions, as they are deployed"
@@ -113,10 +117,7 @@ config = parse_flags(Config) if __name__ == "__main__" else Config()
 # %%
 import math
 import signal
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -125,44 +126,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.comparison.conclusion import conclude, reproduce
+from common.comparison.counting import count_by_thop, counted
+from common.comparison.entries import chosen_names, imagenet_entries
+from common.comparison.matching import Family, default_model, small_entries
+from common.comparison.results import Candidate, Table, parse_budget, parse_constraints
+from common.comparison.sweeps import MOST_WAYS, SWEEPS, Bench, Entry
+from common.comparison.training import TRAINING, open_stores, search_steps, train_all
 from common.engine import processes
-from common.engine.device import describe, memory_format, set_up_torch
-from common.comparison.entries import chosen_names, imagenet_entries, small_build
-from common.comparison.results import (
-    Candidate,
-    Constraint,
-    Table,
-    Training,
-    pareto_front,
-    parse_budget,
-    parse_constraints,
-    parse_size,
-    si,
-    summarise,
-)
-from common.comparison.figures import cost_figure, curves_figure, timeline_figure
-from common.comparison.conclusion import (
-    front_verdict,
-    matched_verdict,
-    present,
-    reproduce,
-    trained_verdict,
-)
-from common.comparison.training import TRAINING, open_stores, train_all
-from common.data import Data
+from common.engine.device import describe
 from common.engine.errors import Interrupted, UserError
-from common.evaluation import evaluate
-from common.comparison.imagenet import published
-from common.live import digits, live, show
-from common.lessons import all_models, get_model, lesson_names, load_lesson
-from common.profiling import count_macs, count_parameters
 from common.engine.progress import Bar
+from common.engine.sources import load_source
+from common.lessons import all_models, get_model
+from common.live import digits, live, show
+from common.profiling import count_parameters
 from common.runs import Run, prepare
-from common.engine.sources import Source, load_source
-from common.comparison.sweeps import FOLDED, MOST_WAYS, SWEEPS, Bench, Entry
-from common.training import fit, make_optimizer, make_schedule
 
 LESSON = "07_model_comparison_advanced"
+
+
+# %% [markdown]
+# ## The front, written out
+#
+# Sort by cost, and of equal costs the more accurate first. Then go through the list and keep each
+# network that is more accurate than the last one kept. By hand, for a, b, c and d above with costs
+# 1, 2, 3, 3 and accuracies 70, 90, 90, 70: a is kept; b is better than a and kept; c is no better
+# than b; d is worse. The front is a, b.
+
+
+# %%
+def pareto_front(candidates: Iterable[Candidate], cost: str) -> list[Candidate]:
+    """Those that no other beats, by rising cost. Two equals in both beat neither each other.
+
+    Args:
+        cost: the field to keep low, such as "macs"; whoever has none, or no `top1`, is left out.
+    """
+
+    def price(candidate: Candidate) -> float:
+        return getattr(candidate, cost)
+
+    known = [c for c in candidates if price(c) is not None and c.top1 is not None]
+    front: list[Candidate] = []
+    for c in sorted(known, key=lambda c: (price(c), -c.top1)):
+        better = not front or c.top1 > front[-1].top1
+        if better or (price(c), c.top1) == (price(front[-1]), front[-1].top1):
+            front.append(c)
+    return front
+
+
+# %% [markdown]
+# **Say it first.** The four points of the drawing. Which are on the front, and which would be if b
+# cost as much as d?
+
+# %%
+if live():
+    for cost_of_b in (2, 3):
+        drawn = {"a": (1, 0.7), "b": (cost_of_b, 0.9), "c": (3, 0.9), "d": (3, 0.7)}
+        points = [Candidate("", n, "", None, 0, 0, macs=m, top1=t) for n, (m, t) in drawn.items()]
+        show(*(c.model for c in pareto_front(points, "macs")))
 
 # %% [markdown]
 # ## The ends of the timeline
@@ -664,88 +686,26 @@ def era(name: str) -> Era:
 
 
 # %% [markdown]
-# ## Counting twice: ours and thop's
-#
-# thop is the counter that most papers' repositories use. It hangs a hook on each layer type it
-# knows. So it counts BatchNorm and pooling, which the papers' tables leave out, and does not see
-# what is no layer: the two products of attention. We count operators as they are called. Where both
-# look at a convolution, they agree to the last digit.
-
-
-# %%
-def count_by_thop(model: nn.Module, input_size: tuple[int, int, int], ours: int) -> tuple[int, str]:
-    """thop's multiply-adds for one image through a model on the meta device, and where they differ
-    from `ours`.
-
-    >>> with torch.device("meta"):
-    ...     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
-    >>> count_by_thop(model, (3, 10, 10), ours=8 * 8 * 8 * 27)
-    (15872, '+2.05K BatchNorm2d')
-    """
-    import thop
-
-    images = torch.zeros(1, *input_size, device="meta")
-    total, _, layers = thop.profile(deepcopy(model), (images,), verbose=False, ret_layer_info=True)
-    matrix_products = 0
-    extra: Counter[str] = Counter()
-    for path, macs in leaves(layers):
-        layer = model.get_submodule(path)
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            matrix_products += macs
-        elif macs:
-            extra[type(layer).__name__] += macs
-    notes = [f"+{si(macs)} {kind}" for kind, macs in extra.most_common()]
-    if missed := ours - matrix_products:
-        notes.append(f"-{si(missed)} attention products")
-    return int(total), ", ".join(notes)
-
-
-def leaves(layers: dict, path: str = "") -> Iterator[tuple[str, int]]:
-    """The layers of thop's nested report, as (path, multiply-adds)."""
-    for name, (macs, _, inside) in layers.items():
-        here = f"{path}.{name}".lstrip(".")
-        if inside:
-            yield from leaves(inside, here)
-        else:
-            yield here, int(macs)
-
-
-# %% [markdown]
 # ## What a network costs, before it has any weights
 #
 # Parameters and multiply-adds follow from the definition. They are counted on the meta device:
 # shapes without numbers, so EfficientNet-B7 costs nothing. Latency has to be measured (see
 # `common/comparison/sweeps.py`): each model with random weights, and all of them in turn, four
 # times over, because a disturbed machine is never faster than an idle one.
-
+#
+# We count twice. thop is the counter of most papers' repositories. It hangs a hook on each type of
+# layer that it knows. So it counts BatchNorm and pooling, which the papers' tables leave out, and
+# does not see what is no layer: the two products of attention. We count operators as they are
+# called. Where both look at a convolution, they agree to the last digit.
+#
+# **Say it first.** A 3x3 convolution from 3 to 8 channels on 10 x 10 pixels, without padding, then
+# BatchNorm. How many multiply-adds do we count? (8 * 8 * 8 * 27.) Does thop count more, or fewer?
 
 # %%
-def entry(task: str, name: str, build: Callable[[], nn.Module], image_size: int) -> Entry:
-    """What can be said of a model without any weights."""
-    size = (3, image_size, image_size)
+if live():
     with torch.device("meta"):
-        model = build()
-    macs = count_macs(model, size)
-    by_thop, note = count_by_thop(model, size, macs)
-    tensors = [*model.parameters(), *model.buffers()]
-    row = published().get(name) if task == "ImageNet" else None
-    candidate = Candidate(
-        task=task,
-        model=name,
-        lesson=next(lesson[:2] for lesson in lesson_names() if name in load_lesson(lesson).MODELS),
-        year=era(name).year,
-        input_px=image_size,
-        params=count_parameters(model),
-        macs=macs,
-        thop_macs=by_thop,
-        thop_note=note,
-        size_mb=sum(t.numel() * t.element_size() for t in tensors) / 1e6,
-        top1=row and row.top1 / 100,
-        top5=row and row.top5 / 100,
-        source="published: torchvision, IMAGENET1K_V1" if row else "",
-    )
-    return Entry(build, candidate)
-
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    show(8 * 8 * 8 * 27, count_by_thop(model, (3, 10, 10), ours=8 * 8 * 8 * 27))
 
 # %% [markdown]
 # ## The families, and how to make each as large as the others
@@ -756,14 +716,6 @@ def entry(task: str, name: str, build: Callable[[], nn.Module], image_size: int)
 
 
 # %%
-class Family(NamedTuple):
-    """A line of the comparison: where the model is from, and how its builder is told a width."""
-
-    lesson: str
-    model: str  # "": the lesson's default
-    widened: Callable[[float], dict[str, object]]  # the keywords for a net so many times as wide
-
-
 def by_width_mult(width: float) -> dict[str, object]:
     return {"width_mult": width}
 
@@ -789,72 +741,16 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def default_model(family: Family) -> str:
-    return family.model or load_lesson(family.lesson).Config().model
-
-
-def matched_width(
-    build: Callable[..., nn.Module],
-    family: Family,
-    size_of: Callable[[nn.Module], int],
-    target: float,
-) -> float:
-    """The width at which the model's size comes closest to `target`, by bisection.
-
-    Widths are whole channels, and MobileNet's and EfficientNet's are multiples of eight: about the
-    same size is the best that can be had.
-    """
-    low, high, tried = 1 / 64, 8.0, {}
-    for _ in range(10):  # nine octaves in ten halvings: to 1 %
-        width = (low * high) ** 0.5
-        with torch.device("meta"):
-            size = size_of(build(**family.widened(width)))
-        tried[width] = abs(math.log(size / target))
-        low, high = (low, width) if size > target else (width, high)
-    return min(tried, key=tried.get)
-
-
-def small_entries(names: list[str], config: Config, num_classes: int, bar: Bar) -> list[Entry]:
-    """What is trained: the families, all equally large if the experiment says so."""
-    families = {default_model(family): family for family in FAMILIES}
-    entries, matched = [], config.experiment == "matched-size"
-    target = match_target(config, num_classes) if matched else 0.0
-    size_of = count_parameters
-    if config.match == "macs":
-        size_of = partial(count_macs, input_size=(3, config.image_size, config.image_size))
-    for name in names:
-        build = small_build(name, config, num_classes)
-        if matched and name not in families:
-            raise UserError(f"matched-size can scale {', '.join(families)}, not {name}")
-        if matched:
-            width = matched_width(build, families[name], size_of, target)
-            build = partial(build, **families[name].widened(width))
-        entries.append(entry(config.dataset, name, build, config.image_size))
-        bar.advance(1, name)
-    return entries
-
-
-def match_target(config: Config, num_classes: int) -> float:
-    """What all are scaled to: by default 0.3M parameters, or the MACs of a ResNet that has them."""
-    if config.match_to:
-        return parse_size(config.match_to, "--match-to")
-    if config.match == "params":
-        return 0.3e6
-    resnet = next(family for family in FAMILIES if family.lesson == "01")
-    build = small_build(default_model(resnet), config, num_classes)
-    width = matched_width(build, resnet, count_parameters, 0.3e6)
-    with torch.device("meta"):
-        return count_macs(build(**resnet.widened(width)), (3, config.image_size, config.image_size))
-
-
 # %% [markdown]
 # ## Trained side by side: one recipe, one budget, several seeds
 #
 # The same images in the same order, the same schedule, the same number of epochs (or seconds), and
 # the weights of the last epoch: no epoch is picked, so there is nothing to pick on the test set.
-# All take SGD but the Vision Transformer, which takes AdamW, as Transformers are trained. Each of
-# the two has one rate for all its models. So part of the order comes from the rate: LeNet-5 would
-# do better with a rate of its own, and so would others.
+# All take SGD but the Vision Transformer, which takes AdamW, as Transformers are trained.
+#
+# One rate for all would rank the rates and not the designs: LeNet-5, with no norm, wants another
+# than a ResNet. So each network first tries the same three factors on the common rate, for half the
+# epochs, with a seed that is not counted, and keeps what does best on *validation* images.
 #
 # Two networks that are equally good seldom get the same number. So the verdict pairs the seeds: the
 # same seed gives both networks the same images in the same order. It judges the differences by
@@ -864,7 +760,7 @@ def match_target(config: Config, num_classes: int) -> float:
 
 
 # %%
-def own_optimizer(name: str, config: Config) -> Config:
+def own_recipe(name: str, config: Config) -> Config:
     """The config of one model: a Transformer takes AdamW with its usual rate and decay, unless
     `--one-optimizer` says that all take the same.
     """
@@ -875,48 +771,22 @@ def own_optimizer(name: str, config: Config) -> Config:
     return replace(config, optimizer="adamw", lr=rate, weight_decay=decay)
 
 
-def train_once(entry: Entry, data: Data, config: Config, device: torch.device) -> Training:
-    """One training with `config.seed` and `config.epochs`, tested once at its end."""
-    config = own_optimizer(entry.candidate.model, config)
-    set_up_torch(device, config.seed, config.deterministic)
-    model = entry.build()
-    model = model.to(device, memory_format=memory_format(config.image_size, model))
-    loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    optimizer = make_optimizer(model, config)
-    schedule = make_schedule(optimizer, config, data.train)
-    began, history, test, failure = time.monotonic(), [], None, ""
-    try:
-        history = fit(model, data, loss_fn, optimizer, schedule, config)
-        seconds = time.monotonic() - began
-        test = evaluate(model, data.test, data.class_names)
-    except UserError as error:  # the loss is no longer finite: that is a result too
-        seconds, failure = time.monotonic() - began, str(error)
-    return Training(
-        model=entry.candidate.model,
-        seed=config.seed,
-        epochs=config.epochs,
-        params=entry.candidate.params,
-        macs=entry.candidate.macs,
-        test_top1=test and test.top1,
-        test_top5=test and test.top5,
-        seconds=seconds,
-        train_loss=[record.train_loss for record in history],
-        val_top1=[record.val_top1 for record in history],
-        failure=failure,
-        test_images=sum(c.support for c in test.per_class) if test else 0,
-    )
-
-
 # %% [markdown]
 # ## One comparison, from the counts to the report
 
+
 # %%
+def entry(task: str, name: str, build: Callable[[], nn.Module], image_size: int) -> Entry:
+    """One line of the table, without what has to be measured."""
+    return counted(lambda name: era(name).year, task, name, build, image_size)
+
+
 SHOWN_WAYS = ("resnet18", "mobilenet_v2", "vit_b_32")  # run in every format and layout
 
 
 def run(config: Config) -> list[Table]:
     """One of the three things that this lesson does, in a folder of its own."""
-    constraints = [] if config.choose is None else parse_constraints(config.choose)
+    parse_constraints(config.choose)  # what can't be read is told before anything is measured
     if config.budget:
         parse_budget(config.budget)
     if config.pretrained != bool(config.eval_imagenet):
@@ -933,23 +803,20 @@ def run(config: Config) -> list[Table]:
     if processes.world_size() > 1:
         raise UserError("the comparison runs in one process: start it with python, not torchrun")
     chosen_names(config.model, [])
-    source = None if config.eval_imagenet else load_source(config)
     run = Run.open(config, LESSON)
     print(f"device     {device.type}: {describe(device)}")
     print(f"folder     {run.folder}", flush=True)
     try:
         if config.eval_imagenet:
-            return reproduce(config, device, run, entry)
-        return compare(config, device, source, run, constraints)
+            return reproduce(config, device, run, entry, pareto_front)
+        return compare(config, device, run)
     except (KeyboardInterrupt, Interrupted) as stop:
         raise Interrupted(getattr(stop, "signum", signal.SIGINT), run.farewell()) from None
 
 
-def compare(
-    config: Config, device: torch.device, source: Source, run: Run, constraints: list[Constraint]
-) -> list[Table]:
+def compare(config: Config, device: torch.device, run: Run) -> list[Table]:
     """Count, measure, train, draw, choose."""
-    cpu = device.type == "cpu"
+    source, cpu = load_source(config), device.type == "cpu"
     profiles, results = open_stores(config, run, device, source.fingerprint)
     seeds = 0 if config.profile_only else config.seeds
     limit = config.pass_limit if config.pass_limit is not None else 5.0 if cpu else 0.0
@@ -958,47 +825,17 @@ def compare(
     everyone = [] if config.experiment else chosen_names(config.model, list(all_models()))
     trained = chosen_names(config.model, [default_model(family) for family in FAMILIES])
     shown = [name for name in SHOWN_WAYS if name in everyone]
-    counted, timed = len(everyone) + len(trained), MOST_WAYS * len(shown)
-    steps = (1 + SWEEPS) * counted + timed + TRAINING * seeds * len(trained)
+    steps = (1 + SWEEPS) * (len(everyone) + len(trained)) + MOST_WAYS * len(shown)
+    steps += (search_steps(config) + TRAINING * seeds) * len(trained) if seeds else 0
     with Bar(steps, "comparison", "steps", seconds=15) as bar:
-        small = small_entries(trained, config, len(source.class_names), bar)
+        small = small_entries(trained, config, len(source.class_names), bar, FAMILIES, entry)
         large = imagenet_entries(everyone, entry, bar)
         bench = Bench(config, device, profiles, bar, 8 if cpu else 64, limit, fold=config.fold)
-        large_rows, large_order = bench.sweeps(large)
+        measured = bench.sweeps(large)
         ways = bench.all_ways([e for e in large if e.candidate.model in shown])
-        rows, order = bench._replace(large_batch=128, limit=4 * limit).sweeps(small)
-        trainings = train_all(train_once, small, config, device, results, bar) if seeds else []
-
-    where = f"Latency is of one image, on {describe(device)}, torch {torch.__version__}"
-    tables, verdicts, figures = [], [], {}
-    if large:
-        note = f"Accuracy as published (torchvision, IMAGENET1K_V1). {where}; {large_order}."
-        if limit < math.inf:
-            note += f" Passes of more than {limit / 1e9:g} GMACs were not timed (--pass-limit)."
-        tables.append(Table("ImageNet", note, large_rows))
-    if any(c.top1 for c in large_rows):
-        verdicts.append(f"ImageNet as published: {front_verdict(large_rows)}")
-        figures["imagenet_cost"] = cost_figure(large_rows, "ImageNet: beaten by no other")
-        if config.model == "all":
-            figures["timeline"] = timeline_figure(large_rows, era)
-    note = f"Not trained. {where}; {order}."
-    if trainings:
-        rows = [summarise(r, [t for t in trainings if t.model == r.model]) for r in rows]
-        epochs = f"{config.epochs} epoch{'s' * (config.epochs > 1)}"
-        budget = f"{config.budget} of training" if config.budget else epochs
-        spread = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-        note = f"Test accuracy after {budget}, {spread}. {where}; {order}."
-        verdicts.append(f"{config.dataset}: {trained_verdict(rows)}")
-    if any(c.top1 for c in rows):
-        figures["trained_cost"] = cost_figure(rows, f"{config.dataset}: one recipe for all")
-        figures["training_curves"] = curves_figure(trainings)
-    if config.experiment:
-        verdicts.append(matched_verdict(rows, config.match))
-    tables.append(Table(f"{config.dataset}, {config.image_size} px", note, rows))
-    if ways:
-        note = f"{where}. Where it says folded, {FOLDED}."
-        tables.append(Table("The same network, several ways", note, ways))
-    return present(config, run, tables, verdicts, figures, constraints)
+        own = bench._replace(large_batch=128, limit=4 * limit).sweeps(small)
+        trainings = train_all(own_recipe, small, config, device, results, bar) if seeds else []
+    return conclude(config, run, measured, own, ways, trainings, limit, pareto_front, era)
 
 
 def build(config: Config, num_classes: int) -> nn.Module:
@@ -1009,15 +846,6 @@ def build(config: Config, num_classes: int) -> nn.Module:
 
 
 EXPERIMENTS: dict[str, Callable[[Config], object]] = {"matched-size": run}
-
-# %% [markdown]
-# ## The front, as the comparison computes it
-#
-# Sort by cost, then keep each network that is more accurate than all before it.
-
-# %%
-if live():
-    show(pareto_front)
 
 # %% [markdown]
 # ## What to notice

@@ -25,8 +25,7 @@ them, and learn only what is new.
 # - decide between scratch, features and fine-tuning, and measure the decision
 # - train on classes of which some are rare, and move to images that look different
 #
-# You need lesson 1 (a ResNet, BatchNorm, the loop). Reading 60 minutes, running 2 (each experiment
-# 1 to 4), exercises 120.
+# You need lesson 1. Reading 60 minutes, running 2 (each experiment 1 to 4), exercises 120.
 #
 # <details><summary>1. Which weights of a net trained on cats and dogs help with cars?</summary>
 # The early ones: edges, colours, textures. The last ones tell cats from dogs.</details>
@@ -120,7 +119,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from common.data import Data, Loader
-from common.engine.baselines import baselines
 from common.evaluation import evaluate
 from common.experiments import Arm, Claim, Experiment
 from common.live import digits, live, show
@@ -461,7 +459,7 @@ def run(config: Config) -> dict[str, object] | None:
     calibration.save(run.folder)
     facts = {
         "strategy": config.strategy, "labels": len(data.train.labels), "fraction": config.fraction,
-        "source": origin.name, "source_top1": origin.top1, "baselines": baselines(data),
+        "source": origin.name, "source_top1": origin.top1,
         "calibration": vars(calibration), **compared, "tables": {"All": compared["strategies"]},
         "notes": [*compared["verdict"], EVERY_PICTURE],
     }  # fmt: skip
@@ -499,7 +497,7 @@ def compare(task: Task, config: Config) -> Experiment:
         Claim("fine-tuning is ahead of a new classifier alone", "full", "features", margin=0.02),
         Claim("waking parts in turn is ahead of all at once", "progressive", "full", margin=0.02),
     ]
-    return Experiment("Strategies under one budget", arms, claims, data=task.data)
+    return Experiment("Strategies under one budget", arms, claims, data=task.data, seeds=20)
 
 
 # %% [markdown]
@@ -526,7 +524,7 @@ def fractions(task: Task, config: Config) -> Experiment:
         Claim("with the fewest labels transfer is ahead of scratch", *few, margin=0.02),
         Claim(text, *few, margin=0.02, beyond=many),
     ]
-    return Experiment("What labels are worth", arms, claims, data=task.data)
+    return Experiment("What labels are worth", arms, claims, data=task.data, seeds=8)
 
 
 # %% [markdown]
@@ -543,7 +541,7 @@ def schedules(task: Task, config: Config) -> Experiment:
     arms = [task.arm(kind, schedule=kind, strategy=strategy) for kind in kinds]
     pairs = ("cosine", "plateau"), ("onecycle", "cosine")
     claims = [Claim(f"{a} is ahead of {b}", a, b, margin=0.02) for a, b in pairs]
-    return Experiment("Schedules for the same transfer", arms, claims, data=task.data)
+    return Experiment("Schedules for the same transfer", arms, claims, data=task.data, seeds=20)
 
 
 # %% [markdown]
@@ -651,7 +649,7 @@ def imbalance(task: Task, config: Config) -> Experiment:
         for name in remedies
     ]
     draw = partial(recall_figure, rare)
-    return Experiment("Rare classes", arms, claims, after=recalls, figure=draw, data=tail)
+    return Experiment("Rare classes", arms, claims, after=recalls, figure=draw, data=tail, seeds=12)
 
 
 # %% [markdown]
@@ -805,15 +803,13 @@ def domain_adaptation(config: Config) -> Experiment:
 
     arms = [Arm(name, partial(build, config), train=train) for name in [*names, "oracle"]]
     heading = f"To {config.target_dir or config.shift} images, without labels there"
-    return Experiment(heading, arms, claims, notes=way_to_the_oracle)
+    return Experiment(heading, arms, claims, notes=way_to_the_oracle, seeds=6)
 
 
 # %%
 EXPERIMENTS: dict[str, Callable[[Config], object]] = {
     "compare": with_weights(HERE, compare),
-    "fractions": with_weights(
-        HERE, fractions, lambda c: max(numbers_of(c.fractions, ""), default=1)
-    ),
+    "fractions": with_weights(HERE, fractions, lambda c: max(numbers_of(c.fractions, "") or [1])),
     "schedules": with_weights(HERE, schedules),
     "imbalance": with_weights(HERE, imbalance, lambda c: c.fraction or 1.0),
     "domain-adaptation": at_one_rate(HERE, domain_adaptation),
@@ -822,14 +818,19 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # %% [markdown]
 # ## What to notice
 #
-# - What transfer saves is labels and steps. How many labels does scratch need to catch up
-#   (`fractions`)?
 # - `features` trains one layer, in a fraction of the time: what the source's last layer has not
 #   kept, no classifier can bring back. `features.png` shows the test images as it sees them.
 # - Beside the result stand a guess and a logistic regression on the pixels: is it ahead of them?
 # - In `domain-adaptation` compare the rows in pairs: how much of a gain do the statistics bring?
 # - A loss that lays two domains upon one another can lay a class upon a wrong one: nothing in Deep
 #   CORAL or DANN objects, for neither sees a label of the target (`--shift inverted`).
+#
+# **What the experiments gave** (digits, 6 to 20 seeds; all numbers: README). `compare`, 32
+# labels and few steps: full 79.6%, a new classifier alone 65.7%, which holds; scratch 76.7%, which
+# is undecided, because scratch varies by 8 points from seed to seed. `fractions`: after 200 epochs
+# on 32 labels scratch has 93.3%, transfer 90.9%: the claim *fails*. Where steps cost nothing, the
+# weights of 649 other digits are worth nothing; the README's table of CIFAR-10 shows the other
+# case. `imbalance` and `domain-adaptation`: all claims hold; `schedules`: both fail.
 #
 # ## Exercises
 #

@@ -177,8 +177,12 @@ class TrainConfig:
     )
     track: str = knob("", "write TensorBoard's files too", ("tensorboard", ""))
     experiment: str = knob("", "run the lesson's experiment of this name instead of training")
-    seeds: int = knob(
-        3, "trainings of each arm of an experiment, with seeds SEED, SEED + 1, ...", low=1, high=100
+    seeds: int | None = knob(
+        None,
+        "trainings of each arm of an experiment, with seeds SEED, SEED + 1, ...; default: 3, or "
+        "more on digits where a training takes seconds",
+        low=1,
+        high=100,
     )
     smoke: bool = knob(
         False, "two batches of everything, to see that a long run won't fail at its end"

@@ -2,7 +2,7 @@
 
     python -m common.grade 01_resnet_beginner.py                  # points, and what is still wrong
     python -m common.grade my_folder --grade-json results.json    # the same, and Gradescope's file
-    python -m common.grade submissions --out grades.csv           # all files and folders in it
+    python -m common.grade submissions --out grades.csv           # all of it, and class.html
 
 How it is done is in common/grading/marking.py; here are the reports and the command line.
 """
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.grading import confinement
+from common.grading.class_page import class_page
 from common.grading.exercises import (
     FOLDER,
     exercises,
@@ -219,7 +220,10 @@ def mark_class(
             lost = by_exercise(not_run(row, "not handed in") for row in rows)
             done[name] = [_grade(name, group, digest="none") for group in lost.values()]
     _write_grades(out, done)
-    return [grade for student in sorted(done) for grade in done[student]]
+    grades = [grade for student in sorted(done) for grade in done[student]]
+    if grades:
+        write_atomically(out.with_name("class.html"), class_page(grades, submissions))
+    return grades
 
 
 def find_submissions(folder: Path, out: Path) -> list[Submission]:
@@ -465,6 +469,8 @@ def main(argv: list[str] | None = None) -> int:
                     file=sys.stderr,
                 )
             print(f"{options.out}: {students} students, {len(grades)} lines")
+            if grades:
+                print(f"{options.out.with_name('class.html')}: the class on one page")
         else:
             _mark_one(options.submission, options.lessons, options.grade_json, limits)
     except ValueError as error:

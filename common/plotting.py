@@ -87,13 +87,13 @@ def panels(
 
     Args:
         heading: one line above all panels.
-        columns: panels per row; by default up to three side by side.
+        columns: panels per row; by default up to three side by side, and four as two and two.
         widths: relative widths of the columns.
         size: width and height of one panel, inches.
     """
     from matplotlib.figure import Figure
 
-    columns = columns or (len(widths) if widths else min(count, 3))
+    columns = columns or (len(widths) if widths else 2 if count == 4 else min(count, 3))
     rows = -(-count // columns)
     figure = Figure((size[0] * columns, size[1] * rows), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
@@ -493,7 +493,7 @@ def seeds(
     Args:
         values: None for a seed without a value.
     """
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     ax = ax or panels(1, size=(7.6, 1.6 + 0.42 * len(values)))[1][0]
     for i, numbers in enumerate(values.values()):
@@ -503,6 +503,7 @@ def seeds(
             low, high = OverSeeds(known).interval(LEVEL)
             if np.isfinite(low):
                 low = max(low, min(known) / 2) if log_x else low
+                low, high = np.clip((low, high), 0, 1) if percent else (low, high)
                 ax.plot([low, high], [i, i], color=color, lw=6, alpha=0.25, solid_capstyle="butt")
         if known:
             ax.plot([np.mean(known)] * 2, [i - 0.22, i + 0.22], color=color, lw=2.5)
@@ -514,6 +515,7 @@ def seeds(
     if log_x:
         ax.set_xscale("log")
     if percent:
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _title(ax, title)
     return ax.figure

@@ -16,6 +16,15 @@ Measured on CIFAR-10 (JPEG copy), seed 0, one thread of an AMD EPYC that others 
 torch 2.14: 10 epochs, test 88.49%, with views averaged 89.68%, 1,771 s. resnet20 needs 40 epochs
 for 86.55% and 150 for 89.05%.
 
+With `--epochs 30 --cutout 10`: test 89.65%, with views averaged 90.73%, 2,043 s.
+
+What `bag-of-tricks` gave (digits, 12 seeds, one thread of an AMD EPYC; test, all tricks 98.61%):
+shortcuts +6.3 points (98.8% interval 0.8 to 11.8), kernels that copy +5.1 (0.3 to 10.0), orthogonal
+steps +1.3 (0.6 to 1.9) and linear decay +15.7 (7.7 to 23.7) hold. Smoothed labels +0.0 (-0.3 to
+0.3) and whitened patches -0.3 (-0.9 to 0.3) are undecided: grey digits have no colours to
+decorrelate, and a net that is right in 98.6% needs no help against being too sure. Without the
+shortcut or the copies single seeds fall below 90% in these four epochs, others lose nothing.
+
 The recipe (`--recipe fast`) is `FAST` in common/config.py; common/optimizers.py has its Muon.
 """
 
@@ -24,6 +33,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,6 +67,12 @@ class PatchWhitening(nn.Conv2d):
         self.weight.copy_(torch.cat([filters, -filters]))
 
 
+@torch.fx.wrap  # the window follows the shape, which a traced graph (`fold_batchnorm`) can't know
+def halve(x: Tensor) -> Tensor:
+    """Max-pooling by 2; digits of 8 pixels are down to 1 after two stages, and stay."""
+    return F.max_pool2d(x, min(2, x.shape[-1]))
+
+
 class PooledStage(nn.Module):
     """A convolution that widens, max-pooling, then x + F(x), where F is `depth` convolutions.
 
@@ -80,8 +96,7 @@ class PooledStage(nn.Module):
         self.residual = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.widen(x)
-        x = F.max_pool2d(x, min(2, x.shape[-1]))  # 8-pixel digits are down to 1 after two stages
+        x = halve(self.widen(x))
         x = F.relu(self.norm(x))
         return x + self.residual(x) if self.shortcut else self.residual(x)
 
@@ -177,4 +192,4 @@ def bag_of_tricks(config: TrainConfig) -> Experiment:
         Claim(f"the net is better with {name}", higher=bag.name, lower=f"without {name}")
         for name in tricks
     ]
-    return Experiment("Bag of tricks: what each one gives", [bag, *arms], claims)
+    return Experiment("Bag of tricks: what each one gives", [bag, *arms], claims, seeds=12)

@@ -18,6 +18,7 @@ from common import inspection, plotting
 from common.config import TrainConfig
 from common.data import Data
 from common.engine import processes, report, sources
+from common.engine.baselines import baselines
 from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
 from common.engine.files import write_csv, write_json
 from common.engine.overview import write_index
@@ -171,6 +172,7 @@ class Run(RunFolder):
             "latency_iqr_ms": cost.latency_iqr_ms,
             "peak_memory_mb": cost.peak_memory_mb,
             "torch_version": torch.__version__,
+            "baselines": baselines(data) if processes.is_main() else {},
             **more,
         }
         if not processes.is_main():

@@ -63,3 +63,22 @@ def assert_calm(experiment: Experiment, seeds: int = 3, images: int = 359) -> No
         share = share_of_errors(experiment, draw, images)
         test = binomtest(round(share * CASES), CASES, LEVEL, alternative="greater")
         assert test.pvalue > 0.001, f"equal arms are called different in {share:.1%} of cases"
+
+
+def assert_calm_at_the_bar(experiment: Experiment, seeds: int = 3) -> None:
+    """For claims about a number: where every measure's true mean is just what is claimed, neither
+    side is proved in more than 5% of cases. The bound is that of `assert_calm`.
+    """
+    generator = np.random.default_rng(0)
+    (arm,) = {claim.higher for claim in experiment.claims}
+    bars = {c.measure: c.lower + c.margin for c in experiment.claims}
+
+    def decided() -> bool:
+        noise = generator.normal(0, 0.1, (seeds, len(bars)))
+        records = [{m: bar + n for (m, bar), n in zip(bars.items(), row)} for row in noise]
+        verdicts = Results(experiment, {arm: records}).verdicts()
+        return any(verdict.outcome != "undecided" for verdict in verdicts)
+
+    errors = sum(decided() for _ in range(CASES))
+    test = binomtest(errors, CASES, LEVEL, alternative="greater")
+    assert test.pvalue > 0.001, f"{errors / CASES:.1%} of claims that are just true are decided"

@@ -22,7 +22,7 @@ from common.experiments import Experiment
 from common.pretrained import load_torchvision_state
 from common.profiling import count_macs, count_parameters, macs_by_module
 from tests.parity import PUBLISHED, largest_difference, torchvision_twin
-from tests.simulation import assert_calm, results_of
+from tests.simulation import assert_calm, assert_calm_at_the_bar, results_of
 
 lesson = import_module("03_inception_intermediate")
 NAMES = list(lesson.MODELS)
@@ -373,6 +373,10 @@ def test_branches_verdict_follows_the_numbers(value: float, expected: list[str])
     values = {"GoogLeNet": [value - 0.01, value + 0.012, value - 0.001]}
     verdicts = results_of(experiment, values, images=359).verdicts()
     assert [v.outcome for v in verdicts] == expected
+
+
+def test_branches_is_calm() -> None:
+    assert_calm_at_the_bar(lesson.branches(lesson.Config().resolve("digits")), seeds=7)
 
 
 def test_smoothed_loss_by_hand() -> None:

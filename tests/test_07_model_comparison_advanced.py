@@ -23,9 +23,16 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from common.cli import parse_flags
+from common.comparison import training
 from common.comparison.conclusion import trained_verdict
 from common.comparison.entries import chosen_names, is_small
-from common.comparison.imagenet import evaluate_imagenet, load_official, published
+from common.comparison.imagenet import (
+    evaluate_imagenet,
+    load_official,
+    published,
+    with_newer_weights,
+)
+from common.comparison.matching import match_target, small_entries
 from common.comparison.results import (
     Candidate,
     Training,
@@ -34,10 +41,13 @@ from common.comparison.results import (
     parse_budget,
     summarise,
 )
+from common.comparison.sweeps import Entry
 from common.comparison.training import epochs_within
+from common.config import TrainConfig
 from common.data import load_data
 from common.engine.errors import UserError
 from common.engine.progress import Bar
+from common.engine.store import Store
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.pretrained import load_torchvision_state
 from common.profiling import count_macs, count_parameters
@@ -248,10 +258,10 @@ def test_every_model_has_its_place_on_the_timeline() -> None:
 def test_matched_sizes_are_about_equal(match: str, models: str) -> None:
     config = lesson.Config(dataset="digits", experiment="matched-size", match=match, model=models)
     config = config.resolve("digits")
-    target = lesson.match_target(config, 10)
+    target = match_target(config, 10, lesson.FAMILIES)
     bar = Bar(0, "test", show=False)
     names = chosen_names(models, [lesson.default_model(family) for family in lesson.FAMILIES])
-    entries = lesson.small_entries(names, config, 10, bar)
+    entries = small_entries(names, config, 10, bar, lesson.FAMILIES, lesson.entry)
     assert len(entries) == bar.done == (10 if models == "all" else 3)
     for e in entries:
         size = e.candidate.params if match == "params" else e.candidate.macs
@@ -292,6 +302,7 @@ def test_a_comparison_from_start_to_report_and_on_with_more_seeds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = ["--model", "lenet5,vit_xs_16", "--epochs", "1", "--seeds", "1", "--pass-limit", "0.01"]
+    tiny += ["--rates", "1"]
     done = command(tmp_path, *tiny)
     assert done.returncode == 0, done.stderr
     assert "verdict    digits: " in done.stdout and "one seed decides nothing" in done.stdout
@@ -393,26 +404,71 @@ def test_a_failed_training_is_a_result_and_no_mean_hides_it() -> None:
     bad = Training("lenet5", 1, 3, 1, 1, None, None, 1.0, [], [], "not finite")
     assert summarise(candidate, [good, bad]).top1 is None
     assert "failed under this recipe" in trained_verdict(
-        [replace(candidate, model="other", top1=0.5, seeds=1), summarise(candidate, [good, bad])]
+        [replace(candidate, model="other", top1=0.5, seeds=1), summarise(candidate, [good, bad])],
+        lesson.pareto_front,
     )
 
 
 def test_only_the_transformer_takes_adamw() -> None:
     config = lesson.Config(dataset="digits").resolve("digits")
-    own = lesson.own_optimizer("vit_xs_16", config)
+    own = lesson.own_recipe("vit_xs_16", config)
     assert (own.optimizer, own.lr, own.weight_decay) == ("adamw", 1e-3 * 64 / 256, 0.05)
-    assert lesson.own_optimizer("resnet18", config) == config
+    assert lesson.own_recipe("resnet18", config) == config
     same = replace(config, one_optimizer=True)
-    assert lesson.own_optimizer("vit_xs_16", same) == same
+    assert lesson.own_recipe("vit_xs_16", same) == same
+
+
+def test_each_model_takes_the_rate_that_validates_best(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The search sees neither the test images nor a seed that counts, and is not made twice."""
+    seen: list[tuple[str, int, float, int]] = []
+    best = {"lenet5": 0.1, "simple_cnn": 0.4}  # peak rate
+
+    def fake(entry: Entry, data: object, config: TrainConfig, device: object) -> Training:
+        name = entry.candidate.model
+        seen.append((name, config.seed, config.lr, config.epochs))
+        val = 1 - abs(config.lr - best[name])  # and the test says the contrary
+        return Training(
+            name, config.seed, config.epochs, 1, 1, 1 - val, 1.0, 1.0, [1.0], [val], lr=config.lr
+        )
+
+    monkeypatch.setattr(training, "train_once", fake)
+    config = lesson.Config(dataset="digits", epochs=3, seeds=2).resolve("digits")
+    entries = [lesson.entry("digits", name, get_model(name), 32) for name in best]
+    store = Store(tmp_path / "trainings.json", {}, tell=False)
+    arguments = lesson.own_recipe, entries, config, torch.device("cpu"), store
+
+    bar = Bar(0, "test", show=False)
+    done = training.train_all(*arguments, bar)
+    assert bar.done == 2 * (training.search_steps(config) + 2 * training.TRAINING)
+    assert config.lr == pytest.approx(0.1)
+    for name, lr in best.items():
+        mine = [run[1:] for run in seen if run[0] == name]
+        tried, counted = mine[:3], mine[3:]
+        assert [(seed, epochs) for seed, _, epochs in tried] == [(1000, 2)] * 3
+        assert [rate for _, rate, _ in tried] == pytest.approx([0.025, 0.1, 0.4])
+        assert counted == [(0, pytest.approx(lr), 3), (1, pytest.approx(lr), 3)]
+    assert [t.seed for t in done] == [0, 0, 1, 1]
+    again = len(seen)
+    assert training.train_all(*arguments, bar) == done and len(seen) == again
+
+
+def test_newer_weights_are_points_of_their_own() -> None:
+    rows = [lesson.entry("ImageNet", n, get_model(n), 224).candidate for n in ("resnet50", "vgg16")]
+    first, newer, vgg = with_newer_weights(rows)
+    assert (first.model, newer.model, vgg.model) == ("resnet50", "resnet50 (V2)", "vgg16")
+    assert newer.macs == first.macs
+    assert (first.top1, newer.top1) == pytest.approx((0.7613, 0.80858))  # torchvision's page
 
 
 def test_a_time_budget_becomes_whole_epochs() -> None:
     config = lesson.Config(dataset="digits", epochs=1, smoke=True).resolve("digits")
     device = torch.device("cpu")
     data = load_data(config, device)
-    [e] = lesson.small_entries(["lenet5"], config, 10, Bar(0, "test", show=False))
-    assert epochs_within(parse_budget("7"), lesson.train_once, e, data, config, device) == 7
-    assert epochs_within(parse_budget("60s"), lesson.train_once, e, data, config, device) > 1
+    e = lesson.entry("digits", "lenet5", partial(lesson.MODELS["lenet5"], num_classes=10), 8)
+    assert epochs_within(parse_budget("7"), e, data, config, device) == 7
+    assert epochs_within(parse_budget("60s"), e, data, config, device) > 1
 
 
 def trained(**scores: list[float]) -> list[Candidate]:
@@ -437,7 +493,7 @@ def test_verdict_has_three_outcomes() -> None:
         noisy=[0.99, 0.95, 0.98, 1.0, 0.97] * 4,
         worse=[0.80, 0.79, 0.81, 0.80, 0.795] * 4,
     )
-    said = trained_verdict(rows)
+    said = trained_verdict(rows, lesson.pareto_front)
     assert "it is more than 0.5 points better than worse;" in said
     assert "at most 0.5 points worse: level;" in said and "undecided: noisy;" in said
     assert "the cheapest that it is not shown to beat is noisy" in said
@@ -447,7 +503,7 @@ def test_verdict_has_three_outcomes() -> None:
 
 def test_one_seed_decides_nothing() -> None:
     rows = trained(a=[0.99], b=[0.10])
-    assert "one seed decides nothing" in trained_verdict(rows)
+    assert "one seed decides nothing" in trained_verdict(rows, lesson.pareto_front)
     assert choose(rows, []).tied == ["a", "b"]
 
 

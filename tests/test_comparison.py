@@ -20,11 +20,13 @@ from common.comparison.results import (
     choose,
     describe_choice,
     markdown_table,
-    pareto_front,
     parse_constraints,
     write_tables,
 )
 from common.engine.errors import UserError
+from tests.conftest import lesson
+
+pareto_front = lesson("07").pareto_front
 
 
 def candidate(model: str, **known: object) -> Candidate:
@@ -174,9 +176,8 @@ def test_markdown_shows_only_columns_that_say_something() -> None:
 
 
 def test_page_needs_nothing_from_outside() -> None:
-    page = comparison_page(
-        "A <b>", [Table("T", "</script>", ZOO)], {"a picture": b"\x89PNG\r\n\x1a\n"}, "x < y"
-    )
+    tables, pictures = [Table("T", "</script>", ZOO)], {"a picture": b"\x89PNG\r\n\x1a\n"}
+    page = comparison_page("A <b>", tables, pareto_front, pictures, "x < y")
     assert "A &lt;b&gt;" in page and "x &lt; y" in page
     assert (
         page.count("</script>") == 2
@@ -240,7 +241,7 @@ def test_page_in_a_real_browser(tmp_path: Path) -> None:
         pytest.skip(
             "no Chromium here (Debian: apt-get install chromium), so nobody can click on the page"
         )
-    page = comparison_page("Zoo", [Table("All", "made up", ZOO)])
+    page = comparison_page("Zoo", [Table("All", "made up", ZOO)], pareto_front)
     file = tmp_path / "report.html"
     file.write_text(page.replace("</body>", USER), encoding="utf-8")
     command = [

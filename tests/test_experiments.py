@@ -200,6 +200,19 @@ def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     assert "with one seed, which decides nothing" in outcome["verdict"][0]
 
 
+def test_an_experiment_may_ask_for_more_seeds_on_digits(tmp_path: Path) -> None:
+    """... where a training takes seconds; --seeds goes first, and a rehearsal takes 3."""
+
+    def five(config: TrainConfig) -> Experiment:
+        return Experiment("", [Arm("a", net)], [], seeds=5)
+
+    for seeds, smoke, expected in ((None, False, 5), (2, False, 2), (None, True, 3)):
+        folder = tmp_path / f"{seeds} {smoke}"
+        outcome = run_experiment(LESSON, five, config_for(folder, seeds=seeds, smoke=smoke))
+        assert len(outcome["trainings"]) == outcome["seeds"] == expected
+        assert json.loads(next(folder.rglob("config.json")).read_text())["seeds"] == expected
+
+
 def test_arms_are_paired(tmp_path: Path) -> None:
     """Twins get the same weights, images and order; seeds get other test images."""
     seen: list[tuple[int, torch.Tensor]] = []

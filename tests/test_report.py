@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.engine.report import write_report
+from common.engine.report import outcome_of, write_report
+from common.engine.verdicts import wilson
 
 HOSTILE = '<script>alert("1")</script> & <img src=x onerror=alert(1)>'
 # The smallest PNG: one transparent pixel.
@@ -131,3 +132,16 @@ def test_a_missing_figure_leaves_the_old_report(tmp_path: Path) -> None:
         write_report(tmp_path, "new", {}, {}, [tmp_path / "no.png"])
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    ("right", "majority", "told"),
+    [(30, 0.1, True), (36, 0.1, True), (90, 0.1, False), (90, 0.3, True)],
+)  # of 300 images in ten classes
+def test_a_run_that_learned_nothing_says_so(right: int, majority: float, told: bool) -> None:
+    result = {
+        "test_top1": right / 300, "test_top1_interval": wilson(right, 300), "test_top5": 0.5,
+        "per_class": [{}] * 10, "best_epoch": 1, "train_seconds": 1.0, "latency_ms": 1.0,
+        "peak_memory_mb": 1.0, "baselines": {"chance": 0.1, "majority": majority},
+    }  # fmt: skip
+    assert ("no better than a guess" in outcome_of(result)) == told

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from common import resnet9
+from common.profiling import fold_batchnorm
 from common.resnet9 import PatchWhitening, ResNet9
 from tests.conftest import lesson
 
@@ -35,6 +36,12 @@ def test_kernels_of_resnet9_begin_as_copies_of_their_input() -> None:
     for conv in convs:
         x = torch.randn(2, conv.in_channels, 6, 6)
         torch.testing.assert_close(conv(x)[:, : conv.in_channels], x)
+
+
+def test_batchnorm_folds_into_resnet9() -> None:
+    net, x = ResNet9((4, 4, 4), num_classes=3).eval(), torch.randn(2, 3, 32, 32)
+    nn.init.normal_(net.get_classifier().weight)
+    torch.testing.assert_close(fold_batchnorm(net)(x), net(x), atol=1e-4, rtol=1e-4)
 
 
 def test_the_bag_of_tricks_leaves_out_one_thing_at_a_time() -> None:

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from common.comparison.entries import chosen_names, without_aux
-from common.comparison.figures import cost_figure
-from common.comparison.imagenet import evaluate_imagenet, load_official, published
+from common.comparison.figures import cost_figure, curves_figure, timeline_figure
+from common.comparison.imagenet import (
+    NEWER,
+    evaluate_imagenet,
+    load_official,
+    published,
+    with_newer_weights,
+)
 from common.comparison.page import comparison_page
 from common.comparison.results import (
     MARGIN,
     Candidate,
-    Constraint,
+    Front,
     Table,
+    Training,
     choose,
     describe_choice,
     judge_pairs,
     markdown_table,
-    pareto_front,
+    parse_constraints,
     percent,
     si,
+    summarise,
     tied_with_best,
     write_tables,
 )
-from common.engine.device import describe
+from common.comparison.sweeps import FOLDED
+from common.engine.device import describe, pick_device
 from common.engine.errors import UserError
 from common.engine.files import write_atomically
 from common.engine.overview import write_index
@@ -43,10 +53,10 @@ if TYPE_CHECKING:
     from common.runs import Run
 
 
-def front_verdict(rows: list[Candidate]) -> str:
+def front_verdict(rows: list[Candidate], front: Front) -> str:
     """Which networks are beaten by no other, by each cost that is known."""
     costs = {"macs": "multiply-adds", "params": "parameters", "latency_ms": "latency here"}
-    fronts = {words: {c.model for c in pareto_front(rows, cost)} for cost, words in costs.items()}
+    fronts = {words: {c.model for c in front(rows, cost)} for cost, words in costs.items()}
     fronts = {words: names for words, names in fronts.items() if names}
     scored = [c for c in rows if c.top1 is not None]
     known = {words: sum(getattr(c, k) is not None for c in scored) for k, words in costs.items()}
@@ -56,7 +66,7 @@ def front_verdict(rows: list[Candidate]) -> str:
     return f"on the Pareto front: {', '.join(told)}; on every front: {named or 'none'}"
 
 
-def trained_verdict(rows: list[Candidate]) -> str:
+def trained_verdict(rows: list[Candidate], front: Front) -> str:
     """Which network has the highest mean, and from which others the seeds can tell it."""
     ranked = sorted((c for c in rows if c.top1 is not None), key=lambda c: -c.top1)
     if not ranked:
@@ -86,7 +96,7 @@ def trained_verdict(rows: list[Candidate]) -> str:
                 f"the cheapest that it is not shown to beat is {thrifty.model}: "
                 f"{si(thrifty.macs)} multiply-adds against {si(best.macs)}"
             )
-    told.append(front_verdict(rows))
+    told.append(front_verdict(rows, front))
     if failed := [c.model for c in rows if c.top1 is None]:
         told.append(f"failed under this recipe, which is no verdict on them: {', '.join(failed)}")
     return "; ".join(told)
@@ -107,28 +117,85 @@ def matched_verdict(rows: list[Candidate], by: str) -> str:
     )
 
 
+def conclude(
+    config: Any,
+    run: Run,
+    measured: tuple[list[Candidate], str],
+    own: tuple[list[Candidate], str],
+    ways: list[Candidate],
+    trainings: list[Training],
+    limit: float,
+    front: Front,
+    era: Callable[[str], Hashable],
+) -> list[Table]:
+    """All that was counted, timed and trained, as tables, verdicts and figures.
+
+    Args:
+        measured: ImageNet's models, and a sentence on how steady their order is; `own`: the same of
+            the models that are trained here.
+        ways: one network in several formats.
+        limit: multiply-adds above which no pass was timed.
+        era: of a model's name; equal for models of one family.
+    """
+    device = pick_device(config.device)
+    where = f"Latency is of one image, on {describe(device)}, torch {torch.__version__}"
+    tables, verdicts, figures = [], [], {}
+    (large, large_order), (rows, order) = measured, own
+    if large:
+        every = with_newer_weights(large)
+        note = f"Accuracy as published by torchvision; {NEWER}. {where}; {large_order}."
+        if limit < math.inf:
+            note += f" Passes of more than {limit / 1e9:g} GMACs were not timed (--pass-limit)."
+        by = f"Ranked by the accuracy that torchvision published; {NEWER}."
+        tables.append(Table("ImageNet", note, every, by))
+        if any(c.top1 for c in every):
+            verdicts.append(f"ImageNet as published, {NEWER}: {front_verdict(every, front)}")
+            figures["imagenet_cost"] = cost_figure(every, "ImageNet: beaten by no other", front)
+            if config.model == "all":
+                figures["timeline"] = timeline_figure(large, era, front)
+    note, by = f"Not trained. {where}; {order}.", ""
+    if trainings:
+        seeds = len({t.seed for t in trainings})
+        rows = [summarise(r, [t for t in trainings if t.model == r.model]) for r in rows]
+        epochs = f"{config.epochs} epoch{'s' * (config.epochs > 1)}"
+        budget = f"{config.budget} of training" if config.budget else epochs
+        spread = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+        by = f"Test accuracy after {budget}, {spread}."
+        note = f"{by} {where}; {order}."
+        verdicts.append(f"{config.dataset}: {trained_verdict(rows, front)}")
+        if any(c.top1 for c in rows):
+            heading = f"{config.dataset}: each at its own best rate"
+            figures["trained_cost"] = cost_figure(rows, heading, front)
+            figures["training_curves"] = curves_figure(trainings)
+    if config.experiment:
+        verdicts.append(matched_verdict(rows, config.match))
+    tables.append(Table(f"{config.dataset}, {config.image_size} px", note, rows, by))
+    if ways:
+        note = f"{where}. Where it says folded, {FOLDED}."
+        tables.append(Table("The same network, several ways", note, ways))
+    return present(config, run, tables, verdicts, figures, front)
+
+
 def present(
     config: TrainConfig,
     run: Run,
     tables: list[Table],
     verdicts: list[str],
     figures: dict[str, Figure],
-    constraints: Sequence[Constraint] = (),
+    front: Front,
 ) -> list[Table]:
-    """Write comparison.md, .csv and .json, the figures and report.html; print what they say.
-
-    Args:
-        constraints: of `--choose`; what meets them is ranked for each table with accuracies.
+    """Write comparison.md, .csv and .json, the figures and report.html; print what they say. What
+    meets `--choose` is ranked for each table with accuracies.
     """
-    choices = []
+    choices, constraints = [], parse_constraints(config.choose)
     for table in tables:
         if constraints and any(c.top1 is not None for c in table.candidates):
             told = describe_choice(choose(table.candidates, constraints))
-            choices.append(f"{config.choose}, {table.title}:\n{told}")
+            choices.append(f"{config.choose}, {table.title}. {table.ranked_by}\n{told}")
     title = f"Model comparison: {config.experiment or config.dataset}"
     write_tables(run.folder, title, tables)
     pictures = {name: run.figure(name, figure).read_bytes() for name, figure in figures.items()}
-    page = comparison_page(title, tables, pictures, "\n\n".join([*choices, *verdicts]))
+    page = comparison_page(title, tables, front, pictures, "\n\n".join([*choices, *verdicts]))
     write_atomically(run.folder / "report.html", page)
     print(*(f"\n{choice}" for choice in choices), sep="\n")
     for table in tables:
@@ -144,6 +211,7 @@ def reproduce(
     device: torch.device,
     run: Run,
     entry: Callable[[str, str, Callable[..., nn.Module], int], Entry],
+    front: Front,
 ) -> list[Table]:
     """`--eval-imagenet DIR --pretrained`: official weights in our models, on the real images.
 
@@ -172,5 +240,6 @@ def reproduce(
     worst = max(off, key=off.get)
     verdict = f"the largest distance from the published top-1 is {off[worst]:.3f} points ({worst})"
     note = f"Official weights in our models, {rows[0].source}, on {describe(device)}."
-    figures = {"imagenet_cost": cost_figure(rows, "ImageNet, measured")}
-    return present(config, run, [Table("ImageNet, measured", note, rows)], [verdict], figures)
+    figures = {"imagenet_cost": cost_figure(rows, "ImageNet, measured", front)}
+    table = Table("ImageNet, measured", note, rows)
+    return present(config, run, [table], [verdict], figures, front)

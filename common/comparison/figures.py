@@ -7,7 +7,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from common import plotting
-from common.comparison.results import Candidate, Training, pareto_front
+from common.comparison.results import Candidate, Front, Training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ COSTS: dict[str, tuple[str, float]] = {
 }
 
 
-def cost_figure(candidates: Sequence[Candidate], heading: str) -> Figure:
+def cost_figure(candidates: Sequence[Candidate], heading: str, front_of: Front) -> Figure:
     """Accuracy against multiply-adds, parameters and latency, the Pareto front drawn in each."""
     scored = [c for c in candidates if c.top1 is not None]
     costs = {k: v for k, v in COSTS.items() if any(getattr(c, k) is not None for c in scored)}
@@ -29,7 +29,7 @@ def cost_figure(candidates: Sequence[Candidate], heading: str) -> Figure:
     figure, axes = plotting.panels(len(costs), heading, columns=columns, size=size)
     for (cost, (words, unit)), ax in zip(costs.items(), axes):
         known = [c for c in scored if getattr(c, cost) is not None]
-        front = [c.model for c in pareto_front(known, cost)]
+        front = [c.model for c in front_of(known, cost)]
         plotting.scatter(
             [(c.model, getattr(c, cost) / unit, c.top1) for c in known],
             f"{words} (log scale)",
@@ -66,7 +66,10 @@ def curves_figure(trainings: Sequence[Training]) -> Figure:
 
 
 def timeline_figure(
-    candidates: Sequence[Candidate], family: Callable[[str], Hashable], bar: float = 0.70
+    candidates: Sequence[Candidate],
+    family: Callable[[str], Hashable],
+    front_of: Front,
+    bar: float = 0.70,
 ) -> Figure:
     """Left: the best of each family by year. Right: the least it cost, by year, to reach `bar`.
 
@@ -81,7 +84,7 @@ def timeline_figure(
         "year of the paper",
         "ImageNet top-1 accuracy",
         "The best of each family; joined: better than all before",
-        front=[c.model for c in pareto_front(best.values(), "year")],
+        front=[c.model for c in front_of(best.values(), "year")],
         percent=True,
         ax=left,
     )

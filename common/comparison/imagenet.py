@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +22,7 @@ from common.pretrained import load_torchvision_state, official_state
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
 
+    from common.comparison.results import Candidate
     from common.config import TrainConfig
 
 
@@ -49,6 +51,28 @@ def published() -> dict[str, Published]:
         transform = weights.transforms()
         rows[name] = Published(top1, top5, transform.crop_size[0], transform)
     return {name: rows[name] for name in all_models() if name in rows}
+
+
+NEWER = "(V2) are torchvision's newer weights, trained longer and with more augmentation"
+
+
+def with_newer_weights(rows: Sequence[Candidate]) -> list[Candidate]:
+    """The rows, and after each whose model has newer weights (IMAGENET1K_V2) one for these: the
+    same network and cost, another recipe. Not where the newer weights want a larger image.
+    """
+    from torchvision import models
+
+    more = []
+    for row in rows:
+        more.append(row)
+        known = models.get_model_weights(row.model) if row.model in published() else ()
+        newer = next((w for w in known if w.name == "IMAGENET1K_V2"), None)
+        if newer and newer.transforms().crop_size[0] == row.input_px:
+            top1, top5 = (newer.meta["_metrics"]["ImageNet-1K"][f"acc@{k}"] for k in (1, 5))
+            source = "published: torchvision, IMAGENET1K_V2"
+            accuracy = {"top1": top1 / 100, "top5": top5 / 100, "source": source}
+            more.append(replace(row, model=f"{row.model} (V2)", **accuracy))
+    return more
 
 
 @torch.inference_mode()

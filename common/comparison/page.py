@@ -11,7 +11,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 
-from common.comparison.results import Candidate, Table, filled_columns, pareto_front, percent, si
+from common.comparison.results import Candidate, Front, Table, filled_columns, percent, si
 from common.engine.report import PALETTE, SORT, figure_html, page
 
 # What a chart can have on its x axis: field -> words. Costs; the y axis is always top-1.
@@ -25,7 +25,11 @@ AXES = {
 
 
 def comparison_page(
-    title: str, tables: Sequence[Table], figures: Mapping[str, bytes] | None = None, text: str = ""
+    title: str,
+    tables: Sequence[Table],
+    front_of: Front,
+    figures: Mapping[str, bytes] | None = None,
+    text: str = "",
 ) -> str:
     """The whole page.
 
@@ -34,7 +38,7 @@ def comparison_page(
         figures: caption -> PNG, shown below.
         text: plain text on top, such as the verdict.
     """
-    data = _json([_chart_data(table.candidates) for table in tables])
+    data = _json([_chart_data(table.candidates, front_of) for table in tables])
     lessons = sorted({c.lesson for table in tables for c in table.candidates})
     legend = "".join(
         f'<span><i style="background:{_color(lesson)}"></i>lesson {lesson}</span>'
@@ -80,7 +84,7 @@ def _section(number: int, table: Table) -> str:
 </section>"""
 
 
-def _chart_data(candidates: Sequence[Candidate]) -> dict:
+def _chart_data(candidates: Sequence[Candidate], front_of: Front) -> dict:
     shown = [c for c in candidates if c.top1 is not None]
     axes = {k: words for k, words in AXES.items() if any(getattr(c, k) for c in shown)}
     points = []
@@ -98,7 +102,7 @@ def _chart_data(candidates: Sequence[Candidate]) -> dict:
                 "x": {k: getattr(c, k) for k in axes},
             }
         )
-    fronts = {k: [c.model for c in pareto_front(shown, k)] for k in axes}
+    fronts = {k: [c.model for c in front_of(shown, k)] for k in axes}
     return {"axes": axes, "points": points, "fronts": fronts}
 
 

@@ -44,32 +44,13 @@ class Candidate:
     top1_by_seed: list[float] = field(default_factory=list)
     test_images: int = 0  # that each of these is a share of; 0: not known
     epochs: int | None = None
+    lr: float | None = None  # peak, chosen for this model
     train_seconds: float | None = None  # mean over seeds
     source: str = ""  # of the accuracy
 
 
-# --------------------------------------------------------------------------------- the Pareto front
-
-
-def pareto_front(candidates: Iterable[Candidate], cost: str) -> list[Candidate]:
-    """Those that no other beats: none is as cheap and more accurate, or as accurate and cheaper. By
-    rising cost.
-
-    Args:
-        cost: the field to keep low, such as "macs"; whoever has none, or no `top1`, is left out.
-    """
-    known = [c for c in candidates if getattr(c, cost) is not None and c.top1 is not None]
-    front: list[Candidate] = []
-    for candidate in sorted(known, key=lambda c: (getattr(c, cost), -c.top1)):
-        if not front or candidate.top1 > front[-1].top1:
-            front.append(candidate)
-        elif (getattr(candidate, cost), candidate.top1) == (
-            getattr(front[-1], cost),
-            front[-1].top1,
-        ):
-            front.append(candidate)  # a tie: neither beats the other
-    return front
-
+# lesson 7's `pareto_front`: candidates and the field to keep low to those that no other beats
+Front = Callable[[Iterable[Candidate], str], list[Candidate]]
 
 # ------------------------------------------------------------------------- "params<5M,latency<20ms"
 
@@ -120,8 +101,8 @@ class Constraint:
         return value is not None and self.compare(value, self.limit)
 
 
-def parse_constraints(text: str) -> list[Constraint]:
-    """Read "params<5M,latency<20ms".
+def parse_constraints(text: str | None) -> list[Constraint]:
+    """Read "params<5M,latency<20ms"; nothing where nothing is asked.
 
     >>> [c] = parse_constraints("latency <= 0.5s")
     >>> c.field, c.limit
@@ -130,7 +111,9 @@ def parse_constraints(text: str) -> list[Constraint]:
     Raises:
         UserError: names the first part that is no constraint, the unknown word, or the wrong unit.
     """
-    constraints = []
+    constraints: list[Constraint] = []
+    if text is None:
+        return constraints
     parts = text.split(",")
     for part in parts[:-1] if len(parts) > 1 and not parts[-1].strip() else parts:
         match = re.fullmatch(
@@ -323,6 +306,7 @@ COLUMNS: list[Column] = [
     Column("format", lambda c: c.dtype, lambda c: c.dtype or None),
     Column("peak MB", lambda c: decimal(c.memory_mb), lambda c: c.memory_mb),
     Column("epochs", lambda c: str(c.epochs or ""), lambda c: c.epochs),
+    Column("rate", lambda c: "" if c.lr is None else f"{c.lr:.3g}", lambda c: c.lr),
     Column("training s", lambda c: decimal(c.train_seconds), lambda c: c.train_seconds),
 ]
 
@@ -339,6 +323,7 @@ class Table:
     title: str
     note: str  # where the figures come from
     candidates: list[Candidate]
+    ranked_by: str = ""  # what the accuracies are of
 
 
 def markdown_table(candidates: Sequence[Candidate]) -> str:
@@ -395,6 +380,7 @@ class Training:
     val_top1: list[float]
     failure: str = ""  # why there is no accuracy
     test_images: int = 0
+    lr: float | None = None  # peak
 
 
 def summarise(candidate: Candidate, trainings: Sequence[Training]) -> Candidate:
@@ -414,6 +400,7 @@ def summarise(candidate: Candidate, trainings: Sequence[Training]) -> Candidate:
         top1_by_seed=scores if whole else [],
         test_images=trainings[0].test_images,
         epochs=trainings[0].epochs,
+        lr=trainings[0].lr,
         train_seconds=mean(t.seconds for t in trainings),
     )
 

@@ -77,6 +77,7 @@ def facts_of(result: Mapping[str, Any]) -> dict[str, str]:
         "Test accuracy": f"{result['test_top1']:.2%}{_top5(result)}",
         "95% interval": f"{low:.1%} to {high:.1%}, if the test images are drawn at random",
         **({"Without a network": told} if (told := _baselines(result)) else {}),
+        **({"Warning": told} if (told := _no_better_than_a_guess(result)) else {}),
         "Validation accuracy": f"{result['val_top1']:.2%}, at epoch {result['best_epoch']} of "
         f"{result['epochs']}",
         "Parameters": f"{result['params']:,}",
@@ -99,6 +100,8 @@ def outcome_of(result: Mapping[str, Any]) -> str:
     ]
     if told := _baselines(result):
         lines.insert(1, f"beside it  {told}")
+    if told := _no_better_than_a_guess(result):
+        lines.append(f"warning    {told}")
     return "\n".join(lines)
 
 
@@ -111,6 +114,17 @@ def _baselines(result: Mapping[str, Any]) -> str:
     }
     found = result.get("baselines", {})
     return ", ".join(f"{name} {found[key]:.2%}" for name, key in named.items() if key in found)
+
+
+def _no_better_than_a_guess(result: Mapping[str, Any]) -> str:
+    """What to say of a network that the test images can't tell from a guess; "" of any other."""
+    found, low = result.get("baselines", {}), result["test_top1_interval"][0]
+    if low > max(found.get("chance", -1.0), found.get("majority", -1.0)):
+        return ""
+    return (
+        "the network is no better than a guess: too few steps, a learning rate that is too high or "
+        "too low (--find-lr), or labels that don't belong to their images"
+    )
 
 
 def _top5(result: Mapping[str, Any]) -> str:
