@@ -92,7 +92,7 @@ class Config(TrainConfig):
         high=1e6,
     )
     rates: str = knob(
-        "0.25,1,4", "factors on the learning rate that each model tries; 1: no search",
+        "0.25,1,4,16", "factors on the learning rate that each model tries; 1: no search",
         low=0.001, high=1000,
     )  # fmt: skip
     one_optimizer: bool = knob(False, "the Transformer takes SGD too, as all others do")
@@ -137,7 +137,7 @@ from common.engine import processes
 from common.engine.device import describe
 from common.engine.errors import Interrupted, UserError
 from common.engine.progress import Bar
-from common.engine.sources import load_source
+from common.engine.sources import Source, load_source
 from common.lessons import all_models, get_model
 from common.live import digits, live, show
 from common.profiling import count_parameters
@@ -749,8 +749,9 @@ FAMILIES: tuple[Family, ...] = (
 # All take SGD but the Vision Transformer, which takes AdamW, as Transformers are trained.
 #
 # One rate for all would rank the rates and not the designs: LeNet-5, with no norm, wants another
-# than a ResNet. So each network first tries the same three factors on the common rate, for half the
-# epochs, with a seed that is not counted, and keeps what does best on *validation* images.
+# than a ResNet. So each network first tries the same four factors on the common rate, for half the
+# epochs, with a seed that is not counted, and keeps the one with the lowest *training loss*: so
+# early nothing is over-fitted, and BatchNorm's running averages make validation noisy.
 #
 # Two networks that are equally good seldom get the same number. So the verdict pairs the seeds: the
 # same seed gives both networks the same images in the same order. It judges the differences by
@@ -803,20 +804,21 @@ def run(config: Config) -> list[Table]:
     if processes.world_size() > 1:
         raise UserError("the comparison runs in one process: start it with python, not torchrun")
     chosen_names(config.model, [])
+    source = None if config.eval_imagenet else load_source(config)
     run = Run.open(config, LESSON)
     print(f"device     {device.type}: {describe(device)}")
     print(f"folder     {run.folder}", flush=True)
     try:
         if config.eval_imagenet:
             return reproduce(config, device, run, entry, pareto_front)
-        return compare(config, device, run)
+        return compare(config, device, source, run)
     except (KeyboardInterrupt, Interrupted) as stop:
         raise Interrupted(getattr(stop, "signum", signal.SIGINT), run.farewell()) from None
 
 
-def compare(config: Config, device: torch.device, run: Run) -> list[Table]:
+def compare(config: Config, device: torch.device, source: Source, run: Run) -> list[Table]:
     """Count, measure, train, draw, choose."""
-    source, cpu = load_source(config), device.type == "cpu"
+    cpu = device.type == "cpu"
     profiles, results = open_stores(config, run, device, source.fingerprint)
     seeds = 0 if config.profile_only else config.seeds
     limit = config.pass_limit if config.pass_limit is not None else 5.0 if cpu else 0.0

@@ -15,6 +15,9 @@ import csv
 import hashlib
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -23,9 +26,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from common.grading import confinement
+from common.grading import confinement, variants
 from common.grading.class_page import class_page
 from common.grading.exercises import (
     FOLDER,
@@ -46,10 +49,11 @@ from common.grading.marking import (
     is_hidden,
     not_run,
 )
+from common.grading.platforms import PLATFORMS, by_exercise
 from common.grading.sandbox import Limits, require_platform
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
 # ----------------------------------------------------------------------------------------- reports
 
@@ -71,40 +75,6 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def by_exercise(results: Iterable[Result]) -> dict[str, list[Result]]:
-    groups: dict[str, list[Result]] = {}
-    for r in results:
-        groups.setdefault(r.exercise, []).append(r)
-    return groups
-
-
-def gradescope(results: list[Result], seconds: float) -> dict[str, Any]:
-    """`results.json` in Gradescope's form. Each test speaks for itself alone: nothing visible tells
-    how a hidden one went, only of what kind its cases are.
-    """
-    hints: dict[tuple[str, str], str] = {}
-    for number, group in by_exercise(results).items():
-        last = [r for r in group if r.visibility == "visible"][-1:]
-        kind = exercises(lesson_of(number))[number].kind
-        hints |= {(r.exercise, r.check): f"\nThe hidden cases: {kind}." for r in last}
-    return {
-        "execution_time": round(seconds, 3),
-        "stdout_visibility": "hidden",
-        "tests": [
-            {
-                "name": f"{r.exercise} {r.title}: {r.check}",
-                "number": r.exercise,
-                "score": r.score,
-                "max_score": r.max_score,
-                "status": "passed" if r.passed else "failed",
-                "output": (r.message or "passed") + hints.get((r.exercise, r.check), ""),
-                "visibility": r.visibility,
-            }
-            for r in results
-        ],
-    }
-
-
 def write_atomically(path: Path, text: str) -> None:
     """All of `text` under that name or what was there before, whenever the power goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,10 +92,11 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, results: list[Result], seconds: float) -> None:
-    write_atomically(
-        path, json.dumps(gradescope(results, seconds), indent=1, allow_nan=False) + "\n"
-    )
+def write_json(
+    path: Path, results: list[Result], seconds: float, platform: str = "gradescope"
+) -> None:
+    told = PLATFORMS[platform](results, seconds)
+    write_atomically(path, json.dumps(told, indent=1, allow_nan=False) + "\n")
 
 
 # ------------------------------------------------------------------------------------- whole class
@@ -214,7 +185,18 @@ def mark_class(
         for grader in graders:
             grader.host.close()
         bar.close()
-    handed_in = {_name(s.path) for s in submissions}
+    return _conclude(out, done, submissions, lessons, roster)
+
+
+def _conclude(
+    out: Path,
+    done: dict[str, list[Grade]],
+    submissions: list[Submission],
+    lessons: tuple[str, ...],
+    roster: Iterable[str],
+) -> list[Grade]:
+    """Who is missing gets lines with 0; grades.csv and class.html are written."""
+    rows, handed_in = worth(lessons), {_name(s.path) for s in submissions}
     for name in roster:
         if name not in handed_in:
             lost = by_exercise(not_run(row, "not handed in") for row in rows)
@@ -226,7 +208,87 @@ def mark_class(
     return grades
 
 
-def find_submissions(folder: Path, out: Path) -> list[Submission]:
+def mark_variants(
+    folder: Path, out: Path, lessons: tuple[str, ...], options: Sequence[str],
+    roster: Iterable[str], seeds: Mapping[str, int],
+) -> list[Grade]:  # fmt: skip
+    """As `mark_class`, where submissions are of several variants: each variant is marked by a
+    course of its own, which is made for it.
+
+    Args:
+        options: flags for the graders.
+        seeds: variant by name of the submission.
+    """
+    submissions = find_submissions(folder, out)
+    kept: dict[str, list[Grade]] = {}
+    for grade in _read_grades(out):
+        kept.setdefault(grade.student, []).append(grade)
+    done: dict[str, list[Grade]] = {}
+    for seed in sorted({seeds[s.name] for s in submissions}):
+        group = {_name(s.path): s for s in submissions if seeds[s.name] == seed}
+        with tempfile.TemporaryDirectory(prefix="class-") as there:
+            part, table = Path(there, "in"), Path(there, "grades.csv")
+            part.mkdir()
+            for s in group.values():
+                copy = shutil.copytree if s.path.is_dir() and not s.path.is_symlink() else _copy
+                copy(s.path, part / s.path.name, symlinks=True)
+            _write_grades(table, {n: kept[s.name] for n, s in group.items() if s.name in kept})
+            command = [part, "--out", table, "--lessons", ",".join(lessons), *options]
+            try:
+                code = in_variant(seed, [str(word) for word in command])
+            finally:
+                for grade in _read_grades(table):
+                    name = group[grade.student].name
+                    done.setdefault(name, []).append(replace(grade, student=name))
+                _write_grades(out, {**kept, **done})
+        if code:
+            raise KeyboardInterrupt if code == 130 else RuntimeError(f"variant {seed}: exit {code}")
+    return _conclude(out, done, submissions, lessons, roster)
+
+
+def _copy(path: Path, to: Path, symlinks: bool) -> None:
+    shutil.copy2(path, to, follow_symlinks=not symlinks)
+
+
+def in_variant(seed: int, arguments: Sequence[str]) -> int:
+    """This command in a course with the variant in it; its exit code."""
+    with tempfile.TemporaryDirectory(prefix="course-") as course:
+        os.chmod(course, 0o755)
+        variants.make_course(variants.drawn(seed), Path(course))
+        command = [sys.executable, "-m", "common.grade", *arguments, "--variant", "0"]
+        return subprocess.run(command, cwd=course).returncode
+
+
+def variant_of(submission: Submission, lessons: tuple[str, ...]) -> int:
+    """What the head of the submitted files names.  Raises: ValueError, where they differ."""
+    seeds = set()
+    for lesson in lessons:
+        with contextlib.suppress(ValueError):
+            source = submission.source(lesson, only=len(lessons) == 1)[1]
+            seeds.add(variants.seed_of(source.decode("utf-8", "replace")))
+    if len(seeds) > 1:
+        raise ValueError(f"{submission.name}: its files are of several variants: {sorted(seeds)}")
+    return seeds.pop() if seeds else 0
+
+
+def read_variants(path: Path) -> dict[str, int]:
+    """Name to variant, of a roster with a column `variant`; empty where it has none.  Raises:
+    ValueError.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        heads = {head.strip().lower(): head for head in reader.fieldnames or ()}
+        if "variant" not in heads:
+            return {}
+        name = heads.get("student") or heads.get("name") or next(iter(heads.values()))
+        rows = [(row[name].strip(), (row[heads["variant"]] or "").strip()) for row in reader]
+    for student, seed in rows:
+        if not re.fullmatch(r"\d{1,9}", seed, re.ASCII):
+            raise ValueError(f"--roster {path}: the variant of {student} is {seed!r}, no number")
+    return {student: int(seed) for student, seed in rows}
+
+
+def find_submissions(folder: Path, out: Path, quiet: bool = False) -> list[Submission]:
     """Every file and folder that somebody may have handed in, but for `out` itself. What can't be
     marked gets its lines too, and says why.
     """
@@ -242,7 +304,8 @@ def find_submissions(folder: Path, out: Path) -> list[Submission]:
         name = _name(path)
         if names[name] > 1:  # ann.py beside ann/: both are marked, under their whole names
             whole = _text(path.name) + ("/" if path.is_dir() else "")
-            print(f"note: more than one submission is called {name}: {whole}", file=sys.stderr)
+            if not quiet:
+                print(f"note: more than one submission is called {name}: {whole}", file=sys.stderr)
             name = whole
         found.append(Submission(name, path))
     ignored = [
@@ -250,7 +313,7 @@ def find_submissions(folder: Path, out: Path) -> list[Submission]:
         for path in sorted(folder.iterdir())
         if path not in paths and path != out and not is_hidden(Path(path.name))
     ]
-    if ignored:
+    if ignored and not quiet:
         print(f"note: not a submission: {', '.join(map(_text, ignored[:9]))}", file=sys.stderr)
     return found
 
@@ -406,7 +469,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--lessons", metavar="NN,NN", help="what the assignment consists of (default: all)"
     )
-    parser.add_argument("--grade-json", type=Path, metavar="FILE", help="Gradescope's results.json")
+    parser.add_argument(
+        "--variant",
+        type=int,
+        metavar="SEED",
+        help="of the starter (default: what the file or the roster's column `variant` says)",
+    )
+    parser.add_argument(
+        "--grade-json", type=Path, metavar="FILE", help="the marks for a platform, as it reads them"
+    )
+    parser.add_argument(
+        "--platform", choices=PLATFORMS, default="gradescope", help="(default: %(default)s)"
+    )
     parser.add_argument(
         "--jobs",
         type=int,
@@ -438,6 +512,8 @@ def main(argv: list[str] | None = None) -> int:
         require_platform()
         if not options.submission.exists():
             raise ValueError(f"no such file or folder: {options.submission}")
+        if options.variant is not None and not 0 <= options.variant < 2**31:
+            raise ValueError(f"--variant {options.variant}: a number from 0 to {2**31 - 1}")
         if options.jobs < 1 or options.time_limit <= 0 or options.memory_limit < 100:
             raise ValueError(
                 "--jobs must be at least 1, --time-limit positive, --memory-limit at least 100"
@@ -448,14 +524,21 @@ def main(argv: list[str] | None = None) -> int:
                     f"--out marks a class, so {options.submission} must be a folder of submissions"
                 )
             roster = read_roster(options.roster) if options.roster else []
-            grades = mark_class(
-                options.submission,
-                options.out,
-                parse_lessons(options.lessons),
-                options.jobs,
-                limits,
-                roster=roster,
-            )
+            chosen = read_variants(options.roster) if options.roster else {}
+            lessons = parse_lessons(options.lessons)
+            where = options.submission, options.out, lessons
+            seeds = {
+                s.name: chosen.get(_name(s.path), variant_of(s, lessons))
+                if options.variant is None
+                else options.variant
+                for s in find_submissions(options.submission, options.out, quiet=True)
+            }
+            if any(seeds.values()):
+                flags = [f"--jobs={options.jobs}", f"--time-limit={options.time_limit}"]
+                flags += [f"--memory-limit={options.memory_limit}"]
+                grades = mark_variants(*where, flags, roster, seeds)
+            else:
+                grades = mark_class(*where, options.jobs, limits, roster=roster)
             names = {grade.student.rstrip("/") for grade in grades}
             strangers = sorted(
                 n for n in names if roster and n not in roster and Path(n).stem not in roster
@@ -472,7 +555,15 @@ def main(argv: list[str] | None = None) -> int:
             if grades:
                 print(f"{options.out.with_name('class.html')}: the class on one page")
         else:
-            _mark_one(options.submission, options.lessons, options.grade_json, limits)
+            submission = Submission(options.submission.stem, options.submission)
+            lessons = lessons_for(submission, options.lessons)
+            seed = options.variant
+            if seed is None:
+                seed = variant_of(submission, lessons)
+            if seed:
+                return _mark_variant(seed, options)
+            kept = options.grade_json, options.platform
+            _mark_one(submission, lessons, *kept, limits)
     except ValueError as error:
         print(f"grade: {error}", file=sys.stderr)
         return 2
@@ -488,9 +579,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _mark_one(path: Path, chosen: str | None, json_path: Path | None, limits: Limits) -> None:
-    submission = Submission(path.stem, path)
-    lessons = lessons_for(submission, chosen)
+def _mark_variant(seed: int, options: argparse.Namespace) -> int:
+    """One submission of a variant; the paths are the caller's, not the variant's course's."""
+    print(f"variant {seed}", flush=True)
+    command = [str(options.submission.resolve()), f"--platform={options.platform}"]
+    command += [f"--time-limit={options.time_limit}", f"--memory-limit={options.memory_limit}"]
+    command += [f"--lessons={options.lessons}"] if options.lessons else []
+    command += [f"--grade-json={options.grade_json.resolve()}"] if options.grade_json else []
+    return in_variant(seed, command)
+
+
+def _mark_one(
+    submission: Submission,
+    lessons: tuple[str, ...],
+    json_path: Path | None,
+    platform: str,
+    limits: Limits,
+) -> None:
     rows = worth(lessons)
     results: dict[tuple[str, str], Result] = {}
     started = time.monotonic()
@@ -501,7 +606,7 @@ def _mark_one(path: Path, chosen: str | None, json_path: Path | None, limits: Li
         """
         everything = [results.get((row.exercise, row.check)) or not_run(row) for row in rows]
         if json_path:
-            write_json(json_path, everything, time.monotonic() - started)
+            write_json(json_path, everything, time.monotonic() - started, platform)
         return everything
 
     save()

@@ -15,6 +15,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.grading import variants
 from common.grading.exercises import ROOT, exercises, file_name, lesson_path, manifests, worth
 from common.grading.holes import take_out
 
@@ -24,16 +25,34 @@ if TYPE_CHECKING:
     from common.grading.exercises import Exercise
 
 
-def make_starter(lesson: str, only: Iterable[str] | None = None, folder: Path | None = None) -> str:
+def make_starter(
+    lesson: str,
+    only: Iterable[str] | None = None,
+    folder: Path | None = None,
+    variant: int = 0,
+) -> str:
     """The text of the starter of `lesson`, with the exercises `only` (numbers; all where None)
     taken out.
 
     Args:
         folder: where it will lie, from where it finds the course.
+        variant: a seed, see common/grading/variants.py; 0: the lesson as it is.
     """
-    chosen = [e for e in exercises(lesson).values() if only is None or e.number in set(only)]
-    source = lesson_path(lesson).read_text(encoding="utf-8")
-    return _with_assignment(take_out(source, chosen), lesson, chosen, folder or ROOT)
+    chosen = [
+        variants.with_hint(e, variant)
+        for e in exercises(lesson).values()
+        if only is None or e.number in set(only)
+    ]
+    path = lesson_path(lesson)
+    source = variants.texts(variants.drawn(variant)).get(path.relative_to(ROOT)) or path.read_text(
+        encoding="utf-8"
+    )
+    text = _with_assignment(take_out(source, chosen), lesson, chosen, folder or ROOT)
+    if not variant:
+        return text
+    before, mark, after = text.partition("# %% [markdown]\n# ## Your exercises\n")
+    told = "\n".join(wrapped(variants.head(variant, lesson)[2:], "# "))
+    return f"{before}{told}\n\n{mark}{after}"
 
 
 # The first cell of a starter. The course stands before the starter's own folder, so that a lesson
@@ -111,11 +130,17 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, required=True, metavar="DIR", help="folder to write the starters to"
     )
     parser.add_argument("--only", nargs="+", metavar="N.M", help="take out these exercises only")
+    parser.add_argument(
+        "--variant", type=int, default=0, metavar="SEED",
+        help="change what some exercises ask for; common.grade finds the seed in the file",
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="overwrite a file that is there")
     options = parser.parse_args(argv)
     lessons = (
         list(manifests()) if options.lesson == ["all"] else [n.zfill(2)[:2] for n in options.lesson]
     )
+    if not 0 <= options.variant < 2**31:
+        return _fail(f"--variant {options.variant}: a number from 0 to {2**31 - 1}")
     for lesson in lessons:
         if lesson not in manifests():
             return _fail(
@@ -135,7 +160,8 @@ def main(argv: list[str] | None = None) -> int:
         only = options.only and [n for n in options.only if n in known]
         try:
             options.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(make_starter(lesson, only, options.out), encoding="utf-8")
+            text = make_starter(lesson, only, options.out, options.variant)
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
             return _fail(f"can't write {path}: {error.strerror}")
         numbers = list(known) if only is None else only

@@ -418,7 +418,7 @@ def test_only_the_transformer_takes_adamw() -> None:
     assert lesson.own_recipe("vit_xs_16", same) == same
 
 
-def test_each_model_takes_the_rate_that_validates_best(
+def test_each_model_takes_the_rate_that_learns_fastest(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The search sees neither the test images nor a seed that counts, and is not made twice."""
@@ -428,10 +428,9 @@ def test_each_model_takes_the_rate_that_validates_best(
     def fake(entry: Entry, data: object, config: TrainConfig, device: object) -> Training:
         name = entry.candidate.model
         seen.append((name, config.seed, config.lr, config.epochs))
-        val = 1 - abs(config.lr - best[name])  # and the test says the contrary
-        return Training(
-            name, config.seed, config.epochs, 1, 1, 1 - val, 1.0, 1.0, [1.0], [val], lr=config.lr
-        )
+        loss = abs(config.lr - best[name])  # validation and test say the contrary
+        measured = loss, 1.0, 1.0, [loss], [loss]
+        return Training(name, config.seed, config.epochs, 1, 1, *measured, lr=config.lr)
 
     monkeypatch.setattr(training, "train_once", fake)
     config = lesson.Config(dataset="digits", epochs=3, seeds=2).resolve("digits")
@@ -445,9 +444,9 @@ def test_each_model_takes_the_rate_that_validates_best(
     assert config.lr == pytest.approx(0.1)
     for name, lr in best.items():
         mine = [run[1:] for run in seen if run[0] == name]
-        tried, counted = mine[:3], mine[3:]
-        assert [(seed, epochs) for seed, _, epochs in tried] == [(1000, 2)] * 3
-        assert [rate for _, rate, _ in tried] == pytest.approx([0.025, 0.1, 0.4])
+        tried, counted = mine[:4], mine[4:]
+        assert [(seed, epochs) for seed, _, epochs in tried] == [(1000, 2)] * 4
+        assert [rate for _, rate, _ in tried] == pytest.approx([0.025, 0.1, 0.4, 1.6])
         assert counted == [(0, pytest.approx(lr), 3), (1, pytest.approx(lr), 3)]
     assert [t.seed for t in done] == [0, 0, 1, 1]
     again = len(seen)

@@ -443,8 +443,13 @@ def test_exported_files_give_the_models_logits(
     assert json.loads((tmp_path / "model.json").read_text())["classes"] == list("abcde")
 
 
-def test_a_script_without_the_course_says_of_a_jpeg_what_predict_says(tmp_path: Path) -> None:
-    """Pictures that are not square, one of them turned by its EXIF tag."""
+@pytest.mark.parametrize("pixels", [False, True])
+def test_a_script_without_the_course_says_of_a_jpeg_what_predict_says(
+    tmp_path: Path, pixels: bool
+) -> None:
+    """Pictures that are not square, one of them turned by its EXIF tag; with the normalisation in
+    the script, and in the file.
+    """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     from PIL import Image
@@ -461,8 +466,10 @@ def test_a_script_without_the_course_says_of_a_jpeg_what_predict_says(tmp_path: 
     model, side = small_net().eval(), 96
     mean_std = torch.tensor([0.3, 0.4, 0.5]), torch.tensor([0.2] * 3)
     knows = calibration.Calibration(temperature=0.05)  # so that a small difference shows
-    export_model(model, (3, side, side), tmp_path, list("abcde"), mean_std, knows)
+    export_model(model, (3, side, side), tmp_path, list("abcde"), mean_std, knows, pixels)
     ours = predict_files(model, list("abcde"), mean_std, side, paths, tmp_path, knows)
+    about = json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))
+    assert ("mean" in about["preprocessing"]) == (not pixels)
     command = [sys.executable, "classify.py", *paths]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     theirs = [line.split("\t") for line in done.stdout.splitlines()]

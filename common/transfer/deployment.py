@@ -49,7 +49,8 @@ def deploy(
         predict_files(
             model, class_names, mean_std, side, paths, folder, calibration, config.skip_broken
         )
-    if config.export:
+    if config.export or config.export_pixels:
         clean = build(len(class_names))  # without the hooks that freezing leaves
         clean.load_state_dict(model.state_dict())
-        export_model(clean, (3, side, side), folder, class_names, mean_std, calibration)
+        size, names, pixels = (3, side, side), class_names, config.export_pixels
+        export_model(clean, size, folder, names, mean_std, calibration, pixels)

@@ -20,6 +20,24 @@ from common.transfer.prediction import resized_side
 TOLERANCE = 1e-4  # largest difference of two logits
 
 
+class FromPixels(nn.Module):
+    """The model with its preprocessing but for resize and crop, which no ONNX operator does as
+    torchvision does: (N, H, W, 3) uint8 -> (N, K) probabilities.
+    """
+
+    def __init__(
+        self, model: nn.Module, mean_std: tuple[Tensor, Tensor], temperature: float
+    ) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
+        for name, values in zip(("mean", "std"), mean_std):
+            self.register_buffer(name, values.detach().cpu().float().reshape(1, 3, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = pixels.permute(0, 3, 1, 2).float() / 255
+        return (self.model((x - self.mean) / self.std) / self.temperature).softmax(1)
+
+
 def export_model(
     model: nn.Module,
     input_size: tuple[int, int, int],
@@ -27,13 +45,17 @@ def export_model(
     class_names: Sequence[str],
     mean_std: tuple[Tensor, Tensor],
     calibration: Calibration = UNKNOWN,
+    pixels: bool = False,
 ) -> dict[str, float]:
     """Write `model.pt2` (torch.export) and, where its packages are installed, `model.onnx`, each
     for any number of normalised images; `model.json`, which says how a picture becomes an input
     and what the outputs mean; and `classify.py`, which does so by onnxruntime, without the course.
 
-    Every file is read again and asked for the logits of three images, one more than it was made
+    Every file is read again and asked for the answer to three images, one more than it was made
     with.
+
+    Args:
+        pixels: the files hold `FromPixels(model)`: pixels in, probabilities out.
 
     Returns:
         The largest difference to the model's own logits, by file name.
@@ -45,6 +67,10 @@ def export_model(
     model = model.cpu().eval()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, *input_size, generator=generator)
+    if pixels:
+        model = FromPixels(model, mean_std, calibration.temperature).eval()
+        shape = (3, *input_size[1:], 3)
+        x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     with torch.inference_mode():
         expected = model(x)
     differences: dict[str, float] = {}
@@ -68,20 +94,21 @@ def export_model(
         size = (folder / name).stat().st_size / 1e6
         print(f"export     {folder / name}, {size:.1f} MB, logits within {differences[name]:.1g}")
     mean, std = (v.flatten().tolist() for v in mean_std)
+    inside = {} if pixels else {"range": [0, 1], "mean": mean, "std": std}
+    output = "logits; probabilities are softmax(logits / temperature)"
     facts = {
-        "input": [None, *input_size],
+        "input": [None, *x.shape[1:]],
+        "input_type": "uint8" if pixels else "float32",
         "preprocessing": {
             "turn": "as the EXIF tag says",
             "channels": "RGB",
             "resize": resized_side(input_size[1]),  # of the shorter side, in pixels
             "resample": "bilinear, antialiased",
             "crop": input_size[1],  # side of the square in the centre, in pixels
-            "range": [0, 1],
-            "mean": mean,
-            "std": std,
+            **inside,
         },
         "classes": list(class_names),
-        "output": "logits; probabilities are softmax(logits / temperature)",
+        "output": "probabilities" if pixels else output,
         "temperature": calibration.temperature,
         "unsure_below": calibration.threshold,
     }
@@ -113,11 +140,15 @@ for path in sys.argv[1:]:
     sides = [how["resize"] * s // short for s in image.size]
     image = image.resize(sides, Image.Resampling.BILINEAR)
     left, top = (round((s - side) / 2) for s in image.size)
-    pixels = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
-    x = (pixels - np.float32(how["mean"])) / np.float32(how["std"])  # (side, side, 3)
-    (logits,) = session.run(None, {session.get_inputs()[0].name: x.transpose(2, 0, 1)[None]})
-    z = logits[0] / about["temperature"]
-    p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    x = np.asarray(image.crop((left, top, left + side, top + side)))  # (side, side, 3), uint8
+    if about["input_type"] == "float32":
+        x = (np.float32(x) / 255 - np.float32(how["mean"])) / np.float32(how["std"])
+        x = x.transpose(2, 0, 1)
+    (answer,) = session.run(None, {session.get_inputs()[0].name: x[None]})
+    p = answer[0]
+    if about["output"] != "probabilities":
+        z = p / about["temperature"]
+        p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
     print(path, about["classes"][p.argmax()], f"{p.max():.4f}", sep="\\t")
 '''
 

@@ -1,0 +1,159 @@
+"""A zip that a platform marks with: `python -m common.kit gradescope --lessons 01 --out kit.zip`.
+
+gradescope    upload it as the assignment's autograder
+classroom50   unpack it into CLASSROOM/autograders/ASSIGNMENT/ (the heir of GitHub Classroom)
+prairielearn  unpack it into the question's folder
+
+Each holds the course and the few lines that the platform calls. docs/GRADING.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import zipfile
+from pathlib import Path
+
+from common.cli import exit_codes
+from common.engine.errors import UserError
+from common.engine.files import write_atomically
+from common.grade import parse_lessons
+from common.grading.exercises import file_name
+from common.grading.variants import course_files
+
+# The course is marked with what it is written in; torch without CUDA is 200 MB and not 6 GB.
+SETUP = """#!/usr/bin/env bash
+set -euo pipefail
+here="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
+if command -v apt-get >/dev/null; then
+    apt-get update && apt-get install -y python3 python3-venv
+fi
+python3 -m venv "$here/.venv"
+"$here/.venv/bin/pip" install --quiet torch torchvision{index}
+"$here/.venv/bin/pip" install --quiet -r "$here/requirements.txt"
+"""
+
+RUN_GRADESCOPE = """#!/usr/bin/env bash
+# What Gradescope calls for each submission; ROOT is /autograder there.
+root="${{ROOT:-/autograder}}"
+cd "$root/source"
+python="${{PYTHON:-$root/source/.venv/bin/python}}"
+"$python" -m common.grade "$root/submission" --lessons {lessons} \\
+    --grade-json "$root/results/results.json"
+"""
+
+AUTOGRADER = '''"""Called by Classroom 50 in the student's repository: leaves result.json there."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+course, student = Path(__file__).resolve().parent, Path.cwd()
+if importlib.util.find_spec("torch") is None:  # a container with torch in it saves these minutes
+    packages = ["torch", "torchvision"{index}]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
+    wanted = ["-r", str(course / "requirements.txt")]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
+command = [
+    sys.executable, "-m", "common.grade", str(student), "--lessons", "{lessons}",
+    "--platform", "classroom50", "--grade-json", str(student / "result.json"),
+]
+sys.exit(subprocess.run(command, cwd=course, env={{**os.environ}}).returncode)
+'''
+
+RUN_PRAIRIELEARN = """#!/usr/bin/env bash
+# What PrairieLearn's grader calls; ROOT is /grade there. The image holds requirements.txt.
+root="${{ROOT:-/grade}}"
+mkdir -p "$root/results"
+cd "$root/tests/course"
+"${{PYTHON:-python3}}" -m common.grade "$root/student" --lessons {lessons} \\
+    --platform prairielearn --grade-json "$root/results/results.json"
+"""
+
+
+def kit(platform: str, lessons: tuple[str, ...], index: str = "") -> dict[str, bytes]:
+    """Name in the zip to content.
+
+    Args:
+        index: where pip finds torch's build without CUDA, as pytorch.org names it; "": the default.
+    """
+    course, named = course_files(), ",".join(lessons)
+    setup = SETUP.format(index=f" --index-url '{index}'" if index else "").encode()
+    if platform == "gradescope":
+        run = RUN_GRADESCOPE.format(lessons=named).encode()
+        return {"setup.sh": setup, "run_autograder": run, **course}
+    if platform == "classroom50":
+        options = f', "--index-url", {index!r}' if index else ""
+        return {"autograder.py": AUTOGRADER.format(index=options, lessons=named).encode(), **course}
+    files = [file_name(lesson) for lesson in lessons]
+    info = {
+        "title": "Exercises of lesson " + named,
+        "topic": "Convolutional networks",
+        "type": "v3",
+        "gradingMethod": "External",
+        "externalGradingOptions": {
+            "enabled": True, "image": "YOUR/IMAGE", "entrypoint": "bash /grade/tests/run.sh",
+            "timeout": 600,
+        },
+    }  # fmt: skip
+    upload = ",".join(files)
+    question = (
+        f'<pl-question-panel>Hand in {upload}.</pl-question-panel>\n<pl-file-upload file-names="'
+        f'{upload}"></pl-file-upload>\n<pl-submission-panel><pl-external-grader-results>'
+        "</pl-external-grader-results></pl-submission-panel>\n"
+    )
+    return {
+        "info.json": (json.dumps(info, indent=2) + "\n").encode(),
+        "question.html": question.encode(),
+        "tests/run.sh": RUN_PRAIRIELEARN.format(lessons=named).encode(),
+        **{f"tests/course/{name}": data for name, data in course.items()},
+    }
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    """A zip of them, with what is to be run executable."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            entry = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
+            mode = 0o755 if data.startswith(b"#!") else 0o644
+            entry.external_attr, entry.compress_type = mode << 16, zipfile.ZIP_DEFLATED
+            archive.writestr(entry, data)
+    return out.getvalue()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m common.kit",
+        description=__doc__.split("\n\n")[0],
+        epilog="\n\n".join(__doc__.split("\n\n")[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("platform", choices=("gradescope", "classroom50", "prairielearn"))
+    parser.add_argument("--lessons", required=True, metavar="NN,NN", help="what is marked")
+    parser.add_argument("--out", type=Path, default=Path("kit.zip"), help="(default: kit.zip)")
+    parser.add_argument(
+        "--torch-index",
+        default="",
+        metavar="URL",
+        help="where pip finds torch without CUDA: pytorch.org shows it (default: the 6 GB build)",
+    )
+    options = parser.parse_args(argv)
+    with exit_codes():
+        try:
+            lessons = parse_lessons(options.lessons)
+        except ValueError as error:
+            raise UserError(f"--lessons: {error}") from None
+        if "'" in options.torch_index or any(c.isspace() for c in options.torch_index):
+            raise UserError(f"--torch-index {options.torch_index!r}: that is no address")
+        files = kit(options.platform, lessons, options.torch_index)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out, packed(files))
+        print(f"{options.out}: {len(files)} files for {options.platform}, {', '.join(lessons)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Variants of an assignment: each is right by its own reference, and by no other.
+
+VARIANTS=all tries every exercise that varies, and not two of lesson 1's alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import grade, starter
+from common.grading.exercises import exercises, file_name, lesson_of, lesson_path, manifests
+from common.grading.variants import (
+    CHOICES,
+    OWN,
+    Option,
+    drawn,
+    head,
+    make_course,
+    seed_of,
+    texts,
+)
+
+MARK = """
+import json, sys
+from pathlib import Path
+from common.grading.marking import Grader, Submission
+asked = json.loads(sys.argv[1])  # exercise: folders of submissions
+told = {}
+with Grader(sorted({int(n.split(".")[0]) and f"{int(n.split('.')[0]):02d}" for n in asked})) as g:
+    for number, folders in asked.items():
+        for folder in folders:
+            results = g.mark_exercise(Submission("x", Path(folder)), number)
+            told[f"{number} {Path(folder).name}"] = [
+                sum(r.score for r in results), sum(r.max_score for r in results)
+            ]
+print(json.dumps(told))
+"""
+
+
+def test_two_hundred_variants_fit_the_lessons_and_name_themselves() -> None:
+    seen = set()
+    for seed in range(1, 201):
+        chosen = drawn(seed)
+        changed = texts(chosen)
+        assert chosen == drawn(seed)
+        for lesson in manifests():
+            line = head(seed, lesson)
+            assert seed_of(f'"""A file."""\n{line}\n') == seed
+            differs = any(o.says for n, o in chosen.items() if lesson_of(n) == lesson)
+            assert (Path(file_name(lesson)) in changed) == differs
+        seen.add(tuple(o.says for n, o in chosen.items() if n.startswith("1.")))
+    assert len(seen) > 20 and all(len(options) > 1 for options in CHOICES.values())
+    assert not texts(drawn(0)) and seed_of("no head") == 0
+
+
+def test_each_specification_is_met_by_its_own_solution_alone(tmp_path: Path) -> None:
+    """Every option of an exercise as the reference, against the solutions of all its options."""
+    every = os.environ.get("VARIANTS") == "all"
+    numbers = [n for n in CHOICES if every or n in ("1.1", "1.3")]
+    most = max(len(CHOICES[n]) for n in numbers)
+
+    def option(number: str, k: int) -> Option:
+        options = CHOICES[number]
+        return options[min(k, len(options) - 1)]
+
+    for k in range(most):  # submissions: every exercise in its k-th form
+        make = {number: option(number, k) for number in numbers}
+        for lesson in {lesson_of(n) for n in numbers}:
+            text = texts(make).get(Path(file_name(lesson))) or lesson_path(lesson).read_text()
+            path = tmp_path / str(k) / file_name(lesson)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    for k in range(1, most):  # the course as it is has tests of its own
+        course = tmp_path / f"course{k}"
+        make_course({number: option(number, k) for number in numbers}, course)
+        asked = {
+            n: [str(tmp_path / str(j)) for j in range(len(CHOICES[n]))]
+            for n in numbers
+            if k < len(CHOICES[n])
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", MARK, json.dumps(asked)],
+            cwd=course, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        for which, (got, worth) in json.loads(done.stdout).items():
+            number, j = which.split()
+            assert (got == worth) == (int(j) == k), f"{number}: form {j} where {k} was asked: {got}"
+
+
+def test_a_starter_says_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seed = next(s for s in range(1, 99) if drawn(s)["1.3"].says == "the gate is 1 + tanh")
+    assert starter.main(["01", "--out", str(tmp_path), "--variant", str(seed)]) == 0
+    text = (tmp_path / file_name("01")).read_text(encoding="utf-8")
+    assert seed_of(text) == seed and "the gate is 1 + tanh" in text
+    assert "1 + tanh after them" in text.replace('"\n            "', "")
+    assert "Scale by 1 + tanh computed" in text and "torch.sigmoid(self.excite" not in text
+    for wrong in ("-1", "9" * 12):
+        assert starter.main(["01", "--out", str(tmp_path), "--variant", wrong]) == 2
+    assert "--variant" in capsys.readouterr().err
+
+
+def test_the_roster_or_the_file_tells_the_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class of three variants is marked in three courses, and lands in one table."""
+    asked: list[tuple[int, list[str]]] = []
+
+    def fake(seed: int, arguments: list[str]) -> int:
+        part, out = Path(arguments[0]), Path(arguments[2])
+        asked.append((seed, sorted(p.name for p in part.iterdir())))
+        rows = {
+            p.stem: [
+                grade.Grade(p.stem, "00", n, "", "beginner", 1, 2, "", "", 0.0, "x")
+                for n in exercises("00")
+            ]
+            for p in part.iterdir()
+        }
+        grade._write_grades(out, rows)
+        return 0
+
+    monkeypatch.setattr(grade, "in_variant", fake)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, seed in (("ann", 7), ("bob", 0), ("eve", 0)):
+        line = f"# Variant {seed}: x.\n" if seed else ""
+        (folder / f"{name}.py").write_text(line, encoding="utf-8")
+    roster = tmp_path / "names.csv"
+    roster.write_text("student,variant\nann,7\neve,12\nzoe,3\n", encoding="utf-8")
+    out = tmp_path / "out" / "grades.csv"
+    out.parent.mkdir()
+    flags = ["--out", str(out), "--lessons", "00", "--roster", str(roster)]
+    assert grade.main([str(folder), *flags]) == 0
+    assert asked == [(0, ["bob.py"]), (7, ["ann.py"]), (12, ["eve.py"])]
+    students = [line.split(",")[0] for line in out.read_text().splitlines()[1:]]
+    assert set(students) == {"ann", "bob", "eve", "zoe"}
+    assert (out.parent / "class.html").exists()
+    roster.write_text("student,variant\nann,seven\n", encoding="utf-8")
+    assert grade.main([str(folder), *flags]) == 2
+    assert "the variant of ann is 'seven'" in capsys.readouterr().err
+
+
+def test_an_edit_that_no_longer_fits_says_where() -> None:
+    with pytest.raises(ValueError, match=r"variant of 1\.1, 01_resnet_beginner.py.*0 times"):
+        texts({"1.1": Option("x", (("no such text", "y"),), ("", ""))})
+    assert texts({"1.1": OWN}) == {}
