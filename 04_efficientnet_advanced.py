@@ -221,10 +221,10 @@ if live():
 #     └────────────────────────────────────────────────────┘
 #
 # A ResNet bottleneck is wide at its ends and narrow in the middle. This one is inverted: the
-# shortcut joins the narrow ends, and the wide middle is affordable because its convolution is
-# depthwise. The narrow output gets no activation: in few channels, what an activation flattens is
-# lost (Sandler et al. 2018, sec. 3.2). **By hand**, the parameters of `MBConv(24, 40, 5)`, whose
-# middle has $6 \cdot 24 = 144$ channels; a norm has two for each channel:
+# shortcut joins the narrow ends, and the wide middle is cheap because it is depthwise. The narrow
+# output gets no activation: in few channels, what an activation flattens is lost (Sandler et al.
+# 2018, sec. 3.2). **By hand**, the parameters of `MBConv(24, 40, 5)`, whose middle has
+# $6 \cdot 24 = 144$ channels; a norm has two for each channel:
 #
 #     expand     24 * 144 + 2 * 144                3,744
 #     depthwise  5 * 5 * 144 + 2 * 144             3,888
@@ -343,8 +343,7 @@ class Row(NamedTuple):
 
 
 tf_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)  # B5 to B7 come from TensorFlow
-# NOTE: the multipliers are the authors' own, rounded by hand from the formula. The image sizes are
-# those of torchvision's weights: 288 px for B2, where the authors have 260.
+# NOTE: the authors rounded the multipliers by hand. The sizes are torchvision's: B2's was 260 px.
 TABLE: dict[str, Row] = {
     #                    width depth   px  dropout
     "efficientnet_b0": Row(1.0, 1.0, 224, 0.2),
@@ -628,7 +627,6 @@ def train_found(evolve: bool | None, arm: Arm, data: Data, config: Config, devic
     """Search on the proxy task, and train the best net in full; None takes B0's own rows."""
     net = partial(EfficientNet, stem_channels=STEM_CHANNELS // 2, dropout=0, stochastic_depth=0)
     net = partial(net, num_classes=data.num_classes, small_input=config.small_input)
-    # The proxy task: half the resolution, and few epochs.
     half, short = nn.AvgPool2d(2), replace(config, epochs=config.proxy_epochs, warmup=0)
 
     def judge(stages: Stages) -> float:
