@@ -15,7 +15,7 @@ as much as one 7x7, with fewer weights and a ReLU after each, so build everythin
 Measured on digits (16 px, 10 epochs, seeds 0 to 2, torch 2.15, float32 on two cores of an Intel
 Xeon): vgg11_bn tests at 99.16%, 98.61% and 99.44%, 29 s of training.
 
-What the experiments gave stands at the end of the file, lest it spoil your guess.
+What the experiments gave stands at the end of the file, so that you can guess first.
 """
 
 # %% [markdown]
@@ -38,9 +38,9 @@ What the experiments gave stands at the end of the file, lest it spoil your gues
 # %% [markdown]
 # ## The problem, and the one equation
 #
-# How large should a filter be? AlexNet began with 11x11, its successors with 7x7. VGG asks for
-# nothing but 3x3, the smallest that knows left from right and up from down, and gets the large
-# view by stacking. With $C$ channels in and out:
+# How large should a filter be? AlexNet began with 11x11, its successors with 7x7. VGG uses
+# 3x3 alone, the smallest filter that knows left from right and up from down. It gets the large
+# view by stacking them. With $C$ channels in and out:
 #
 # $$\underbrace{3 \cdot 3^2 C^2 = 27\,C^2}_{\text{three 3x3, three ReLUs}}
 #   \quad < \quad \underbrace{7^2 C^2 = 49\,C^2}_{\text{one 7x7, one ReLU}}$$
@@ -69,27 +69,20 @@ class Config(TrainConfig):
     """What this lesson can be told; every field is a flag, and `--help` prints them all."""
 
     model: str = knob("vgg11_bn", "a name of MODELS: vgg11, vgg13, vgg16, vgg19, vgg16_bn, ...")
-    dropout: float = knob(
-        0.5, "share of the large head's units silenced, for over 64 px", low=0, high=0.95
-    )
-    field_images: int = knob(
-        4, "noise images that --experiment receptive-field looks at", low=1, high=4096
-    )
+    dropout: float = knob(0.5, "of the head for images above 64 px", low=0, high=0.95)
+    field_images: int = knob(4, "noise images of --experiment receptive-field", low=1, high=4096)
 
     # What differs from the defaults of common/config.py; the record was measured with these. Digits
     # are enlarged to 16 pixels, so that the first three blocks have a map to show.
     RECIPES = {"digits": {"image_size": 16, "epochs": 10, "batch_size": 64, "base_lr": 0.4}}
 
     def resolve(self, *args: object, **options: object) -> TrainConfig:
-        """As ever, but a net without BatchNorm gets a tenth of the recipe's learning rate.
-
-        The paper's own was 0.01 per 256 images (sec. 3.1). The experiment `batch-norm` shows what
-        becomes of such a net at the full rate.
+        """A net without BatchNorm gets a tenth of the recipe's learning rate: the paper's own was
+        0.01 per 256 images (sec. 3.1).
         """
         config = super().resolve(*args, **options)
-        if self.lr is None and not self.model.endswith("_bn"):
-            config = replace(config, lr=config.lr / 10)
-        return config
+        plain = self.lr is None and not self.model.endswith("_bn")
+        return replace(config, lr=config.lr / 10) if plain else config
 
 
 # Flags are read before torch is imported, so that --help answers at once.
@@ -109,12 +102,70 @@ from common.data import Data, load_data
 from common.engine.device import memory_format
 from common.evaluation import evaluate
 from common.experiments import Arm, Claim, Experiment, Trial, conclude, run_experiment
-from common.inspection import centre_gradient, effective_extent, extent, to_images
+from common.inspection import centre_gradient, effective_extent, extent
+from common.inspection import stage_activations, to_images
 from common.live import digits, live, show
 from common.pretrained import load_pretrained, weights_mean_std
-from common.profiling import count_macs, count_parameters, profile
+from common.profiling import count_parameters, profile
 from common.runs import Run, banner, draw_figures, prepare
 from common.training import fit, make_optimizer, make_schedule, train_one_epoch
+
+# %% [markdown]
+# ## The VGG block: a few 3x3 convolutions, then halve the map
+#
+# Every convolution keeps height and width (3x3 with a padding of 1), and every pool halves them. So
+# a block is told two numbers, how wide and how deep, and a network is a list of such pairs.
+
+
+# %%
+class VGGBlock(nn.Module):
+    """`depth` 3x3 convolutions with ReLU, then a 2x2 max-pool.  Simonyan and Zisserman 2014, 2.1.
+
+    (N, C_in, H, W) -> (N, C_out, H/2, W/2)
+
+    Args:
+        in_channels: C_in, read by the first convolution only.
+        out_channels: C_out, the width of every convolution of the block.
+        depth: number of convolutions; or the kernel size of each, where they aren't all 3x3.
+        batch_norm: normalise between each convolution and its ReLU.  Ioffe and Szegedy 2015, 3.2.
+        ceil_mode: round H/2 up instead of down, so that a 1x1 map stays one.
+
+    NOTE: a BatchNorm subtracts whatever bias the convolution before it added, so with `batch_norm`
+    these biases do nothing. They are kept because the published weights of the _bn nets have them.
+
+    >>> VGGBlock(3, 64, depth=2)(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 64, 16, 16])
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, depth: int | tuple[int, ...],
+        batch_norm: bool = False, ceil_mode: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        layers: list[nn.Module] = []
+        for kernel in (3,) * depth if isinstance(depth, int) else depth:
+            layers += [nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)]
+            if batch_norm:
+                layers += [nn.BatchNorm2d(out_channels)]
+            layers += [nn.ReLU()]
+            in_channels = out_channels  # only the first convolution widens
+        self.convs = nn.Sequential(*layers)
+        self.pool = nn.MaxPool2d(2, ceil_mode=ceil_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convs(x)  # (N, C_out, H, W)
+        return self.pool(x)  # (N, C_out, H/2, W/2)
+
+
+# %% [markdown]
+# **Say it first**: a block of two convolutions from 3 to 64 channels. How many parameters? And what
+# is left of a digit of 8 pixels behind its pool?
+
+# %%
+if live():
+    block = VGGBlock(3, 64, depth=2)
+    print(count_parameters(block), (3 * 9 + 1) * 64 + (64 * 9 + 1) * 64)
+    show(digits(4), block(digits(1))[:, :12])
 
 # %% [markdown]
 # ## BatchNorm, once by hand
@@ -134,7 +185,7 @@ from common.training import fit, make_optimizer, make_schedule, train_one_epoch
 
 # %%
 class BatchNorm2d(nn.Module):
-    """Ioffe and Szegedy 2015, alg. 1 and 2; equal to `nn.BatchNorm2d`, which the nets below use.
+    """Ioffe and Szegedy 2015, alg. 1 and 2; equal to `nn.BatchNorm2d`, which the nets use.
 
     (N, C, H, W) -> (N, C, H, W)
 
@@ -170,7 +221,7 @@ class BatchNorm2d(nn.Module):
 
 # %% [markdown]
 # **Say it first**: eight pictures of digits go through it. Which mean and deviation has each
-# channel in training mode? And in eval mode right after, when the running mean is still nearly 0?
+# channel in training mode? The running mean is now a tenth of theirs: is the mean 0 in eval mode?
 
 # %%
 if live():
@@ -180,72 +231,11 @@ if live():
     torch.testing.assert_close(y, nn.BatchNorm2d(3)(x))  # equal to torch's own
 
 # %% [markdown]
-# ## The VGG block: a few 3x3 convolutions, then halve the map
-#
-# Every convolution keeps height and width (3x3 with a padding of 1), and every pool halves them. So
-# a block is told two numbers, how wide and how deep, and a network is a list of such pairs.
-
-
-# %%
-class VGGBlock(nn.Module):
-    """`depth` 3x3 convolutions with ReLU, then a 2x2 max-pool.  Simonyan and Zisserman 2014, 2.1.
-
-    (N, C_in, H, W) -> (N, C_out, H/2, W/2)
-
-    Args:
-        in_channels: C_in, read by the first convolution only.
-        out_channels: C_out, the width of every convolution of the block.
-        depth: number of convolutions; or the kernel size of each, where they aren't all 3x3.
-        batch_norm: normalise between each convolution and its ReLU.  Ioffe and Szegedy 2015, 3.2.
-        ceil_mode: round H/2 up instead of down, so that a 1x1 map stays one.
-
-    NOTE: a BatchNorm subtracts whatever bias the convolution before it added, so with `batch_norm`
-    these biases do nothing. They are kept because the published weights of the _bn nets have them.
-
-    >>> VGGBlock(3, 64, depth=2)(torch.zeros(1, 3, 32, 32)).shape
-    torch.Size([1, 64, 16, 16])
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        depth: int | tuple[int, ...],
-        batch_norm: bool = False,
-        ceil_mode: bool = False,
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for kernel in (3,) * depth if isinstance(depth, int) else depth:
-            layers += [nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)]
-            if batch_norm:
-                layers += [nn.BatchNorm2d(out_channels)]
-            layers += [nn.ReLU()]
-            in_channels = out_channels  # only the first convolution widens
-        self.convs = nn.Sequential(*layers)
-        self.pool = nn.MaxPool2d(2, ceil_mode=ceil_mode)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.convs(x)  # (N, C_out, H, W)
-        return self.pool(x)  # (N, C_out, H/2, W/2)
-
-
-# %% [markdown]
-# **Say it first**: a block of two convolutions from 3 to 64 channels. How many parameters? And what
-# is left of a digit of 8 pixels behind its pool?
-
-# %%
-if live():
-    block = VGGBlock(3, 64, depth=2)
-    print(count_parameters(block), (3 * 9 + 1) * 64 + (64 * 9 + 1) * 64)
-    show(digits(4), block(digits(1))[:, :12])
-
-# %% [markdown]
 # ## The head: three linear layers that hold most of the weights
 #
 # The last map, 512 channels of 7x7, is read pixel by pixel by a linear layer of 4096 units. That
 # one layer has 102.8 million weights, five times as many as all convolutions of VGG-19 together. It
-# is where VGG overfits, hence the dropout, and what later networks replaced by an average.
+# overfits, so dropout stands behind it. Later networks took an average in its place.
 
 
 # %%
@@ -292,7 +282,7 @@ def small_head(in_channels: int, num_classes: int) -> nn.Sequential:
 
 # %%
 if live():
-    with torch.device("meta"):  # shapes without numbers: 400 MB would be needed
+    with torch.device("meta"):  # shapes without numbers, which would take 500 MB
         print([count_parameters(layer) for layer in vgg_head(512, 1000, 0.5)])
 
 # %% [markdown]
@@ -303,8 +293,9 @@ if live():
 # linear layers add up to the number in the name: 2 + 2 + 3 + 3 + 3 and 3 make VGG-16.
 #
 # Column C is as deep as D, but the last convolution of three stages is 1x1: it adds a ReLU and no
-# view. In the paper it lies between B and D, which says that both count. Column A-LRN is A with
-# AlexNet's local response normalisation; it gave nothing (table 3), and isn't here.
+# view. In the paper its error lies between those of B and D: the depth counts, and so does the
+# view. Column A-LRN is A with AlexNet's local response normalisation; it gave nothing (table 3),
+# and isn't here.
 
 # %%
 CHANNELS = (64, 128, 256, 512, 512)
@@ -342,14 +333,9 @@ class VGG(nn.Module):
     """
 
     def __init__(
-        self,
-        depths: Row,
-        channels: tuple[int, ...] = CHANNELS,
-        num_classes: int = 1000,
-        small_input: bool = False,
-        batch_norm: bool = False,
-        dropout: float = 0.5,
-    ) -> None:
+        self, depths: Row, channels: tuple[int, ...] = CHANNELS, num_classes: int = 1000,
+        small_input: bool = False, batch_norm: bool = False, dropout: float = 0.5,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.stem = nn.Identity()  # the first block reads the pixels themselves
         stages, in_channels = [], 3
@@ -432,21 +418,6 @@ def build(config: Config, num_classes: int) -> nn.Module:
     )
 
 
-@torch.no_grad()
-def block_maps(model: VGG, x: Tensor) -> dict[str, np.ndarray]:
-    """What each block has found before its pool discards three values of four: (C, h, w) by name.
-
-    Blocks whose map is a single pixel are left out: there is nothing to see.
-    """
-    maps, x = {}, model.stem(x)
-    for i, block in enumerate(model.eval().stages, 1):
-        x = block.convs(x)  # (1, C, h, w)
-        if x.shape[-1] > 1:
-            maps[f"block {i} before its pool"] = x[0].float().cpu().numpy()
-        x = block.pool(x)
-    return maps
-
-
 def run(config: Config) -> dict[str, object]:
     """Train, test once with the best epoch's weights, profile, draw, save."""
     config, device = prepare(config)
@@ -466,13 +437,13 @@ def run(config: Config) -> dict[str, object]:
     banner(config, device, data, model, run)
     history = fit(model, data, loss_fn, optimizer, schedule, config, run)
 
-    # The only time that the test images are seen.
-    test = evaluate(model, data.test, data.class_names)
+    test = evaluate(model, data.test, data.class_names)  # the only look at the test images
     cost = profile(model, data.input_size)
     draw_figures(run, model, data, history, test)
     one = data.test.take(np.array([0]))
+    maps = stage_activations(model, one, "convs")  # before the pool discards three values of four
     picture = to_images(one, data.mean, data.std)[0]
-    run.figure("block_maps", plotting.activations(picture, block_maps(model, one)))
+    run.figure("block_maps", plotting.activations(picture, maps))
     return run.finish(model, data, history, test, cost)
 
 
@@ -489,20 +460,15 @@ if live():
 # ## Experiment: two 3x3 or one 5x5, and how deep?
 #
 # The paper's own comparison (sec. 4.1): net B against a shallow net in which each pair of 3x3 is
-# one 5x5. Both see the same; on ImageNet the shallow one made 7 points more errors. Beside them the
-# columns A, C, D and E. All have a quarter of the paper's width, lest it take an hour, and
-# BatchNorm, since without it each depth would want a learning rate of its own: NOTE, the paper had
-# none.
+# one 5x5. Both see the same; on ImageNet the shallow one made 7 points more errors. Beside them
+# stand the columns A, C, D and E. All have a quarter of the paper's width, to save time, and
+# BatchNorm: without it each depth would need a learning rate of its own. NOTE: the paper had none.
 #
 # Beforehand: half a point of accuracy is a difference that matters (two of 359 images).
 
 # %%
 QUARTER = tuple(channels // 4 for channels in CHANNELS)
-
-
-def column(row: Row, batch_norm: bool = True) -> Callable[..., VGG]:
-    """A builder of a column at a quarter of its width."""
-    return partial(VGG, row, QUARTER, small_input=True, batch_norm=batch_norm)
+column = partial(VGG, channels=QUARTER, small_input=True, batch_norm=True)  # called with a row
 
 
 def small_filters(config: Config) -> Experiment:
@@ -521,7 +487,7 @@ def small_filters(config: Config) -> Experiment:
         Claim("a third 3x3 is better than a 1x1", deep, ones, margin=0.005),
         Claim("thirteen convolutions are better than eight", deep, shallow, margin=0.005),
     ]
-    arms = [Arm(name, column(row)) for name, row in rows.items()]
+    arms = [Arm(name, partial(column, row)) for name, row in rows.items()]
     return Experiment("Small filters: pairs of 3x3 against 5x5, and the columns", arms, claims)
 
 
@@ -540,7 +506,8 @@ def small_filters(config: Config) -> Experiment:
 def batch_norm(config: Config) -> Experiment:
     """VGG-11 at a quarter of its width, with and without BatchNorm."""
     rates = (0.01, 0.03, 0.1)
-    plain, normed = column(TABLE["vgg11"], batch_norm=False), column(TABLE["vgg11"])
+    normed = partial(column, TABLE["vgg11"])
+    plain = partial(normed, batch_norm=False)
     arms = [
         Arm("plain", plain, rates=rates),
         Arm("BatchNorm", normed, rates=rates),
@@ -569,7 +536,8 @@ def batch_norm(config: Config) -> Experiment:
 # $$r \leftarrow r + (k - 1)\,j, \qquad j \leftarrow j \cdot s$$
 #
 # with $r = j = 1$ at the image. The same field can be measured: take the activation in the centre
-# of a map, and ask autograd which pixels it depends on. This is arithmetic: nothing is trained.
+# of a map, and ask autograd which pixels it depends on. This is done for four choices of filters,
+# then for each layer of a whole network. Nothing is trained.
 
 
 # %%
@@ -614,68 +582,49 @@ def conv_stack(kernels: tuple[int, ...], channels: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-# %% [markdown]
-# Four choices of filters side by side, then a whole network, layer by layer.
-
-# %%
-CHOICES: dict[str, tuple[int, ...]] = {
-    "one 5x5": (5,),
-    "two 3x3": (3, 3),
-    "one 7x7": (7,),
-    "three 3x3": (3, 3, 3),
-}
+CHOICES = {"one 5x5": (5,), "two 3x3": (3, 3), "one 7x7": (7,), "three 3x3": (3, 3, 3)}
 
 
 class Seen(NamedTuple):
-    """One line of the experiment's table; sizes in pixels."""
+    """What the centre of a map sees: computed, and by the gradient of the image, (H, W)."""
 
     name: str
-    computed: int
-    measured: int
-    effective: int  # of the square with 95% of the gradient
+    field: Field
+    gradient: Tensor
     parameters: int
-    macs: int
-    gradient: np.ndarray  # (H, W)
+
+    def row(self) -> dict[str, object]:
+        """A line of the experiment's table: sizes in pixels; 95% is that of the gradient."""
+        return {
+            "name": self.name,
+            "sees (computed)": self.field.size,
+            "sees (measured)": extent(self.gradient),
+            "95% within": effective_extent(self.gradient),
+            "parameters": self.parameters,
+        }
 
 
-def look(name: str, field: Field, gradient: Tensor, parameters: int, macs: int) -> Seen:
-    size, effective = extent(gradient), effective_extent(gradient)
-    return Seen(name, field.size, size, effective, parameters, macs, gradient.numpy())
-
-
-def look_at_choices(images: int, channels: int = 64) -> list[Seen]:
-    """Each of CHOICES on 15x15 noise of 64 channels; MACs are those of a 56x56 map."""
-    seen = []
-    for name, kernels in CHOICES.items():
-        stack = conv_stack(kernels, channels)
-        image = torch.randn(images, channels, 15, 15, requires_grad=True)
-        gradient = centre_gradient(stack(image), image)
-        field, macs = receptive_fields(stack)[-1], count_macs(stack, (channels, 56, 56))
-        seen.append(look(name, field, gradient, count_parameters(stack), macs))
+def look(layers: nn.Module, image: Tensor) -> list[Seen]:
+    """Behind every convolution and pool of a plain chain of layers: conv1, ..., pool1, ..."""
+    seen, fields, x = [], iter(receptive_fields(layers)), image
+    for layer in layers.modules():
+        if list(layer.children()):
+            continue  # it is computed by its children, one after the other
+        x = layer(x)
+        if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)):
+            kind = "conv" if isinstance(layer, nn.Conv2d) else "pool"
+            name = f"{kind}{1 + sum(s.name.startswith(kind) for s in seen)}"
+            gradient = centre_gradient(x, image)
+            seen.append(Seen(name, next(fields), gradient, count_parameters(layer)))
     return seen
 
 
 def look_at_layers(model: VGG, images: int) -> list[Seen]:
-    """Every convolution and pool of `model`, on noise just large enough for the last field."""
+    """Every layer of the stages, on noise that is just large enough for the last field."""
     model = model.eval().requires_grad_(False)  # only the gradient of the image is wanted
-    fields = receptive_fields(model.stages)
-    jump = fields[-1].jump
-    side = jump * (-(-fields[-1].size // jump) // 2 * 2 + 1)  # an odd last map has a centre
-    image = torch.randn(images, 3, side, side, requires_grad=True)
-    seen, x = [], image
-    for i, block in enumerate(model.stages, 1):
-        convs = 0
-        for layer in (*block.convs, block.pool):
-            x = layer(x)
-            if not isinstance(layer, (nn.Conv2d, nn.MaxPool2d)):
-                continue
-            convs += isinstance(layer, nn.Conv2d)
-            name = f"pool{i}" if layer is block.pool else f"conv{i}_{convs}"
-            parameters = count_parameters(layer)
-            macs = x[0, 0].numel() * layer.weight.numel() if parameters else 0
-            field = fields[len(seen)]
-            seen.append(look(name, field, centre_gradient(x, image), parameters, macs))
-    return seen
+    last = receptive_fields(model.stages)[-1]
+    side = last.jump * (-(-last.size // last.jump) // 2 * 2 + 1)  # an odd last map has a centre
+    return look(model.stages, torch.randn(images, 3, side, side, requires_grad=True))
 
 
 def receptive_field(config: Config) -> dict[str, object]:
@@ -685,38 +634,31 @@ def receptive_field(config: Config) -> dict[str, object]:
     """
     config, _ = prepare(replace(config, device="cpu"))
     run = Run.open(config, LESSON)
-    choices = look_at_choices(config.field_images)
+    noise = torch.randn(config.field_images, 64, 15, 15, requires_grad=True)
+    stacks = {name: conv_stack(kernels, channels=64) for name, kernels in CHOICES.items()}
+    choices = [
+        look(stack, noise)[-1]._replace(name=name, parameters=count_parameters(stack))
+        for name, stack in stacks.items()
+    ]
     layers = look_at_layers(build(config, 10), config.field_images)
     pools = [s for s in layers if s.name.startswith("pool")][-4:]
-    shown = {
-        f"{s.name}: {s.computed}x{s.computed}": (s.gradient, s.computed) for s in (*choices, *pools)
-    }
-    run.figure(
-        "receptive_fields",
-        plotting.fields(shown, f"Bright pixels move one activation; below, {config.model}"),
-    )
-    rows = [
-        {
-            "name": s.name,
-            "sees (computed)": s.computed,
-            "sees (measured)": s.measured,
-            "95% within": s.effective,
-            "parameters": s.parameters,
-            "M MACs": round(s.macs / 1e6, 1),
-        }
-        for s in (*choices, *layers)
-    ]
-    one, three, last = *choices[2:], layers[-1]
-    agree = sum(s.measured == s.computed for s in layers)
+    shown = {f"{s.name}: {s.field.size}x{s.field.size}": s for s in (*choices, *pools)}
+    shown = {name: (s.gradient.numpy(), s.field.size) for name, s in shown.items()}
+    heading = f"Bright pixels move one activation; below, {config.model}"
+    run.figure("receptive_fields", plotting.fields(shown, heading))
+
+    rows = {s.name: s.row() for s in (*choices, *layers)}
+    one, three, last = rows["one 7x7"], rows["three 3x3"], rows[layers[-1].name]
+    side, share = "sees (measured)", three["parameters"] / one["parameters"]
+    agree = sum(rows[s.name][side] == s.field.size for s in layers)
     facts = [
-        f"{three.name} see {three.measured}x{three.measured} pixels where {one.name} sees "
-        f"{one.measured}x{one.measured}, with "
-        f"{three.parameters / one.parameters:.0%} of its weights",
+        f"three 3x3 see {three[side]}x{three[side]} pixels where one 7x7 sees "
+        f"{one[side]}x{one[side]}, with {share:.0%} of its weights",
         f"{config.model}: measured and computed field agree in {agree} of {len(layers)} layers",
-        f"{config.model}: {last.name} sees {last.computed} pixels each way, but 95% of what moves "
-        f"it lies within {last.effective}, with untrained weights",
+        f"{config.model}: {last['name']} sees {last['sees (computed)']} pixels each way, but 95% "
+        f"of what moves it lies within {last['95% within']}, with untrained weights",
     ]
-    return conclude(run, rows, facts)
+    return conclude(run, list(rows.values()), facts)
 
 
 EXPERIMENTS: dict[str, Callable[[Config], object]] = {
@@ -730,9 +672,9 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 #
 # - `--model vgg16 --image-size 224 --summary`: 119.6 of the 134.3 million parameters sit in the
 #   head (ten classes), 15.3 of the 15.5 billion multiply-adds in the convolutions.
-# - `filters.png`: 3x3 is too small for a picture, a colour or an edge is all that fits. On gray
-#   digits the filters keep the colours that they were drawn with: red, green and blue are equal
-#   there, so that only the sum over the three reaches the loss.
+# - `filters.png`: 3x3 is too small for a picture; a colour or an edge is all that fits. On gray
+#   digits the filters keep the random colours that they began with: red, green and blue are equal
+#   there, so only the sum over the three reaches the loss.
 # - `block_maps.png`: the first block still shows the digit; from block to block the maps shrink,
 #   and what is left says what is there, no longer where.
 # - In `receptive_fields.png` the corners of the field are dark: many paths lead to the centre pixel
@@ -761,6 +703,7 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # - **2.1** `VGGBlock`, without looking. **2.2** The same with BatchNorm. Which parameters of the
 #   convolution have become useless?
 # - **2.3** `VGG.__init__` from the table. What changes in the head if images have 256 pixels?
+# - **2.5** `BatchNorm2d`. In training mode, what happens to one image with a map of one pixel?
 # - **2.4** `receptive_fields`. From which layer on does VGG-16 see all of a 32-pixel image?
 # - Repeat `--experiment batch-norm --seeds 5` with `TABLE["vgg16"]` in it. What does depth change?
 # - What would five 3x3 cost in place of one 11x11, and what would you lose?

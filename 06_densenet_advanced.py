@@ -15,7 +15,7 @@ needs to add only a few of its own.
 Measured on digits (8 px, 10 epochs, seeds 0 to 2, torch 2.15, float32 on two cores of an Intel
 Xeon): densenet40_k12 tests at 99.72%, 99.72% and 99.16%, 28 s of training.
 
-What the experiments gave stands at the end of the file, lest it spoil your guess.
+What the experiments gave stands at the end of the file, so that you can guess first.
 """
 
 # %% [markdown]
@@ -65,21 +65,11 @@ LESSON = "06_densenet_advanced"
 class Config(TrainConfig):
     """What this lesson can be told; every field is a flag, and `--help` prints them all."""
 
-    model: str = knob(
-        "densenet40_k12", "a name of MODELS: densenet40_k12, densenet_bc100_k12, densenet121, ..."
-    )
-    growth_rate: int | None = knob(
-        None, "new channels per layer, the paper's k (default: the model's)", low=1, high=512
-    )
-    dropout: float = knob(
-        0.0,
-        "share of new values zeroed in training; the paper's is 0.2 without --augment",
-        low=0,
-        high=0.95,
-    )
-    checkpointing: bool = knob(
-        False, "recompute concatenations in backward: less memory, the same numbers"
-    )
+    model: str = knob("densenet40_k12", "a name of MODELS: densenet_bc100_k12, densenet121, ...")
+    growth_rate: int | None = knob(None, "new channels per layer (default: its own)", (), 1, 512)
+    dropout: float = knob(0.0, "of new values; the paper: 0.2 without --augment", low=0, high=0.95)
+    checkpointing: bool = knob(False, "recompute concatenations in backward: less memory")
+
     # What differs from the defaults of common/config.py; the record was measured with these.
     RECIPES = {"digits": {"image_size": 8, "epochs": 10, "batch_size": 64, "base_lr": 0.2}}
 
@@ -106,7 +96,7 @@ from common.evaluation import evaluate
 from common.experiments import Arm, Claim, Experiment, Results, Trial, run_experiment, train_trial
 from common.live import digits, live, show
 from common.pretrained import load_pretrained, weights_mean_std
-from common.profiling import count_macs, count_parameters, profile
+from common.profiling import count_parameters, profile
 from common.runs import Run, banner, draw_figures, prepare
 from common.training import fit, make_optimizer, make_schedule, train_one_epoch
 
@@ -116,8 +106,7 @@ from common.training import fit, make_optimizer, make_schedule, train_one_epoch
 
 # %%
 class DenseLayer(nn.Module):
-    """From all earlier feature maps, `growth_rate` new ones.  Huang et al. 2017, sec. 3, "composite
-    function".
+    """From all earlier feature maps, `growth_rate` new ones.  Huang et al. 2017, sec. 3.
 
     [(N, C_0, H, W), (N, C_1, H, W), ...] -> (N, growth_rate, H, W), in_channels = C_0 + C_1 + ...
 
@@ -127,10 +116,9 @@ class DenseLayer(nn.Module):
     same however deep the layer sits.
 
     Args:
-        dropout: probability of zeroing a new value in training; 0.2 in the paper where images are
-            not augmented.
-        checkpointing: keep only the earlier maps for backward, and concatenate and normalise them
-            again there.  Pleiss et al. 2017, "Memory-efficient implementation of DenseNets".
+        dropout: probability of zeroing a new value in training.
+        checkpointing: keep only the earlier maps, and compute what was made of them once more in
+            backward, as explained after the net.  Pleiss et al. 2017.
 
     >>> earlier = [torch.zeros(2, 24, 8, 8), torch.zeros(2, 12, 8, 8)]
     >>> DenseLayer(24 + 12, growth_rate=12)(earlier).shape
@@ -138,13 +126,9 @@ class DenseLayer(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        growth_rate: int,
-        bottleneck: bool = True,
-        dropout: float = 0.0,
+        self, in_channels: int, growth_rate: int, bottleneck: bool = True, dropout: float = 0.0,
         checkpointing: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.norm1 = nn.BatchNorm2d(in_channels)
         if bottleneck:
@@ -163,9 +147,7 @@ class DenseLayer(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            # The recomputation stops as soon as backward has what it needs. The last thing it needs
-            # is the input of conv1: concatenation and norm run twice, but no convolution does.
-            x = recomputed_in_backward(self.read, self, *features)
+            x = recomputed_in_backward(self, features)
         else:
             x = self.read(*features)
         if self.bottleneck:
@@ -182,25 +164,20 @@ class DenseLayer(nn.Module):
 if live():
     print(count_parameters(DenseLayer(36, 12)), count_parameters(DenseLayer(36, 12, False)))
 
-
 # %% [markdown]
 # ## The dense block: the list only grows
 
 
 # %%
 class DenseBlock(nn.Module):
-    """`depth` dense layers, each fed with the outputs of all before it.  Huang et al. 2017, fig. 1
-    and eq. 2.
+    """`depth` dense layers; each reads the input and all layers before it.  Huang et al., eq. 2.
 
-    (N, C, H, W) -> (N, C + depth * growth_rate, H, W)
-
-    Nothing is ever overwritten: the input itself is the first part of the output.
+    (N, C, H, W) -> (N, C + depth * growth_rate, H, W), of which the first C are the input.
 
     Args:
-        dense: False cuts all connections but those between neighbours, for the experiment on
-            gradients: each layer reads the preceding one alone, and the last layer's output is the
-            block's, (N, C, H, W) -> (N, growth_rate, H, W).
-        **layer_options: handed to each layer: `bottleneck`, `dropout`, `checkpointing`.
+        dense: False makes a chain, for the experiment on gradients: each layer reads the one before
+            it alone, and the output is that of the last, (N, growth_rate, H, W).
+        **layer_options: of each layer: `bottleneck`, `dropout`, `checkpointing`.
 
     >>> x = torch.randn(2, 24, 8, 8)
     >>> y = DenseBlock(24, depth=3, growth_rate=12)(x)
@@ -209,16 +186,11 @@ class DenseBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        depth: int,
-        growth_rate: int,
-        dense: bool = True,
+        self, in_channels: int, depth: int, growth_rate: int, dense: bool = True,
         **layer_options: bool | float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
-        # Of the maps in the list that `forward` grows: the block's input, then each layer's output.
-        self.channels = [in_channels]
+        self.channels = [in_channels]  # of the maps in the list that `forward` grows
         self.layers = nn.ModuleList()
         self.dense = dense
         for _ in range(depth):
@@ -238,8 +210,8 @@ class DenseBlock(nn.Module):
 
 
 # %% [markdown]
-# **Say it first**: a block of four layers with growth rate 12 behind 24 channels. How many channels
-# does each layer read, and how many come out? What is in the first 24 of them?
+# **Say it first**: a block of four layers with growth rate 12 reads 24 channels. How many does each
+# layer read, and how many come out? What is in the first 24 of them?
 
 # %%
 if live():
@@ -247,18 +219,16 @@ if live():
     print([layer.norm1.num_features for layer in net.layers], net(x).shape)
     print(torch.equal(net(x)[:, :24], x))
 
-
 # %% [markdown]
 # ## The transition: the only place that forgets
 
 
 # %%
 class Transition(nn.Sequential):
-    """Between two blocks: mix the channels, halve the resolution.  Huang et al. 2017, sec. 3,
-    "pooling layers".
+    """Between two blocks: mix the channels, halve the resolution.  Huang et al. 2017, sec. 3.
 
-    (N, C_in, H, W) -> (N, C_out, H/2, W/2). Concatenation needs equal resolutions, so that a block
-    can't halve inside. Out of C_in channels the "C" of DenseNet-C keeps C_in * compression.
+    (N, C_in, H, W) -> (N, C_out, H/2, W/2). Concatenation needs equal resolutions, so a block can't
+    halve them inside. The "C" of DenseNet-C: of C_in channels it keeps C_in * compression.
 
     NOTE: the paper's text names BatchNorm, the 1x1 convolution and the pooling; the authors' code
     has a ReLU after the norm, as everywhere else, and so have torchvision and this lesson.
@@ -268,21 +238,17 @@ class Transition(nn.Sequential):
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(
-            nn.BatchNorm2d(in_channels),
-            nn.ReLU(),
-            nn.Conv2d(in_channels, out_channels, 1, bias=False),
-            nn.AvgPool2d(2),
-        )
+        mix = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        super().__init__(nn.BatchNorm2d(in_channels), nn.ReLU(), mix, nn.AvgPool2d(2))
 
 
 # %% [markdown]
-# **Say it first**: which shape has a map of 60 channels and 8x8 pixels behind a transition that
-# halves the channels?
+# **Say it first**: the first block of DenseNet-121 ends with 256 channels of 56x56 pixels. Which
+# shape leaves a transition that keeps half of the channels?
 
 # %%
 if live():
-    show(Transition(60, 30)(torch.zeros(1, 60, 8, 8)).shape)
+    print(Transition(256, 128)(torch.zeros(1, 256, 56, 56)).shape)
 
 # %% [markdown]
 # ## The paper's table as data
@@ -307,7 +273,6 @@ TABLE: dict[str, Row] = {
     "densenet201": Row((6, 12, 48, 32), 32),
 }
 
-
 # %% [markdown]
 # ## The model: stem, stages, head
 
@@ -318,70 +283,40 @@ class DenseNet(nn.Module):
 
     Args:
         depths: layers in each dense block.
-        growth_rate: new channels per layer, the paper's k.
-        bottleneck: a 1x1 convolution before each 3x3 (DenseNet-B).
-        compression: the share of channels that a transition keeps, the paper's theta; 1.0 keeps
-            all, less than 1 makes a DenseNet-C.
+        compression: the share of channels that a transition keeps, the paper's theta.
         stem_channels: width of the stem; twice the growth rate where None.
-        dense, dropout, checkpointing: see `DenseBlock` and `DenseLayer`.
         small_input: the stem of the paper's CIFAR nets, a bare 3x3 convolution, for images of 32
-            pixels and less.  NOTE: DenseNet-121 to -201 have no such form in the paper; they keep
-            their four blocks.
+            pixels and less.  NOTE: in the paper DenseNet-121 to -201 have no such form.
     """
 
     def __init__(
-        self,
-        depths: tuple[int, ...],
-        growth_rate: int,
-        bottleneck: bool = True,
-        compression: float = 0.5,
-        stem_channels: int | None = None,
-        dense: bool = True,
-        dropout: float = 0.0,
-        checkpointing: bool = False,
-        num_classes: int = 1000,
+        self, depths: tuple[int, ...], growth_rate: int, bottleneck: bool = True,
+        compression: float = 0.5, stem_channels: int | None = None, dense: bool = True,
+        dropout: float = 0.0, checkpointing: bool = False, num_classes: int = 1000,
         small_input: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         channels = stem_channels or 2 * growth_rate
-        if small_input:
-            # No norm here: each layer that reads the stem brings its own.
-            self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False))
+        if small_input:  # no norm here: each layer that reads the stem brings its own
+            stem = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
         else:
-            self.stem = nn.Sequential(
-                nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False),
-                nn.BatchNorm2d(channels),
-                nn.ReLU(),
-                nn.MaxPool2d(3, stride=2, padding=1),
-            )
+            stem = [nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)]
+            stem += [nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)]
+        self.stem = nn.Sequential(*stem)
 
+        options = {"bottleneck": bottleneck, "dropout": dropout, "checkpointing": checkpointing}
         stages = []
         for i, depth in enumerate(depths):
             stage = nn.Sequential()
             if i > 0:
-                compressed = int(channels * compression)
-                stage.append(Transition(channels, compressed))
-                channels = compressed
-            block = DenseBlock(
-                channels,
-                depth,
-                growth_rate,
-                dense,
-                bottleneck=bottleneck,
-                dropout=dropout,
-                checkpointing=checkpointing,
-            )
-            stage.append(block)
-            channels = block.out_channels
+                stage.append(Transition(channels, int(channels * compression)))
+                channels = int(channels * compression)
+            stage.append(DenseBlock(channels, depth, growth_rate, dense, **options))
+            channels = stage[-1].out_channels
             stages.append(stage)
         self.stages = nn.Sequential(*stages)
-        self.head = nn.Sequential(
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(channels, num_classes),
-        )
+        last, pool = [nn.BatchNorm2d(channels), nn.ReLU()], nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Sequential(*last, pool, nn.Flatten(), nn.Linear(channels, num_classes))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -393,8 +328,8 @@ class DenseNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, C, h, w), the last block's output before its norm: 1/32 of the
-        input's resolution; small, 1/8 after four blocks and 1/4 after three.
+        """(N, 3, H, W) -> (N, C, H/32, W/32), before the last norm. If small: H/8, of three blocks
+        H/4.
         """
         return self.stages(self.stem(x))
 
@@ -410,47 +345,29 @@ class DenseNet(nn.Module):
 
 
 def densenet(name: str, **options: float | bool) -> DenseNet:
-    """The model of one row of the table.
-
-    Options: `num_classes`, `small_input`, `growth_rate`, `bottleneck`, `compression`, `dropout`,
-    `checkpointing`. With a `growth_rate` of its own a net keeps its depth and changes its width.
-    """
+    """The model of one row of the table; options are those of DenseNet, `growth_rate` too."""
     return DenseNet(**{**TABLE[name]._asdict(), **options})
 
 
 def cifar_densenet(
-    depth: int,
-    growth_rate: int = 12,
-    bottleneck: bool = False,
-    compression: float = 1.0,
-    small_input: bool = True,
-    **options: float | bool,
-) -> DenseNet:
+    depth: int, growth_rate: int = 12, bottleneck: bool = False, compression: float = 1.0,
+    small_input: bool = True, **options: float | bool,
+) -> DenseNet:  # fmt: skip
     """The nets of sections 3 and 4.2: three dense blocks of equal depth on 32x32 images.
 
     depth = 3n + 4 for n layers per block, 6n + 4 with bottlenecks: the stem, two transitions and
-    the classifier are the 4. The stem is 16 channels wide, twice the growth rate in DenseNet-BC.
-    Their one form is the 32x32 form, whatever `small_input` says.
+    the classifier are the 4. They have one form, whatever `small_input` says.
 
-    >>> bc100 = cifar_densenet(100, bottleneck=True, compression=0.5, num_classes=10)
-    >>> sum(p.numel() for p in bc100.parameters())
+    >>> count_parameters(cifar_densenet(100, bottleneck=True, compression=0.5, num_classes=10))
     769162
     """
-    convolutions = 2 if bottleneck else 1
-    n, rest = divmod(depth - 4, 3 * convolutions)
+    step = 6 if bottleneck else 3
+    n, rest = divmod(depth - 4, step)
     if rest or n < 1:
-        step = 3 * convolutions
         raise ValueError(f"a CIFAR DenseNet has depth {step}n + 4, not {depth}")
-    is_bc = bottleneck and compression < 1
-    return DenseNet(
-        (n, n, n),
-        growth_rate,
-        bottleneck,
-        compression,
-        stem_channels=2 * growth_rate if is_bc else 16,
-        small_input=True,
-        **options,
-    )
+    stem = 2 * growth_rate if bottleneck and compression < 1 else 16  # DenseNet-BC, and the others
+    options = {"stem_channels": stem, "small_input": True, **options}
+    return DenseNet((n, n, n), growth_rate, bottleneck, compression, **options)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -475,58 +392,46 @@ if live():
 # %% [markdown]
 # ## Recompute, but count once: gradient checkpointing beside BatchNorm
 #
-# Backward needs each convolution's input. For layer $l$ of a dense block that input is a fresh copy
-# of all $l$ maps before it, so that a block of $L$ layers keeps about $L^2/2$ copies although it
-# only ever made $L$ maps. Checkpointing throws the copies away and makes them again when backward
-# asks.
+# Backward needs each convolution's input. For layer $l$ of a block that is a fresh copy of all $l$
+# maps before it: $L$ layers keep about $L^2/2$ copies of the $L$ maps that they made. Checkpointing
+# throws the copies away, and makes them again when backward asks. `DenseLayer` does so with
+# `--checkpointing`. It stops as soon as it has what backward needs, the input of `conv1`:
+# concatenation and norm run twice, but no convolution does.
 #
-# `recomputed_in_backward` is what `DenseLayer` calls with `--checkpointing`. Computing twice must
-# not count twice. A BatchNorm in training mode does two things in its forward
-# pass: it normalises by the batch, which the recomputation needs, and it moves its running
-# statistics, which has already happened. The second pass therefore holds the statistics still.
+# Computing twice must not count twice. A BatchNorm in training mode does two things: it normalises
+# by the batch, which the second pass needs, and it moves its running averages, which the first pass
+# has done. So the second pass holds them still.
 
 
 # %%
 @contextmanager
-def running_statistics_held(module: nn.Module) -> Iterator[None]:
-    """Inside, each BatchNorm of `module` normalises by its batch as always, and learns nothing from
-    it.
+def statistics_held(norm: nn.BatchNorm2d) -> Iterator[None]:
+    """Inside, a BatchNorm normalises by its batch as always, and learns nothing from it.
 
     >>> norm = nn.BatchNorm2d(3)
-    >>> with running_statistics_held(norm):
+    >>> with statistics_held(norm):
     ...     y = norm(torch.randn(8, 3, 4, 4) + 5)
     >>> norm.running_mean, int(norm.num_batches_tracked)
     (tensor([0., 0., 0.]), 0)
     """
-    norms = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        # running = (1 - momentum) * running + momentum * batch; and no counter, nothing to count.
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    before = norm.momentum, norm.num_batches_tracked
+    # running = (1 - momentum) * running + momentum * batch; and no counter, nothing to count.
+    norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, (momentum, num_batches_tracked) in zip(norms, saved):
-            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
+        norm.momentum, norm.num_batches_tracked = before
 
 
 @torch.compiler.disable  # the compiler can't trace our context: this call runs without it
-def recomputed_in_backward(
-    function: Callable[..., Tensor], module: nn.Module, *inputs: Tensor
-) -> Tensor:
-    """`function(*inputs)`, of which only the inputs are kept: backward computes the rest again.
-
-    Args:
-        module: whose BatchNorms `function` runs through.
-    """
+def recomputed_in_backward(layer: DenseLayer, features: list[Tensor]) -> Tensor:
+    """`layer.read(*features)`, of which only `features` are kept: backward computes it again."""
     return checkpoint(
-        function,
-        *inputs,
-        use_reentrant=False,
+        layer.read, *features, use_reentrant=False,
         # One context for the first time, one for the second.
-        context_fn=lambda: (nullcontext(), running_statistics_held(module)),
-        preserve_rng_state=False,  # for functions in which nothing is random
-    )
+        context_fn=lambda: (nullcontext(), statistics_held(layer.norm1)),
+        preserve_rng_state=False,  # nothing in it is random
+    )  # fmt: skip
 
 
 # %% [markdown]
@@ -538,14 +443,10 @@ def recomputed_in_backward(
 # %%
 def build(config: Config, num_classes: int) -> DenseNet:
     """The model that the flags ask for."""
-    options = {"growth_rate": config.growth_rate} if config.growth_rate else {}
-    return MODELS[config.model](
-        num_classes=num_classes,
-        small_input=config.small_input,
-        dropout=config.dropout,
-        checkpointing=config.checkpointing,
-        **options,
-    )
+    options = {name: getattr(config, name) for name in ("small_input", "dropout", "checkpointing")}
+    if config.growth_rate:
+        options["growth_rate"] = config.growth_rate
+    return MODELS[config.model](num_classes=num_classes, **options)
 
 
 def run(config: Config) -> dict[str, object]:
@@ -585,160 +486,118 @@ if live():
 # %% [markdown]
 # ## Experiment: who reads whom?
 #
-# Every layer may read every earlier one. Does it, or do the old maps lie there unread? The paper's
-# figure 5 answers from the weights of the trained net alone: the mean absolute weight with which
-# layer $l$ reads the maps of layer $s$. Weight decay pulls what is of no use to zero; what is still
-# large is read. Each column is divided by its mean: 1 is a source that the reader uses as much as
-# its average one. An untrained net gives 1 everywhere, give or take 0.05.
+# Every layer may read every earlier one. Does it? The paper's figure 5 answers from the weights of
+# the trained net alone: the mean absolute weight with which layer $l$ reads the maps of layer $s$.
+# Weight decay pulls what is of no use to zero; what is still large is read. Each column is divided
+# by its mean: at 1 the reader uses a source as much as its average one. An untrained net gives 0.95
+# to 1.05 everywhere.
 #
 # The paper makes four remarks. Layers spread their weights over all that they can read. So do the
-# transitions. Blocks behind a transition read its output least. The classifier leans on the newest
-# maps. Beforehand: a source is read if it has half of the average weight; 0.05 more or less is what
-# an untrained net shows too, and no difference.
+# transitions. Blocks behind a transition read its output least. The classifier reads the newest
+# maps most. Beforehand: a source is read if it has half of the average weight, and differences up
+# to 0.05, as in an untrained net, don't count.
 
 
 # %%
-def connection_weights(model: DenseNet) -> list[Tensor]:
-    """The paper's figure 5: for each dense block a table of who reads whom.
+def connection_weights(model: DenseNet) -> list[list[Tensor]]:
+    """The paper's figure 5: for each dense block who reads whom.
 
-    Row s is a source: the block's input (0), or the block's layer s. Column l is a reader: the
-    block's layer l + 1, and last the transition or the classifier behind the block. An entry is the
-    mean absolute weight from s to l over the mean of its column; NaN where nothing can be read yet.
+    A block has a column for each reader: layers 1, 2, ..., and last the transition or the
+    classifier behind it. A column has a row for each source: the block's input, layer 1, 2, ...; an
+    entry is the mean absolute weight of that source, over the mean of the column.
 
-    >>> [tuple(table.shape) for table in connection_weights(cifar_densenet(10))]
-    [(3, 3), (3, 3), (3, 3)]
+    >>> [[len(column) for column in block] for block in connection_weights(cifar_densenet(10))]
+    [[1, 2, 3], [1, 2, 3], [1, 2, 3]]
     """
-    tables = []
+    blocks = []
     # Behind a block: the convolution of the next stage's transition, or the classifier.
     behind = [stage[0][2] for stage in model.stages[1:]] + [model.get_classifier()]
     for stage, last_reader in zip(model.stages, behind):
-        block = stage[-1]
-        readers = [layer.conv1 for layer in block.layers] + [last_reader]
-        table = torch.full((len(readers), len(readers)), math.nan)
-        for column, reader in enumerate(readers):
-            sources = reader.weight.detach().abs().split(block.channels[: column + 1], dim=1)
-            table[: column + 1, column] = torch.stack([source.mean() for source in sources])
-        tables.append(table / table.nanmean(dim=0))
-    return tables
+        columns = []
+        for i, reader in enumerate([*(layer.conv1 for layer in stage[-1].layers), last_reader], 1):
+            sources = reader.weight.detach().abs().split(stage[-1].channels[:i], dim=1)
+            column = torch.stack([source.mean() for source in sources])
+            columns.append(column / column.mean())
+        blocks.append(columns)
+    return blocks
 
 
 def forgetting_weight_decay(config: Config, steps: int, left: float = 0.05) -> float:
-    """The weight decay after which, at the end of training, `left` of the initial weights is left.
+    """The weight decay that leaves, of a weight that the loss does not renew, `left` at the end.
 
-    Decay w at learning rates lr_t and momentum m shrinks what the loss does not renew by
-    exp(-w * sum(lr_t) / (1 - m)), and a schedule that rises and falls has a mean of about half its
-    peak.
+    Decay w at learning rates lr_t and momentum m shrinks it by exp(-w * sum(lr_t) / (1 - m)), and a
+    schedule that rises and falls has a mean of about half its peak.
     """
     return math.log(1 / left) * (1 - config.momentum) / (config.lr / 2 * steps)
 
 
 def remarks(model: DenseNet) -> dict[str, float]:
-    """The paper's four remarks on figure 5 as means over entries of the tables."""
-    tables = connection_weights(model)
-    third = max(1, len(tables[-1]) // 3)
-    least = [t.nan_to_num(math.inf).amin(dim=0) for t in tables]  # of each reader; column 0 has one
-    inputs = torch.cat([t[0, 1:-1] for t in tables[1:]])
+    """The paper's four remarks on figure 5 as means over entries of the columns."""
+    blocks = connection_weights(model)
+    newest = blocks[-1][-1][-max(1, len(blocks[-1]) // 3) :]  # a third, by the classifier
+    inputs = [column[0] for block in blocks[1:] for column in block[1:-1]]
+    layers = [column.min() for block in blocks for column in block[1:-1]]
+    transitions = [block[-1].min() for block in blocks[:-1]]
     return {
-        "least read by layers": torch.cat([column[1:-1] for column in least]).mean().item(),
-        "least read by transitions": torch.stack([c[-1] for c in least[:-1]]).mean().item(),
-        "transition's output, below average": 1 - inputs.mean().item(),
-        "classifier, newest above average": tables[-1][-third:, -1].mean().item() - 1,
+        "least read by layers": torch.stack(layers).mean().item(),
+        "least read by transitions": torch.stack(transitions).mean().item(),
+        "transition's output, below average": 1 - torch.stack(inputs).mean().item(),
+        "classifier, newest above average": newest.mean().item() - 1,
     }
 
 
 def reuse(config: Config) -> Experiment:
     """Figure 5 of the paper, and its four remarks."""
-    made = partial(build, config)
+    made, net = partial(build, config), config.model
 
     def forget(arm: Arm, data: Data, config: Config, device: torch.device) -> Trial:
         # NOTE: the paper trains for 300 epochs with a decay of 1e-4, in which the initial weights
         # are forgotten. A run of seconds has to forget faster to show anything but its start.
         decay = forgetting_weight_decay(config, config.epochs * len(data.train))
-        config = replace(config, weight_decay=decay)
-        name = f"{arm.name}, seed {config.seed}"
+        config, name = replace(config, weight_decay=decay), f"{net}, seed {config.seed}"
         return train_trial(name, partial(made, data.num_classes), data, config, device)
 
     def after(trial: Trial, data: Data) -> dict[str, object]:
-        tables = [
-            t[: i + 1, i].tolist() for t in connection_weights(trial.model) for i in range(len(t))
-        ]
-        return {**remarks(trial.model), "weights by reader": tables}
+        read = [[column.tolist() for column in b] for b in connection_weights(trial.model)]
+        return {**remarks(trial.model), "weights by block and reader": read}
 
     layers, transitions, below, above = remarks(made(10))
-    net = config.model
     claims = [
         Claim("layers read even the least read source", net, 0.5, layers),
         Claim("transitions read even the least read source", net, 0.5, transitions),
         Claim("blocks read the transition's output less than their own maps", net, 0, below, 0.05),
         Claim("the classifier leans on the newest maps", net, 0, above, 0.05),
     ]
-    arm = Arm(net, lambda num_classes: made(num_classes), train=forget)
-    return Experiment("Who reads whom", [arm], claims, after=after, figure=draw_reuse)
+    arms = [Arm(net, made, train=forget)]
+    return Experiment("Who reads whom", arms, claims, after=after, figure=draw_reuse)
 
 
 def draw_reuse(results: Results) -> object:
     """Figure 5 of the first seed, block by block."""
-    columns = next(iter(results.records.values()))[0]["weights by reader"]
-    tables: list[list[list[float]]] = []
-    for column in columns:  # each block's first column has one entry
-        if len(column) == 1:
-            tables.append([])
-        tables[-1].append(column)
-    largest, least = max(map(max, columns)), min(map(min, columns))
-    heading = "Who reads whom: mean absolute weight, 1 = the reader's average"
-    figure, axes = plotting.panels(len(tables), heading)
-    for i, (table, ax) in enumerate(zip(tables, axes)):
-        square = torch.full((len(table), len(table)), math.nan)
-        for reader, column in enumerate(table):
-            square[: reader + 1, reader] = torch.tensor(column)
-        last = "T" if i + 1 < len(tables) else "C"
-        plotting.heatmap(
-            square.numpy(),
-            ["input", *map(str, range(1, len(table)))],
-            [*map(str, range(1, len(table))), last],
-            f"Block {i + 1}",
-            xlabel=f"reading layer ({last}: the {'transition' if last == 'T' else 'classifier'})",
-            ylabel="layer whose maps are read",
-            fmt="{:.2f}",
-            limits=(least, largest),
-            ax=ax,
-        )
-    return figure
+    (records,) = results.records.values()
+    return plotting.readers(records[0]["weights by block and reader"])
 
 
 # %% [markdown]
 # ## Experiment: how many maps should a layer add?
 #
-# The growth rate buys width, and cost grows with the square of $k$ and of the depth. So there are
-# two fair races: at equal depth, where a larger $k$ costs more, and at equal multiply-adds, where a
-# larger $k$ must be shallower. The measure is the training loss, since on digits all of these nets
-# test near 99%; 0.01 is a difference that matters.
+# A larger $k$ makes every layer wider. The cost grows with the square of $k$ and of the depth. So
+# two comparisons are fair: at equal depth, where a larger $k$ costs more, and at equal cost, where
+# a larger $k$ must be shallower. The measure is the training loss, since on digits all of these
+# nets test near 99%; 0.01 is a difference that matters.
 #
 # **Say it first**: at equal cost, do you expect narrow and deep ahead, or wide and shallow?
 
 
 # %%
-def equal_cost_depth(growth_rate: int, macs: int, input_size: tuple[int, int, int]) -> int:
-    """Depth of the CIFAR DenseNet of this growth rate that costs closest to `macs`."""
-
-    def cost(depth: int) -> int:
-        with torch.device("meta"):
-            return count_macs(cifar_densenet(depth, growth_rate, num_classes=10), input_size)
-
-    depth = 7
-    while cost(depth) < macs:
-        depth += 3
-    return min(depth, max(7, depth - 3), key=lambda d: abs(cost(d) - macs))
+# Layers at which each growth rate costs what 12 costs with 22: found by count, to within 8%.
+EQUAL_COST = {6: 40, 12: 22, 24: 13}
 
 
 def growth_rates(config: Config) -> Experiment:
     """Growth rates 6, 12 and 24: at the depth of 22 layers, and at the cost of k = 12."""
-    size, depth = (3, config.image_size, config.image_size), 22
-    with torch.device("meta"):
-        macs = count_macs(cifar_densenet(depth, 12, num_classes=10), size)
-    nets = {f"k {k}, {depth} layers": (k, depth) for k in (6, 12, 24)}
-    deep, shallow = (equal_cost_depth(k, macs, size) for k in (6, 24))
-    nets |= {f"k 6, {deep} layers": (6, deep), f"k 24, {shallow} layers": (24, shallow)}
+    nets = {f"k {k}, 22 layers": (k, 22) for k in EQUAL_COST}
+    nets |= {f"k {k}, {depth} layers": (k, depth) for k, depth in EQUAL_COST.items()}
     narrow, _, wide, narrow_deep, wide_shallow = nets
     # Many nets, each several times: six tenths of the recipe's length.
     shorter = {"epochs": max(1, round(0.6 * config.epochs))}
@@ -765,41 +624,23 @@ def growth_rates(config: Config) -> Experiment:
 
 
 # %%
-def plain_width(depth: int, growth_rate: int) -> int:
-    """Channels per layer of the chain with at most the parameters of the dense net, and nearly as
-    many.
-    """
-
-    def params(k: int, dense: bool) -> int:
-        with torch.device("meta"):
-            return count_parameters(cifar_densenet(depth, k, dense=dense, num_classes=10))
-
-    limit, width = params(growth_rate, dense=True), growth_rate
-    while params(width + 1, dense=False) <= limit:
-        width += 1
-    return width
+# Channels of the chain that has, at so many layers, at most the dense net's parameters; to 3%.
+CHAIN_WIDTH = {10: 26, 40: 56}
 
 
 def gradient_profile(model: DenseNet, x: Tensor, y: Tensor) -> list[float]:
-    """For each dense layer, first to last: the norm of its first convolution's gradient over the
-    norm of the weights themselves. Leaves weights and statistics as they were.
-    """
-    model.train().zero_grad(set_to_none=True)
-    with running_statistics_held(model):
-        F.cross_entropy(model(x), y).backward()
+    """Of each dense layer's first convolution: norm of the gradient over norm of the weights."""
+    F.cross_entropy(model.train()(x), y).backward()
     weights = [m.conv1.weight for m in model.modules() if isinstance(m, DenseLayer)]
-    moved = [(w.grad.norm() / w.detach().norm()).item() for w in weights]
-    model.zero_grad(set_to_none=True)
-    return moved
+    return [(w.grad.norm() / w.detach().norm()).item() for w in weights]
 
 
 def gradient_flow(config: Config) -> Experiment:
     """Dense connections against a chain of as many parameters, at 10 and at 40 layers."""
-    nets = {}
-    for depth in (10, 40):
-        nets[f"dense-{depth}"] = partial(cifar_densenet, depth, 12)
-        width = plain_width(depth, 12)
-        nets[f"chain-{depth}"] = partial(cifar_densenet, depth, width, dense=False)
+    arms = []
+    for depth, width in CHAIN_WIDTH.items():
+        arms.append(Arm(f"dense-{depth}", partial(cifar_densenet, depth, 12)))
+        arms.append(Arm(f"chain-{depth}", partial(cifar_densenet, depth, width, dense=False)))
     uneven = "unevenness at the start, power of ten"
 
     def before(model: nn.Module, data: Data) -> dict[str, object]:
@@ -807,13 +648,12 @@ def gradient_flow(config: Config) -> Experiment:
         at_start = math.log10(max(moved) / min(moved))
         return {uneven: at_start, "gradient / weights by layer, at the start": moved}
 
-    dense, chain = (("dense-40", "dense-10"), ("chain-40", "chain-10"))
+    dense, chain = ("dense-40", "dense-10"), ("chain-40", "chain-10")
     claims = [
         Claim("the chain's gradient is the more uneven", chain[0], dense[0], uneven, 0.5),
         Claim("depth makes the chain's more uneven, more so", *chain, uneven, 0.5, beyond=dense),
         Claim("the dense net tests better", dense[0], chain[0], margin=0.005),
     ]
-    arms = [Arm(name, net) for name, net in nets.items()]
     heading = "The gradient with dense connections, and in a chain"
     return Experiment(heading, arms, claims, before=before)
 

@@ -43,14 +43,14 @@ them, and learn only what is new.
 #
 # A net has millions of weights, and you have a hundred images. A training from scratch fits the
 # hundred and little else. But most of what a net has to know is not about your classes: edges,
-# strokes, corners, textures. Somebody has paid for that with a large dataset already.
+# strokes, corners, textures. Other nets have learned these already, from large datasets.
 #
 #           source: many labels                     target: few labels
 #      x ── stem ── stages ── head A            x ── stem ── stages ── head B
 #             │        │                               ↑        ↑        ↑
 #             └────────┴───────── copied ──────────────┴────────┘       new
 #
-# What is left to decide is what to do with the copied part: keep it, or train it on, and how fast.
+# You still have to decide what to do with the copied part: keep it, or train it on, and how fast.
 
 # %%
 from common.cli import main
@@ -144,9 +144,9 @@ HERE = sys.modules[__name__]
 # ## Freezing
 #
 # Two things keep a layer as it is. Its weights ask for no gradient. And its BatchNorm, if it has
-# one, uses the statistics that it came with: `requires_grad` says nothing about the running mean
-# and variance, which `model.train()` would go on to overwrite with those of your few images. It is
-# the commonest mistake in transfer learning.
+# one, uses the statistics that it came with. `requires_grad` says nothing about these: in train
+# mode the running mean and variance still move towards those of your few images. To forget this is
+# the most common mistake in transfer learning.
 
 
 # %%
@@ -180,7 +180,7 @@ def hold_still(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 # %% [markdown]
-# **Say it first.** Two nets of a convolution and a BatchNorm see the same digits in train mode. In
+# **Say it first**: two nets of a convolution and a BatchNorm see the same digits in train mode. In
 # one `requires_grad` is off everywhere, the other went through `freeze`. Whose running mean is
 # still zero?
 
@@ -230,9 +230,9 @@ def discriminative_groups(
 
 
 # %% [markdown]
-# **Say it first.** ResNet-20 has a stem, three stages and a head. Which share of its 270,000
-# weights learns at a quarter of the head's rate or faster, if each part is 1.6 times slower? (The
-# last stage is one part away, the second two.)
+# **Say it first**: ResNet-20 has a stem, three stages and a head; each stage has about four
+# times the weights of the one before. Do most of its 270,000 weights learn at half of the head's
+# rate or faster, if each part is 1.6 times slower? (The last stage is one part away.)
 
 # %%
 if live():
@@ -244,8 +244,8 @@ if live():
 # ## Progressive unfreezing
 #
 # A new head starts with random weights, and its first gradients are noise. If the body learns from
-# them, it forgets. So train the head alone at first, and wake one part after the other, from the
-# head down (Howard and Ruder 2018, section 3.3). That is a schedule like any other.
+# them, it loses what it knew. So train the head alone at first. Then *wake* one part after the
+# other, from the head down: let its weights learn (Howard and Ruder 2018, section 3.3).
 
 
 # %%
@@ -277,7 +277,7 @@ class UnfreezingSchedule(Schedule):
 
 
 # %% [markdown]
-# **Say it first.** Three parts, one wakes every two steps. How many learn at steps 1 to 6?
+# **Say it first**: three parts, one wakes every two steps. How many learn at steps 1 to 6?
 
 # %%
 if live():
@@ -292,7 +292,7 @@ if live():
 # ## Feature extraction: the body runs once
 #
 # If nothing in front of the classifier learns, every epoch computes the same features of the same
-# images. Compute them once, and training is that of one linear layer: seconds, for any network.
+# images. Compute them once. Then only one linear layer is left to train: seconds, for any network.
 
 
 # %%
@@ -307,7 +307,7 @@ def extract_features(model: nn.Module, loader: Loader) -> Tensor:
 
 
 # %% [markdown]
-# **Say it first.** ResNet-20's last stage has 64 channels, which the head averages. How many
+# **Say it first**: ResNet-20's last stage has 64 channels, which the head averages. How many
 # numbers are left of a digit, and how many weights has a classifier of five classes?
 
 # %%
@@ -322,10 +322,10 @@ if live():
 # | strategy | starts from | learns | when it pays |
 # |---|---|---|---|
 # | scratch | random weights | everything, at one rate | many labels, or images unlike the source |
-# | features | the source | the classifier, on cached features | a source that knows much, no time |
+# | features | the source | the classifier, on cached features | good source, little time |
 # | last-stage | the source | last stage and head, at one rate | few labels, related classes |
 # | full | the source | everything, earlier parts slower | the usual choice |
-# | progressive | the source | part by part, from the head down | a fragile start |
+# | progressive | the source | part by part, from the head down | first steps could harm the body |
 
 
 # %%
@@ -358,14 +358,14 @@ def set_up(model: nn.Module, config: Config, loader: Loader) -> tuple[Optimizer,
 # %% [markdown]
 # ## Settings that follow from the size of the data
 #
-# With few images the number of *steps* decides, not of epochs: a hundred epochs of three steps are
-# no more than three epochs of a hundred. BiT (Kolesnikov et al. 2020, sections 2.2 and 3.3) sets
-# the length of the training by the number of images too.
+# With few images count the *steps*, not the epochs: a hundred epochs of three steps are as long as
+# three epochs of a hundred steps. BiT (Kolesnikov et al. 2020, sections 2.2 and 3.3) sets the
+# length of the training by the number of images too.
 #
 # NOTE: BiT's rule also sets the resolution, by the size of the images, and whether to use MixUp, by
 # their number; this table sets neither. Its lengths are our own, for small nets.
 #
-# Warm-up takes a tenth of the steps, for the new head's first gradients are random.
+# Warm-up takes a tenth of the steps, because the new head's first gradients are random.
 
 
 # %%
@@ -390,13 +390,13 @@ TABLE = (
 # %% [markdown]
 # ## One transfer
 #
-# The weights come from a run of this course (`--from`), are trained ones (`--pretrained`), or, with
-# neither at hand, come from a small but honest pretraining: half of the classes teaches the net,
-# the other half is the new task, whose labels are few. `--pretrained` takes the official weights of
+# `--from` takes the weights of a run of this course, and `--pretrained` the official weights of
 # ImageNet; resnet20, trained on CIFAR-10 at 32 px, comes with the course (`common/weights/`).
+# Without either, the net is pretrained here: on half of the classes. The other half is the new
+# task, and few of its labels are used.
 #
-# A classifier belongs to its classes and not to their number: it is kept if the new classes have
-# the same names, and drawn anew otherwise. Images are normalised as the source's were.
+# The classifier is kept if the new classes have the same names. If not, a new one starts from
+# random weights, even for as many classes. Images are normalised as the source's were.
 
 
 # %%
@@ -480,13 +480,13 @@ if live():
     show(train_one_epoch)
 
 # %% [markdown]
-# ## Experiment `compare`: all strategies under one budget
+# ## Experiment: all strategies under one budget (`compare`)
 #
 # The same labelled images, the same epochs; each strategy has its own best of three rates, chosen
 # on validation images with a seed that isn't counted. Each seed draws other images to be labelled,
 # another new head and another order. All start from one source net: the answer is about this one.
 #
-# Margin: two points, four of 179 test images. Less would not be worth the choice.
+# Margin: two points, four of 179 test images. A smaller difference is not worth a choice.
 
 
 # %%
@@ -501,10 +501,10 @@ def compare(task: Task, config: Config) -> Experiment:
 
 
 # %% [markdown]
-# ## Experiment `fractions`: how many labels is a trained body worth?
+# ## Experiment: how many labels is a trained body worth? (`fractions`)
 #
-# At each share of the labels scratch and transfer take the *same number of steps*, each at its own
-# best rate; else more labels would mean a longer training too.
+# For each share of the labels scratch and transfer take the *same number of steps*, each at its own
+# best rate. Otherwise more labels would mean a longer training too.
 
 
 # %%
@@ -528,11 +528,11 @@ def fractions(task: Task, config: Config) -> Experiment:
 
 
 # %% [markdown]
-# ## Experiment `schedules`
+# ## Experiment: which schedule suits a transfer? (`schedules`)
 #
-# Warm-up spares the trained weights the new head's first gradients; then the rate falls by half a
-# cosine. One-cycle warms up for a third of the run. Plateau waits until the validation loss stops
-# falling: with few validation images a noisy signal. Margin: two points.
+# In warm-up the rate is small, so the new head's first gradients hardly move the trained weights;
+# then it falls along half a cosine. One-cycle warms up for a third of the run. Plateau waits until
+# the validation loss stops falling, which few validation images show badly. Margin: two points.
 
 
 # %%
@@ -547,14 +547,14 @@ def schedules(task: Task, config: Config) -> Experiment:
 # %% [markdown]
 # ## When some classes are rare
 #
-# A class with five images in a thousand costs the mean loss next to nothing, so the net ignores it,
-# and the accuracy hardly shows it. Look at the recall of each class instead, and at their mean.
-# Four remedies:
+# A class with five images in a thousand hardly changes the mean loss. So the net ignores it, and
+# the accuracy hardly shows it. Look at the recall of each class instead: the share of its images
+# that is found. And look at the mean recall. Four remedies:
 #
 # - **class-balanced weights** (Cui et al. 2019): images of a class resemble each other, so the n-th
-#   brings less than the first. $n$ of them count as the *effective number* $(1-\beta^n)/(1-\beta)$,
+#   adds less than the first. $n$ of them count as the *effective number* $(1-\beta^n)/(1-\beta)$,
 #   and the class is weighted by its inverse.
-# - **focal loss** (Lin et al. 2017): what the net gets right already counts less,
+# - **focal loss** (Lin et al. 2017): an image that the net is already sure of counts less,
 #   $-\alpha_y (1 - p_y)^\gamma \log p_y$. By hand, with $\gamma = 2$: at $p_y = 0.9$ the factor is
 #   $0.1^2$, a hundredth; at $p_y = 0.5$ a quarter.
 # - **logit adjustment** (Menon et al. 2021): train with $\log \pi_k$ added to the logit of each
@@ -612,7 +612,7 @@ class LogitAdjustedLoss(nn.Module):
 
 
 # %% [markdown]
-# **Say it first.** Focal loss with $\gamma = 2$ against cross-entropy: for an image that the net
+# **Say it first**: focal loss with $\gamma = 2$ against cross-entropy: for an image that the net
 # gives 0.9 the loss shrinks to a hundredth. To which share for one that it gives 0.1?
 
 # %%
@@ -622,9 +622,9 @@ if live():
         show(f"p = {p}: {FocalLoss(2.0)(logits, y) / F.cross_entropy(logits, y):.2f}")
 
 # %% [markdown]
-# ### Experiment `imbalance`
+# ### Experiment: which remedy helps the rare classes? (`imbalance`)
 #
-# Of the rarest class there is one image for 30 of the commonest. Margin: two points of mean recall.
+# The most common class has 30 images for each of the rarest. Margin: two points of mean recall.
 
 
 # %%
@@ -660,8 +660,8 @@ def imbalance(task: Task, config: Config) -> Experiment:
 #
 # - **AdaBN** replaces BatchNorm's statistics by those of the new images; nothing is trained.
 # - **Deep CORAL** pulls the covariances of the two domains' logits together while it trains.
-# - **DANN** trains a critic to tell the domains apart by their features, and the body to fool it:
-#   the gradient of the critic is *reversed* on its way into the body.
+# - **DANN** trains a critic to tell the domains apart by their features, and the body to make that
+#   impossible: the gradient of the critic is *reversed* on its way into the body.
 
 
 # %%
@@ -721,7 +721,7 @@ def reverse_gradient(x: Tensor, strength: float = 1.0) -> Tensor:
 
 
 # %% [markdown]
-# **Say it first.** $y = 3x$ is followed by a reversal of strength 1, and $z = 2y$. What is
+# **Say it first**: $y = 3x$ is followed by a reversal of strength 1, and $z = 2y$. What is
 # $\partial z / \partial x$ as autograd reports it?
 
 # %%
@@ -731,15 +731,15 @@ if live():
     show(x.grad)
 
 # %% [markdown]
-# Both see batches of source and target: `TwoDomains` gives the source's logits and features, then
-# the target's. NOTE: one after the other, so that BatchNorm takes each domain's own mean and
-# variance, as AdaBN does in the test. The papers' nets have no BatchNorm.
+# Deep CORAL and DANN see batches of source and target: `TwoDomains` gives the source's logits and
+# features, then the target's. NOTE: one after the other, so that BatchNorm takes each domain's own
+# mean and variance, as AdaBN does in the test. The papers' nets have no BatchNorm.
 
 
 # %%
 class DeepCoralLoss(nn.Module):
-    """Cross-entropy on the source, and the distance of both domains' logits: the paper takes the
-    last layer too (sec. 4.1), and a weight that makes both terms end at about one size.
+    """Cross-entropy on the source, and the distance of both domains' logits, as in the paper's sec.
+    4.1.  NOTE: there the distance has a weight, chosen so that both terms end at about one size.
     """
 
     def forward(self, output: tuple[Tensor, ...], y: Tensor) -> Tensor:
@@ -773,15 +773,15 @@ class DANNLoss(nn.Module):
 
 
 # %% [markdown]
-# ### Experiment `domain-adaptation`
+# ### Experiment: what do unlabelled images give? (`domain-adaptation`)
 #
 # The target is the same digits on stripes (`--shift noisy|inverted`, or `--target-dir`). **Source
-# only** knows nothing of it; the **oracle** is trained on its labels, three times as long. Each
-# trained net is tested twice, with the statistics that its training left and with those of the
-# target (*AdaBN*), so that what the statistics bring is not credited to the method. All have one
-# rate: a choice of rates would need target labels.
+# only** is trained without the target; the **oracle** is trained on its labels, three times as
+# long. Each trained net is tested twice: with the statistics that its training left, and with those
+# of the target (*AdaBN*). So the gain of new statistics is not counted as the method's. All have
+# one rate: a choice of rates would need target labels.
 #
-# Margin: two points, seven of 359 test images; less would not be worth a second loss.
+# Margin: two points, seven of 359 test images. A smaller gain is not worth a second loss.
 
 
 # %%
@@ -818,12 +818,12 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # %% [markdown]
 # ## What to notice
 #
-# - `features` trains one layer, in a fraction of the time: what the source's last layer has not
-#   kept, no classifier can bring back. `features.png` shows the test images as it sees them.
-# - Beside the result stand a guess and a logistic regression on the pixels: is it ahead of them?
-# - In `domain-adaptation` compare the rows in pairs: how much of a gain do the statistics bring?
-# - A loss that lays two domains upon one another can lay a class upon a wrong one: nothing in Deep
-#   CORAL or DANN objects, for neither sees a label of the target (`--shift inverted`).
+# - `features` trains one layer, in a fraction of the time. No classifier can bring back what the
+#   source's last layer has lost. `features.png` shows the test images as that layer sees them.
+# - Beside the result stand a guess and a logistic regression on the pixels. Is the net better?
+# - In `domain-adaptation` compare the rows in pairs: how much of a gain comes from the statistics?
+# - A loss that makes two domains alike can match a class with a wrong one. Deep CORAL and DANN do
+#   not notice: they see no label of the target (`--shift inverted`).
 #
 # **What the experiments gave** (digits, 6 to 20 seeds; all numbers: README). `compare`, 32
 # labels and few steps: full 79.6%, a new classifier alone 65.7%, which holds; scratch 76.7%, which
@@ -834,15 +834,15 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 #
 # ## Exercises
 #
-# `python -m common.starter 08 --out my_work` writes this lesson without the bodies to be written;
-# the numbers are those of the marked exercises.
+# `python -m common.starter 08 --out DIR` makes a copy of this file without the parts that you write
+# and says how to mark it. In order of difficulty:
 #
+# - **8.4** Write `FocalLoss.forward`. Which gamma is best for the rarest class, at what cost?
 # - **8.1** Write `freeze`, `thaw`, `hold_still`. What if frozen BatchNorms stay in train mode?
 # - **8.2** Write `discriminative_groups`. What does `--rate-decay 1` give, and what 2.6?
-# - **8.3** Write `UnfreezingSchedule`. At which step of the default run is the stem awake?
-# - **8.4** Write `FocalLoss.forward`. Which gamma is best for the rarest class, at what cost?
 # - **8.5** Write `coral_loss`. Why can it be zero although every class is taken for another?
 # - **8.6** Write `GradientReversal`. What does DANN become with a strength of 0 all along?
+# - **8.3** Write `UnfreezingSchedule`. At which step of the default run is the stem awake?
 # - **8.7** Write `adapt_batch_norm`. What goes wrong if the images come class by class?
 
 # %%

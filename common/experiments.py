@@ -189,6 +189,23 @@ class Trial:
     right: np.ndarray | None = None  # (test images,) bool
 
 
+def trained(
+    build: Callable[[], nn.Module],
+    data: Data,
+    config: TrainConfig,
+    device: torch.device,
+    loss_fn: nn.Module | None = None,
+    **options: Any,
+) -> tuple[nn.Module, list[EpochRecord]]:
+    """What `build` makes, trained by the config's recipe, and its history; options go to `fit`."""
+    model = _fresh(build, config, device)
+    measure_layers(model, data)
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, data.train)
+    loss_fn = loss_fn or nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    return model, fit(model, data, loss_fn, optimizer, schedule, config, **options)
+
+
 def train_trial(
     name: str,
     build: Callable[[], nn.Module],
@@ -208,17 +225,11 @@ def train_trial(
     Raises:
         Diverged: the loss is no longer finite; with the losses of the steps that were.
     """
-    model = _fresh(build, config, device)
-    measure_layers(model, data)
-    optimizer = make_optimizer(model, config)
-    schedule = make_schedule(optimizer, config, data.train)
-    loss_fn = loss_fn or nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     losses: list[torch.Tensor] = []
     began = time.monotonic()
     try:
-        history = fit(
-            model, data, loss_fn, optimizer, schedule, config, label=name, on_step=losses.append
-        )
+        options = {"label": name, "on_step": losses.append}
+        model, history = trained(build, data, config, device, loss_fn, **options)
     except Diverged as error:
         error.losses = [float(loss) for loss in losses]
         raise

@@ -36,8 +36,9 @@ def first_filters(model: nn.Module) -> np.ndarray:
     raise ValueError(f"{type(model).__name__} has no convolution whose filters could be shown")
 
 
-def stage_activations(model: nn.Module, x: Tensor) -> dict[str, np.ndarray]:
-    """What each child of `model.stages` puts out for one image (1, C, H, W), as (C, h, w) by name.
+def stage_activations(model: nn.Module, x: Tensor, part: str = "") -> dict[str, np.ndarray]:
+    """What each child of `model.stages`, or its `part`, puts out for one image (1, C, H, W), as
+    (C, h, w) by name.
 
     Numbered stages are called "stage 1", "stage 2", ...; named ones keep their names.
     """
@@ -53,7 +54,8 @@ def stage_activations(model: nn.Module, x: Tensor) -> dict[str, np.ndarray]:
     try:
         for name, stage in model.stages.named_children():
             label = f"stage {int(name) + 1}" if name.isdigit() else name
-            handles.append(stage.register_forward_hook(partial(keep, label)))
+            watched = stage.get_submodule(part)
+            handles.append(watched.register_forward_hook(partial(keep, label)))
         with evaluating(model), torch.no_grad():
             model(_beside(model, x))
     finally:

@@ -308,6 +308,28 @@ def fields(seen: Mapping[str, tuple[np.ndarray, int]], heading: str, *, columns:
     return figure
 
 
+def readers(blocks: Sequence[Sequence[Sequence[float]]]) -> Figure:
+    """Who reads whom in each dense block: a column for each reader, a row for each of its sources.
+
+    The last reader of a block follows it: a transition, or the classifier after the last block.
+    """
+    heading = "Who reads whom: mean absolute weight, 1 = the reader's average"
+    figure, axes = panels(len(blocks), heading)
+    every = [value for columns in blocks for column in columns for value in column]
+    for i, (columns, ax) in enumerate(zip(blocks, axes), 1):
+        layers = [str(layer) for layer in range(1, len(columns))]
+        last = "T: the transition" if i < len(blocks) else "C: the classifier"
+        square = np.array(
+            [*itertools.zip_longest(*columns)], dtype=float
+        )  # NaN where nothing can be read yet
+        heatmap(
+            square, ["input", *layers], [*layers, last[0]], f"Block {i}",
+            xlabel=f"reading layer ({last})", ylabel="layer whose maps are read", fmt="{:.2f}",
+            limits=(min(every), max(every)), ax=ax,
+        )  # fmt: skip
+    return figure
+
+
 def image_grid(images: np.ndarray, titles: Sequence[str], heading: str) -> Figure:
     """Images, (N, H, W, 3) in [0, 1], each under its title. No image: a figure that says so."""
     if len(images) == 0:

@@ -278,7 +278,7 @@ MISTAKES: tuple[Edit, ...] = (
     M("4.4", "no groups", "groups=wide, ", ""),
     M("4.4", "se by the middle", "max(1, in_channels // 4)", "max(1, wide // 4)"),
     M("4.4", "norm not handed on", "kernel_size, stride, groups=wide, norm=norm", "kernel_size, stride, groups=wide"),
-    M("4.4", "se forgotten", "        steps.append(SqueezeExcitation(wide, max(1, in_channels // 4)))\n", ""),
+    M("4.4", "se forgotten", "        steps.append(SqueezeExcitation(wide, 4 * expansion))\n", ""),
     # -------------------------------------------------------------------------------- lesson 5
     M("5.1", "no attribute", "        self.stride = stride\n", ""),
     M("5.1", "no groups", ", groups=in_channels", ""),

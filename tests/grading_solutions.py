@@ -421,7 +421,7 @@ class MBConv(nn.Module):
         if expansion > 1:
             steps.append(conv_norm_act(in_channels, wide, 1, norm=norm))
         steps.append(conv_norm_act(wide, wide, kernel_size, stride, groups=wide, norm=norm))
-        steps.append(SqueezeExcitation(wide, max(1, in_channels // 4)))
+        steps.append(SqueezeExcitation(wide, 4 * expansion))
         steps.append(conv_norm_act(wide, out_channels, 1, norm=norm, activation=nn.Identity))
         self.steps = nn.Sequential(*steps)
         self.add = stride == 1 and in_channels == out_channels

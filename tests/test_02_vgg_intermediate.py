@@ -149,15 +149,17 @@ def test_three_3x3_cost_27_parts_of_a_7x7_s_49() -> None:
     assert count_macs(three, (64, 14, 14)) == 14 * 14 * 27 * 64**2
 
 
-def test_every_layer_is_looked_at_by_its_name_in_the_paper() -> None:
+def test_every_layer_is_looked_at() -> None:
     torch.manual_seed(0)
     model = vgg.VGG((1, 2), channels=(8, 8), num_classes=2, small_input=True)
     seen = vgg.look_at_layers(model, images=4)
-    assert [s.name for s in seen] == ["conv1_1", "pool1", "conv2_1", "conv2_2", "pool2"]
-    assert [s.measured for s in seen] == [3, 4, 8, 12, 14] == [s.computed for s in seen]
+    assert [s.name for s in seen] == ["conv1", "pool1", "conv2", "conv3", "pool2"]
+    rows = [s.row() for s in seen]
+    assert [row["sees (measured)"] for row in rows] == [3, 4, 8, 12, 14]
+    assert [row["sees (computed)"] for row in rows] == [3, 4, 8, 12, 14]
+    assert [s.parameters for s in seen] == [8 * 28, 0, 8 * 73, 8 * 73, 0]
     # 14 pixels at jumps of 4: the smallest odd map that holds them has 5 positions, 20 pixels.
     assert seen[0].gradient.shape == (20, 20)
-    assert seen[2].macs == 10 * 10 * 9 * 8 * 8 and seen[1].macs == 0
 
 
 def test_effective_field_holds_the_share_and_no_less() -> None:
@@ -198,6 +200,7 @@ def test_receptive_field_in_miniature(cli: Callable, tmp_path: Path) -> None:
     (outcome,) = (tmp_path / "runs").rglob("experiment.json")
     rows = {row["name"]: row for row in json.loads(outcome.read_text())["rows"]}
     assert rows["three 3x3"]["sees (measured)"] == rows["one 7x7"]["sees (measured)"] == 7
+    assert rows["three 3x3"]["parameters"] == 27 * 64**2
     assert rows["pool5"]["sees (measured)"] == rows["pool5"]["sees (computed)"] == 150
     assert "three 3x3 see 7x7 pixels where one 7x7 sees 7x7, with 55% of its weights" in out
     assert (outcome.parent / "receptive_fields.png").stat().st_size > 10_000

@@ -151,7 +151,7 @@ CHOICES: dict[str, tuple[Option, ...]] = {
         OWN,
         Option(
             "the transition ends in a max-pool",
-            (("            nn.AvgPool2d(2),\n        )", "            nn.MaxPool2d(2),\n        )"),
+            (("mix, nn.AvgPool2d(2))", "mix, nn.MaxPool2d(2))"),
              ("Between two blocks: mix the channels, halve the resolution.",
               "Between two blocks: mix the channels, then max-pool.")),
             ("a 2x2 average pool; give", "a 2x2 max-pool; give"),
