@@ -428,7 +428,9 @@ def test_scatter_labels_cover_neither_each_other_nor_a_point_and_stay_inside(cas
         points, "GMACs", "accuracy", "t", log_x=True, percent=True, front=front, ax=ax
     )
     ax = draw(figure).axes[-1]
-    assert [label.get_text() for label in ax.texts] == [name for name, *_ in points]
+    crowd = front is not None and len(points) > plotting.CROWD  # then only the front has names
+    named = [name for name, *_ in points if not crowd or name in front]
+    assert [label.get_text() for label in ax.texts] == named
     assert not overlapping(ax.texts)
     spots = ax.transData.transform([(x, y) for _, x, y in points])
     for label, box in zip(ax.texts, boxes(ax.texts)):
