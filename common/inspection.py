@@ -121,19 +121,6 @@ def grad_cam(
     return _array(torch.where(largest > 0, cam / largest, 0))
 
 
-def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """The Euclidean norm of each parameter's gradient, by name, after a backward pass.
-
-    Parameters without a gradient are left out. It waits for the device only once, so that it can be
-    called at every step.
-    """
-    gradients = {name: p.grad for name, p in _plain(model).named_parameters() if p.grad is not None}
-    if not gradients:
-        return {}
-    norms = torch.stack([gradient.norm().float() for gradient in gradients.values()])
-    return dict(zip(gradients, norms.tolist()))
-
-
 def centre_gradient(activation: Tensor, image: Tensor) -> Tensor:
     """How strongly each pixel moves the centre of a map: (N, C, h, w), (N, 3, H, W) -> (H, W).
 

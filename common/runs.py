@@ -173,6 +173,7 @@ class Run(RunFolder):
             "peak_memory_mb": cost.peak_memory_mb,
             "torch_version": torch.__version__,
             "baselines": baselines(data) if processes.is_main() else {},
+            "smoke": self.config.smoke,
             **more,
         }
         if not processes.is_main():

@@ -162,7 +162,6 @@ def test_inspection_leaves_no_trace(model: TinyModel, x: Tensor) -> None:
     inspection.first_filters(model)[:] = 0  # a copy: writing to it changes nothing
     inspection.stage_activations(model, x[:1])
     inspection.grad_cam(model, x)
-    inspection.gradient_norms(model)
 
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(torch.equal(gradients[name], p.grad) for name, p in model.named_parameters())
@@ -186,15 +185,6 @@ def test_first_filters_are_the_first_convolutions(model: TinyModel) -> None:
     np.testing.assert_array_equal(inspection.first_filters(model), model.stem[0].weight.detach())
     with pytest.raises(ValueError, match="no convolution"):
         inspection.first_filters(nn.Linear(2, 2))
-
-
-def test_gradient_norms_by_hand() -> None:
-    layer = nn.Linear(2, 1)
-    assert inspection.gradient_norms(layer) == {}
-    layer(torch.tensor([[3.0, 4.0]])).backward()  # d/dw = x, d/db = 1
-    assert inspection.gradient_norms(layer) == pytest.approx({"weight": 5.0, "bias": 1.0})
-    layer.bias.grad = None
-    assert list(inspection.gradient_norms(layer)) == ["weight"]
 
 
 def test_to_images_undoes_normalisation() -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from common.config import TrainConfig
+from common.data import load_data
 from common.engine.device import memory_format, pick_device
 from common.engine.errors import UserError
+from common.engine.signals import STOPPING, caught
+from common.runs import Run
+from common.training import fit, make_optimizer, make_schedule
 from tests.conftest import ROOT
 
 
@@ -58,3 +66,25 @@ def test_a_missing_gpu_points_to_a_section_that_is_there() -> None:
         pick_device("cuda")
     (section,) = re.findall(r"'(.+)' in the README", str(caught.value))
     assert f"\n## {section}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_off_the_main_thread_works(tmp_path: Path) -> None:
+    """Only the main thread may set handlers of signals; a server's worker thread trains without."""
+    before = [signal.getsignal(number) for number in STOPPING]
+    config = TrainConfig(
+        model="net", dataset="digits", epochs=1, smoke=True, device="cpu", run_dir=str(tmp_path)
+    ).resolve("digits")
+
+    def train() -> int:
+        data = load_data(config, torch.device("cpu"))
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+        optimizer = make_optimizer(net, config)
+        schedule = make_schedule(optimizer, config, data.train)
+        run = Run.open(config, "thread")
+        with caught():
+            return len(fit(net, data, nn.CrossEntropyLoss(), optimizer, schedule, config, run))
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train).result() == 1
+    assert list(tmp_path.glob("thread/*/last.pt"))
+    assert [signal.getsignal(number) for number in STOPPING] == before

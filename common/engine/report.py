@@ -119,7 +119,7 @@ def _baselines(result: Mapping[str, Any]) -> str:
 def _no_better_than_a_guess(result: Mapping[str, Any]) -> str:
     """What to say of a network that the test images can't tell from a guess; "" of any other."""
     found, low = result.get("baselines", {}), result["test_top1_interval"][0]
-    if low > max(found.get("chance", -1.0), found.get("majority", -1.0)):
+    if result.get("smoke") or low > max(found.get("chance", -1.0), found.get("majority", -1.0)):
         return ""
     return (
         "the network is no better than a guess: too few steps, a learning rate that is too high or "
