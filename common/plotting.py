@@ -316,18 +316,16 @@ def readers(blocks: Sequence[Sequence[Sequence[float]]]) -> Figure:
 
     The last reader of a block follows it: a transition, or the classifier after the last block.
     """
-    heading = "Who reads whom: mean absolute weight, 1 = the reader's average"
+    heading = "Who reads whom: mean absolute weight, in percent of the reader's average"
     figure, axes = panels(len(blocks), heading)
-    every = [value for columns in blocks for column in columns for value in column]
+    every = [100 * value for columns in blocks for column in columns for value in column]
     for i, (columns, ax) in enumerate(zip(blocks, axes), 1):
         layers = [str(layer) for layer in range(1, len(columns))]
         last = "T: the transition" if i < len(blocks) else "C: the classifier"
-        square = np.array(
-            [*itertools.zip_longest(*columns)], dtype=float
-        )  # NaN where nothing can be read yet
+        percent = 100 * np.array([*itertools.zip_longest(*columns)], dtype=float)  # NaN: not yet
         heatmap(
-            square, ["input", *layers], [*layers, last[0]], f"Block {i}",
-            xlabel=f"reading layer ({last})", ylabel="layer whose maps are read", fmt="{:.2f}",
+            percent, ["input", *layers], [*layers, last[0]], f"Block {i}",
+            xlabel=f"reading layer ({last})", ylabel="layer whose maps are read", fmt="{:.0f}",
             limits=(min(every), max(every)), ax=ax,
         )  # fmt: skip
     return figure

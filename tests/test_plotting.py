@@ -467,6 +467,16 @@ def test_heatmap_writes_numbers_that_stand_out_from_their_cells() -> None:
         assert (light + 0.05) / (dark + 0.05) >= 4, (value, text.get_color())
 
 
+def test_readers_stand_in_columns_over_the_sources_that_they_can_read() -> None:
+    figure = draw(plotting.readers([[[1.0], [0.5, 1.5]], [[1.0], [1.2, 0.8]]]))
+    first, second = figure.axes[:2]
+    assert texts(first) == ["100", "50", "–", "150"]
+    assert texts(second) == ["100", "120", "–", "80"]
+    assert [label.get_text() for label in first.get_xticklabels()] == ["1", "T"]
+    assert [label.get_text() for label in second.get_xticklabels()] == ["1", "C"]
+    assert first.images[0].get_clim() == second.images[0].get_clim() == (50, 150)
+
+
 def test_panels_share_one_figure_and_long_titles_stay_in_their_own() -> None:
     figure, axes = plotting.panels(3, "What happened")
     title = "a title of many words that would run into the panel beside it if nobody broke it"
