@@ -165,10 +165,8 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B",
-        se_reduction: int = 0,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B",
+                 se_reduction: int = 0) -> None:  # fmt: skip
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -253,10 +251,9 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B",
-        se_reduction: int = 0, groups: int = 1, base_width: int = 64,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B",
+                 se_reduction: int = 0, groups: int = 1,
+                 base_width: int = 64) -> None:  # fmt: skip
         super().__init__()
         width, out_channels = channels * base_width // 64 * groups, self.expansion * channels
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
@@ -295,8 +292,9 @@ if live():
 class PlainBlock(BasicBlock):
     """The basic block without its shortcut; shapes as there.  He et al. 2015, fig. 3 middle."""
 
-    def __init__(self, *sizes: int, shortcut: str = "") -> None:
-        super().__init__(*sizes, shortcut="A")  # which has no parameters
+    def __init__(self, in_channels: int, channels: int, stride: int = 1,
+                 shortcut: str = "") -> None:  # fmt: skip
+        super().__init__(in_channels, channels, stride, "A")  # which has no parameters
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -314,8 +312,9 @@ class PreActBlock(BasicBlock):
     torch.Size([1, 128, 4, 4])
     """
 
-    def __init__(self, in_channels: int, *sizes: int, shortcut: str = "B") -> None:
-        super().__init__(in_channels, *sizes, shortcut=shortcut)
+    def __init__(self, in_channels: int, channels: int, stride: int = 1,
+                 shortcut: str = "B") -> None:  # fmt: skip
+        super().__init__(in_channels, channels, stride, shortcut)
         self.bn1 = nn.BatchNorm2d(in_channels)  # it reads the input now
 
     def forward(self, x: Tensor) -> Tensor:
