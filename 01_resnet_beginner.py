@@ -9,13 +9,11 @@ output, and a network of a hundred layers trains as easily as one of ten.
     python 01_resnet_beginner.py --experiment skip-connections # the paper's claim, measured
     python 01_resnet_beginner.py --model resnet50 --summary    # what is inside
 
-Measured on one thread of an AMD EPYC that others used too, torch 2.14:
+Measured on one thread of an AMD EPYC that others used too, torch 2.14: resnet20 on digits (8 px, 18
+epochs, seeds 0 to 2) tests at 99.16, 98.89 and 98.89%, 13 s of training; resnet9 on CIFAR-10 (JPEG
+copy, --recipe fast, 10 epochs, bfloat16) at 88.49%, 1,771 s.
 
-    default, resnet20      digits at 8 px, 18 epochs, seeds 0 to 2: test 99.16, 98.89 and 98.89%,
-                           13 s of training
-    resnet9, CIFAR-10      JPEG copy, --recipe fast, 10 epochs, bfloat16: test 88.49%, 1,771 s
-
-What the experiment gave stands at the end of the file, lest it spoil your guess.
+What the experiments gave stands at the end of the file, so that you can guess first.
 """
 
 # %% [markdown]
@@ -73,7 +71,6 @@ class Config(TrainConfig):
     shortcut: str = knob("", "A pads, B projects, C always does (sec. 3.3)", ("A", "B", "C", ""))
     zero_init_residual: bool = knob(True, "start each residual branch at zero")
     deep: int = knob(5, "blocks per stage of the experiment's deeper nets", low=4, high=200)
-
     # What differs from the defaults of common/config.py; the record was measured with these.
     RECIPES = {"digits": {"image_size": 8, "epochs": 18, "batch_size": 64, "base_lr": 0.2}}
 
@@ -84,13 +81,13 @@ config = parse_flags(Config) if __name__ == "__main__" else Config()
 # %%
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.augmentation import Views
+from common.classifier import Classifier
 from common.data import Data, load_data
 from common.engine.device import memory_format
 from common.evaluation import evaluate
@@ -100,21 +97,21 @@ from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_parameters, profile
 from common.resnet9 import ResNet9, bag_of_tricks
 from common.runs import Run, banner, draw_figures, prepare
-from common.training import fit, make_optimizer, make_schedule, measure_layers, train_one_epoch
+from common.training import Aids, fit, make_optimizer, make_schedule, measure_layers
+from common.training import train_one_epoch
 
 # %% [markdown]
 # ## The shortcut: three ways to carry the input past the block
 #
 # Where a block keeps its shape the shortcut is the identity. Where it halves the resolution and
-# widens the channels, something has to give. The paper's options: **A** subsamples and pads with
-# zeros (no parameters), **B** projects with a 1x1 convolution, **C** projects everywhere, also
-# where the shape stays. C was a little better in the paper's table 3 and costs much: it's dropped.
+# widens the channels, the input no longer fits. The paper's options: **A** takes every second pixel
+# and appends zeros (no parameters), **B** projects with a 1x1 convolution, **C** projects in every
+# block. C was a little better in table 3 and costs much, so the paper goes on with B.
 
 
 # %%
 class PadShortcut(nn.Module):
     """Option A: every `stride`-th pixel, missing channels filled with zeros.  He et al., sec. 3.3.
-
     (N, C_in, H, W) -> (N, C_out, H/stride, W/stride)
 
     >>> PadShortcut(16, 32, stride=2)(torch.ones(1, 16, 8, 8)).shape
@@ -123,8 +120,7 @@ class PadShortcut(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.extra_channels = out_channels - in_channels
-        self.stride = stride
+        self.extra_channels, self.stride = out_channels - in_channels, stride
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, :, :: self.stride, :: self.stride]
@@ -161,7 +157,6 @@ if live():
 # %%
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut.  He et al. 2015, fig. 5 left.
-
     (N, C_in, H, W) -> (N, channels, H/stride, W/stride)
 
     >>> BasicBlock(64, 128, stride=2)(torch.zeros(1, 64, 8, 8)).shape
@@ -170,10 +165,8 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B",
-        se_reduction: int = 0,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B",
+                 se_reduction: int = 0) -> None:  # fmt: skip
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -190,10 +183,9 @@ class BasicBlock(nn.Module):
 
 # %% [markdown]
 # **By hand**: at 64 channels a 3x3 convolution has $9 \cdot 64 \cdot 64 = 36{,}864$ weights and a
-# BatchNorm 128, so the block has $2 \cdot (36{,}864 + 128) = 73{,}984$ parameters.
-#
-# **Say it first**: the scale of the last BatchNorm is zero. Which picture comes out? Digits are
-# drawn from -1 (black) to 1 (white).
+# BatchNorm 128, so the block has $2 \cdot (36{,}864 + 128) = 73{,}984$ parameters. **Say it
+# first**: the scale of the last BatchNorm is zero. Which picture comes out? Digits are drawn from
+# -1 (black) to 1 (white).
 
 # %%
 if live():
@@ -202,7 +194,6 @@ if live():
     nn.init.zeros_(block.bn2.weight)
     show(digits(4), block(digits(4)))
 
-
 # %% [markdown]
 # ## Squeeze-and-excitation: let each channel ask the whole image how much it matters
 
@@ -210,9 +201,7 @@ if live():
 # %%
 class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate in (0, 1) computed from all channels' means.  Hu et al. 2018,
-    sec. 3. 1x1 convolutions are linear layers that keep the last two dimensions.
-
-    (N, C, H, W) -> (N, C, H, W).  NOTE: the paper's equation 3 has no biases, torchvision's has.
+    sec. 3.  (N, C, H, W) -> (N, C, H, W).  NOTE: equation 3 has no biases, torchvision has them.
 
     >>> SqueezeExcitation(64)(torch.zeros(1, 64, 8, 8)).shape
     torch.Size([1, 64, 8, 8])
@@ -224,7 +213,7 @@ class SqueezeExcitation(nn.Module):
         self.excite = nn.Conv2d(channels // reduction, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = x.mean(dim=(2, 3), keepdim=True)  # (N, C, 1, 1)
+        gate = x.mean(dim=(2, 3), keepdim=True)  # (N, C, 1, 1): a 1x1 convolution is linear here
         gate = F.relu(self.squeeze(gate))  # (N, C/reduction, 1, 1)
         gate = torch.sigmoid(self.excite(gate))  # (N, C, 1, 1)
         return x * gate
@@ -251,7 +240,6 @@ if live():
 # %%
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut.  He et al. 2015, fig. 5 right.
-
     (N, C_in, H, W) -> (N, 4 * channels, H/stride, W/stride)
 
     NOTE: the stride sits on the 3x3 and not, as in the paper, on the first 1x1, which would skip
@@ -263,13 +251,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B",
-        se_reduction: int = 0, groups: int = 1, base_width: int = 64,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B",
+                 se_reduction: int = 0, groups: int = 1,
+                 base_width: int = 64) -> None:  # fmt: skip
         super().__init__()
-        width = channels * base_width // 64 * groups
-        out_channels = self.expansion * channels
+        width, out_channels = channels * base_width // 64 * groups, self.expansion * channels
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=groups, bias=False)
@@ -306,19 +292,17 @@ if live():
 class PlainBlock(BasicBlock):
     """The basic block without its shortcut; shapes as there.  He et al. 2015, fig. 3 middle."""
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int = 1, shortcut: str = ""
-    ) -> None:
-        super().__init__(in_channels, channels, stride, shortcut="A")  # which has no parameters
+    def __init__(self, in_channels: int, channels: int, stride: int = 1,
+                 shortcut: str = "") -> None:  # fmt: skip
+        super().__init__(in_channels, channels, stride, "A")  # which has no parameters
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(x)))
 
 
-class PreActBlock(nn.Module):
+class PreActBlock(BasicBlock):
     """BatchNorm and ReLU before each convolution, none after the sum.  He et al. 2016, fig. 4(e).
-
     (N, C_in, H, W) -> (N, channels, H/stride, W/stride)
 
     NOTE: in the figure both paths start from x. Where the shape changes the shortcut starts from
@@ -328,17 +312,10 @@ class PreActBlock(nn.Module):
     torch.Size([1, 128, 4, 4])
     """
 
-    expansion = 1
-
-    def __init__(
-        self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "B"
-    ) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.shortcut = make_shortcut(shortcut, in_channels, channels, stride)
+    def __init__(self, in_channels: int, channels: int, stride: int = 1,
+                 shortcut: str = "B") -> None:  # fmt: skip
+        super().__init__(in_channels, channels, stride, shortcut)
+        self.bn1 = nn.BatchNorm2d(in_channels)  # it reads the input now
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x))
@@ -399,7 +376,7 @@ TABLE: dict[str, Row] = {
 
 
 # %%
-class ResNet(nn.Module):
+class ResNet(Classifier):
     """(N, 3, H, W) -> (N, num_classes).  He et al. 2015, table 1.
 
     A 7x7 stem and a max-pool quarter the resolution, each stage after the first halves it and
@@ -425,25 +402,21 @@ class ResNet(nn.Module):
         size, stride = (3, 1) if small_input else (7, 2)
         stem = [nn.Conv2d(3, stem_channels, size, stride, padding=size // 2, bias=False)]
         preact = block is PreActBlock  # its blocks bring their own BatchNorm and ReLU
-        if not preact:
-            stem += [nn.BatchNorm2d(stem_channels), nn.ReLU()]
-        if not small_input:
-            stem += [nn.MaxPool2d(3, stride=2, padding=1)]
+        stem += [] if preact else [nn.BatchNorm2d(stem_channels), nn.ReLU()]
+        stem += [] if small_input else [nn.MaxPool2d(3, stride=2, padding=1)]
         self.stem = nn.Sequential(*stem)
 
-        stages, in_channels = [], stem_channels
+        self.stages, in_channels = nn.Sequential(), stem_channels
         for i, (depth, width) in enumerate(zip(depths, channels)):
-            blocks = []
+            stage = nn.Sequential()
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                blocks.append(block(in_channels, width, stride, **block_options))
+                stage.append(block(in_channels, width, stride, **block_options))
                 in_channels = width * block.expansion
-            stages.append(nn.Sequential(*blocks))
-        self.stages = nn.Sequential(*stages)
+            self.stages.append(stage)
         last = [nn.BatchNorm2d(in_channels), nn.ReLU()] if preact else []
-        self.head = nn.Sequential(
-            *last, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes)
-        )
+        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        self.head = nn.Sequential(*last, *pool, nn.Linear(in_channels, num_classes))
         self.init_weights(zero_init_residual)
 
     def init_weights(self, zero_init_residual: bool) -> None:
@@ -454,9 +427,9 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             # A plain block has no shortcut to fall back on; PreActBlock ends in a convolution.
-            elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
+            elif zero_init_residual and type(module) in (BasicBlock, Bottleneck):
                 last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
-                nn.init.constant_(last.weight, float(isinstance(module, PlainBlock)))
+                nn.init.zeros_(last.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C, H/32, W/32), the last feature map; H/8, W/8 if small."""
@@ -465,27 +438,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.forward_features(x))
 
-    def get_classifier(self) -> nn.Linear:
-        return self.head[-1]
 
-    def reset_classifier(self, num_classes: int) -> None:
-        old = self.head[-1]
-        self.head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
-
-
-def resnet(
-    name: str, num_classes: int = 1000, small_input: bool = False, **options: int | str | bool
-) -> ResNet:
-    """The model of one row of the table; further options are `zero_init_residual`, `shortcut`."""
-    row = TABLE[name]
-    options = {"num_classes": num_classes, "small_input": small_input, **row.options, **options}
-    return ResNet(row.block, row.depths, **options)
-
-
-def cifar_resnet(
-    depth: int, block: type[nn.Module] = BasicBlock, num_classes: int = 1000,
-    small_input: bool = False, **options: int | str | bool,
-) -> ResNet:  # fmt: skip
+def cifar_resnet(depth: int, block: type[nn.Module] = BasicBlock, **options: Any) -> ResNet:
     """The nets of section 4.2: depth = 6n + 2, three stages of n blocks, 16, 32 and 64 wide.
 
     They have one form, whatever `small_input` says. `shortcut` is "A" by default, as in the paper.
@@ -496,12 +450,12 @@ def cifar_resnet(
     n, rest = divmod(depth - 2, 6)
     if rest or n < 1:
         raise ValueError(f"a CIFAR ResNet has depth 6n + 2 (8, 14, 20, ...), not {depth}")
-    options = {"shortcut": "A", "num_classes": num_classes, **options}
-    return ResNet(block, (n, n, n), (16, 32, 64), stem_channels=16, small_input=True, **options)
+    options = {"shortcut": "A", **options, "small_input": True}
+    return ResNet(block, (n, n, n), (16, 32, 64), stem_channels=16, **options)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    **{name: partial(resnet, name) for name in TABLE},
+    **{name: partial(ResNet, row.block, row.depths, **row.options) for name, row in TABLE.items()},
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
     "resnet9": ResNet9,  # nine layers that learn CIFAR-10 on a laptop: common/resnet9.py
 }
@@ -554,39 +508,27 @@ def run(config: Config) -> dict[str, object]:
     banner(config, device, data, model, run)
     history = fit(model, data, loss_fn, optimizer, schedule, config, run)
 
-    # The only time that the test images are seen.
-    test = evaluate(model, data.test, data.class_names)
+    test = evaluate(model, data.test, data.class_names)  # the only look at the test images
     cost = profile(model, data.input_size)
     draw_figures(run, model, data, history, test)
-    views = {}
-    if config.views:  # the same images from six sides: never mixed with plain accuracy
-        seen = evaluate(Views(model, data.test.part.flips), data.test, data.class_names)
-        views = {"test_top1_views": seen.top1}
-        print(f"views      top-1 {seen.top1:.2%}, shifted and mirrored views averaged")
-    return run.finish(model, data, history, test, cost, **views)
+    return run.finish(model, data, history, test, cost)
 
 
 # %% [markdown]
 # `fit` repeats the loop below once an epoch and validates after each. Every step is the same:
-# forward, loss, backward, step. The rest, in the order in which you meet it:
-#
-# - `aids` holds what helps; `aids.meter` counts batches, hits and losses. `autocast` computes in 16
-#   bits where the chip gains by it; `aids.scaler` then enlarges the loss, lest small gradients
-#   vanish, and shrinks the gradients again (`unscale_`). Without 16 bits both do nothing.
-# - An optimizer step may take several batches (`loader.accumulate`), whose gradients add up; with
-#   several GPUs `gradient_sync` shares them only before a step. `on_step` is for experiments.
-# - `aids.guard` stops the run before a step that is not finite, `aids.average` keeps a running
-#   mean of the weights if asked to, `aids.keeper` saves now and then, and after Ctrl-C.
+# forward, loss, backward, step. A step may take several batches (`loader.accumulate`), whose
+# gradients add up; `autocast` computes in 16 bits where the chip gains by it, and `unscale_` undoes
+# what the scaler did. `Aids` has a line on each of the rest.
 #
 # **Say it first**: ten classes, and a net that only guesses. Which loss does it start from?
 
 # %%
 if live():
-    show(train_one_epoch)
+    show(train_one_epoch, Aids)
     print(torch.log(torch.tensor(10.0)))
 
 # %% [markdown]
-# ## The experiment: does the shortcut do it?
+# ## Experiment: does the shortcut do it?
 #
 # Plain, residual and pre-activation nets of two depths, with the same parameters but for a few
 # norms, the same seeds and recipe. All of them train here; the question is how well. Beforehand we
@@ -609,15 +551,12 @@ def gradients(model: nn.Module, data: Data) -> list[float]:
 
 def skip_connections(config: Config) -> Experiment:
     """Figures 1 and 6 of the paper at the size of the dataset, in two thirds of the epochs."""
-    shallow, deep = 20, 6 * config.deep + 2
     shorter = {"epochs": max(1, config.epochs * 2 // 3)}
+    # Branches that start at zero came later and would help one family only.
+    net = partial(cifar_resnet, zero_init_residual=False)
+    shallow, deep = 20, 6 * config.deep + 2
     arms = [
-        # Branches that start at zero came later and would help one family only.
-        Arm(
-            f"{family}-{depth}",
-            partial(cifar_resnet, depth, block, zero_init_residual=False),
-            shorter,
-        )
+        Arm(f"{family}-{depth}", partial(net, depth, block), shorter)
         for family, block in FAMILIES.items()
         for depth in (shallow, deep)
     ]
@@ -629,12 +568,10 @@ def skip_connections(config: Config) -> Experiment:
         Claim("of the deep nets the residual one tests better", residual[0], plain[0], margin=0.01),
     ]
     return Experiment(
-        "Skip connections at equal depth",
-        arms,
-        claims,
+        "Skip connections at equal depth", arms, claims,
         before=lambda model, data: {"gradient by layer, at the start": gradients(model, data)},
         after=lambda trial, data: {"gradient by layer, at the end": gradients(trial.model, data)},
-    )
+    )  # fmt: skip
 
 
 EXPERIMENTS: dict[str, Callable[[Config], object]] = {

@@ -159,7 +159,7 @@ class VGGBlock(nn.Module):
 
 # %% [markdown]
 # **Say it first**: a block of two convolutions from 3 to 64 channels. How many parameters? And what
-# is left of a digit of 8 pixels behind its pool?
+# is left of a digit of 8 pixels after its pool?
 
 # %%
 if live():
@@ -233,9 +233,9 @@ if live():
 # %% [markdown]
 # ## The head: three linear layers that hold most of the weights
 #
-# The last map, 512 channels of 7x7, is read pixel by pixel by a linear layer of 4096 units. That
-# one layer has 102.8 million weights, five times as many as all convolutions of VGG-19 together. It
-# overfits, so dropout stands behind it. Later networks took an average in its place.
+# The last map, 512 channels of 7x7, is flattened, and a linear layer of 4096 units reads all of it.
+# That one layer has 102.8 million weights, five times as many as all convolutions of VGG-19
+# together. It overfits, so dropout follows it. Later networks took an average in its place.
 
 
 # %%

@@ -1,8 +1,7 @@
 """Lesson 3, intermediate: Inception, several filter sizes side by side.
 
-Szegedy et al., "Going deeper with convolutions", 2014 (arXiv 1409.4842), below "GoogLeNet"; and
-Szegedy et al., "Rethinking the Inception architecture for computer vision", 2015 (arXiv
-1512.00567), below "Inception-v3".
+Szegedy et al., "Going deeper with convolutions", 2014 (arXiv 1409.4842), here "GoogLeNet"; Szegedy
+et al., "Rethinking the Inception architecture", 2015 (arXiv 1512.00567), here "Inception-v3".
 
 The idea in one sentence: do not choose a filter size, use them all at once and let the next layer
 choose, and pay for it with 1x1 convolutions that first narrow what the large filters read.
@@ -13,10 +12,10 @@ choose, and pay for it with 1x1 convolutions that first narrow what the large fi
     python 03_inception_intermediate.py --experiment bottleneck    # what the 1x1 convolutions save
     python 03_inception_intermediate.py --model inception_v3 --summary
 
-Measured on two cores of an Intel Xeon, torch 2.15, float32: the default run, googlenet on digits at
-8 px, 10 epochs, seed 0: test 99.44%, 88 s of training.
+Measured on two cores of an Intel Xeon, torch 2.15, float32: googlenet on digits (8 px, 10 epochs,
+seed 0) tests at 99.44%, 88 s of training.
 
-What the reductions save stands at the end of the file, lest it spoil your guess.
+What the experiments gave stands at the end of the file, so that you can guess first.
 """
 
 # %% [markdown]
@@ -78,7 +77,6 @@ class Config(TrainConfig):
     width_mult: float = knob(1.0, "GoogLeNet: factor on all channels", low=0.05, high=8)
     trial_width: float = knob(0.25, "width_mult of the nets in experiments", low=0.05, high=8)
     clock: float = knob(0.5, "seconds for each module in `bottleneck`", low=0, high=60)
-
     # What differs from the defaults of common/config.py; the record was measured with these.
     RECIPES = {"digits": {"image_size": 8, "epochs": 10, "batch_size": 64, "base_lr": 0.2}}
 
@@ -89,23 +87,23 @@ config = parse_flags(Config) if __name__ == "__main__" else Config()
 # %%
 from collections import OrderedDict
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from common import plotting
-from common.data import Data, Loader, load_data
+from common.branches import draw_branches, look_at_branches
+from common.classifier import Classifier
+from common.data import IMAGENET_MEAN, IMAGENET_STD, Data, load_data
 from common.engine.device import memory_format
 from common.engine.errors import UserError
-from common.evaluation import evaluate, score
-from common.experiments import Arm, Claim, Experiment, Results, Trial, conclude, run_experiment
+from common.evaluation import evaluate
+from common.experiments import Arm, Claim, Experiment, Trial, conclude, run_experiment
 from common.live import digits, live, show
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, count_parameters, profile
@@ -119,7 +117,6 @@ from common.training import fit, make_optimizer, make_schedule, train_one_epoch
 # %%
 class ConvBnReLU(nn.Sequential):
     """Convolution, BatchNorm, ReLU; the resolution stays unless stride or padding change it.
-
     (N, C_in, H, W) -> (N, C_out, H/stride, W/stride)
 
     NOTE: GoogLeNet predates BatchNorm and had a bias instead: `batch_norm=False`. torchvision
@@ -133,16 +130,14 @@ class ConvBnReLU(nn.Sequential):
         self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
         stride: int = 1, padding: int | None = None, batch_norm: bool = True,
     ) -> None:  # fmt: skip
-        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        same = (height // 2, width // 2)  # the padding that keeps height and width
+        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        same = (kernel[0] // 2, kernel[1] // 2)  # the padding that keeps height and width
+        padding = same if padding is None else padding
         super().__init__(
-            nn.Conv2d(
-                in_channels, out_channels, (height, width), stride,
-                same if padding is None else padding, bias=not batch_norm,
-            ),
+            nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=not batch_norm),
             nn.BatchNorm2d(out_channels, eps=0.001) if batch_norm else nn.Identity(),
             nn.ReLU(),
-        )  # fmt: skip
+        )
 
 
 # %% [markdown]
@@ -161,7 +156,6 @@ if live():
 # %%
 class Branches(nn.Module):
     """Run every branch on the same input and concatenate what they give along the channels.
-
     (N, C_in, H, W) -> (N, sum of the branches' C_out, h, w)
 
     >>> Branches(ConvBnReLU(16, 8, 1), ConvBnReLU(16, 24, 3))(torch.zeros(2, 16, 8, 8)).shape
@@ -176,13 +170,8 @@ class Branches(nn.Module):
         return torch.cat([branch(x) for branch in self.branches], dim=1)
 
 
-# %%
 class Widths(NamedTuple):
-    """The channels of one GoogLeNet module, in the order of the paper's table 1.
-
-    >>> Widths(64, 96, 128, 16, 32, 32).out_channels
-    256
-    """
+    """The channels of one GoogLeNet module, in the order of the paper's table 1."""
 
     conv1x1: int
     reduce3x3: int
@@ -201,15 +190,14 @@ class Widths(NamedTuple):
 
 # %% [markdown]
 # First without reductions: the large filters read all channels. The paper calls it naive, since a
-# pool can't narrow anything: each module passes on all that it read, and adds to it.
+# pool can't narrow anything: each module passes on all that it read, and adds to it. Then with
+# them, the module of GoogLeNet.
 
 
 # %%
 class Direct(Branches):
     """The module without reductions.  GoogLeNet, fig. 2(a), if not `project_pool`.
-
-    (N, C_in, H, W) -> (N, widths.out_channels, H, W); unprojected, the pool gives all C_in instead
-    of pool_proj.
+    (N, C_in, H, W) -> (N, widths.out_channels, H, W); unprojected, the pool gives C_in of them.
 
     >>> widths = Widths(64, 96, 128, 16, 32, 32)
     >>> Direct(192, widths, project_pool=False)(torch.zeros(2, 192, 28, 28)).shape
@@ -217,21 +205,14 @@ class Direct(Branches):
     """
 
     def __init__(self, in_channels: int, widths: Widths, project_pool: bool = True) -> None:
-        pool = [nn.MaxPool2d(3, stride=1, padding=1)]
-        if project_pool:
-            pool += [ConvBnReLU(in_channels, widths.pool_proj, 1)]
-        super().__init__(
-            ConvBnReLU(in_channels, widths.conv1x1, 1),
-            ConvBnReLU(in_channels, widths.conv3x3, 3),
-            ConvBnReLU(in_channels, widths.conv5x5, 5),
-            nn.Sequential(*pool),
-        )
+        conv, pool = partial(ConvBnReLU, in_channels), [nn.MaxPool2d(3, stride=1, padding=1)]
+        pool += [conv(widths.pool_proj, 1)] if project_pool else []
+        rows = (widths.conv1x1, 1), (widths.conv3x3, 3), (widths.conv5x5, 5)
+        super().__init__(*(conv(*row) for row in rows), nn.Sequential(*pool))
 
 
-# %%
 class Inception(Branches):
     """GoogLeNet's module.  GoogLeNet, fig. 2(b).
-
     (N, C_in, H, W) -> (N, widths.out_channels, H, W)
 
     NOTE: torchvision's third branch has a 3x3 where the paper has a 5x5, a slip that its published
@@ -244,24 +225,15 @@ class Inception(Branches):
     15872
     """
 
-    def __init__(
-        self, in_channels: int, widths: Widths, five_by_five: bool = False,
-        conv: Callable[..., nn.Module] = ConvBnReLU,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, widths: Widths, five_by_five: bool = False,
+                 conv: Callable[..., nn.Module] = ConvBnReLU) -> None:  # fmt: skip
+        ones, reduce3, threes, reduce5, fives, project = widths
+        third, pool = 5 if five_by_five else 3, nn.MaxPool2d(3, stride=1, padding=1)
         super().__init__(
-            conv(in_channels, widths.conv1x1, 1),
-            nn.Sequential(
-                conv(in_channels, widths.reduce3x3, 1),
-                conv(widths.reduce3x3, widths.conv3x3, 3),
-            ),
-            nn.Sequential(
-                conv(in_channels, widths.reduce5x5, 1),
-                conv(widths.reduce5x5, widths.conv5x5, 5 if five_by_five else 3),
-            ),
-            nn.Sequential(
-                nn.MaxPool2d(3, stride=1, padding=1),
-                conv(in_channels, widths.pool_proj, 1),
-            ),
+            conv(in_channels, ones, 1),
+            nn.Sequential(conv(in_channels, reduce3, 1), conv(reduce3, threes, 3)),
+            nn.Sequential(conv(in_channels, reduce5, 1), conv(reduce5, fives, third)),
+            nn.Sequential(pool, conv(in_channels, project, 1)),
         )
 
 
@@ -280,7 +252,7 @@ if live():
 # ## Inception-v3: the same idea with factorised filters
 #
 # Two 3x3 convolutions see as much as one 5x5 and cost 18/25 of it; a 1x7 and a 7x1 see as much as a
-# 7x7 and cost 14/49. Each resolution has its own module (A, C, E), and between them a module that
+# 7x7 and cost 14/49. Each resolution has its own module (A, C, E), and between them a reduction
 # halves the resolution without losing channels (B, D). The letters are torchvision's.
 
 
@@ -291,31 +263,35 @@ def chain(in_channels: int, *rows: tuple) -> nn.Sequential:
     >>> chain(192, (48, 1), (64, 5), (96, 3, 2, 0))(torch.zeros(2, 192, 9, 9)).shape
     torch.Size([2, 96, 4, 4])
     """
-    layers = []
-    for row in rows:
-        layers.append(ConvBnReLU(in_channels, *row))
-        in_channels = row[0]
-    return nn.Sequential(*layers)
+    widths = [in_channels, *(row[0] for row in rows)]
+    return nn.Sequential(*(ConvBnReLU(width, *row) for width, row in zip(widths, rows)))
 
 
 def average_pool(in_channels: int, out_channels: int) -> nn.Sequential:
-    """The branch that all three have: (N, C_in, H, W) -> (N, C_out, H, W)."""
-    return nn.Sequential(
-        nn.AvgPool2d(3, stride=1, padding=1), *chain(in_channels, (out_channels, 1))
-    )
+    """The branch that A, C and E have: (N, C_in, H, W) -> (N, C_out, H, W)."""
+    pool = nn.AvgPool2d(3, stride=1, padding=1)
+    return nn.Sequential(pool, *chain(in_channels, (out_channels, 1)))
 
 
-# %%
+class Reduction(Branches):
+    """Halve the map: strided convolutions beside a strided pool.  Inception-v3, fig. 10.
+    (N, C_in, H, W) -> (N, last widths of the two chains + C_in, (H-1)/2, (W-1)/2)
+
+    >>> Reduction(288, [(384, 3, 2, 0)], [(64, 1), (96, 3, 2, 0)])(torch.zeros(2, 288, 9, 9)).shape
+    torch.Size([2, 768, 4, 4])
+    """
+
+    def __init__(self, in_channels: int, short: list[tuple], long: list[tuple]) -> None:
+        pool = nn.MaxPool2d(3, stride=2)
+        super().__init__(chain(in_channels, *short), chain(in_channels, *long), pool)
+
+
 class InceptionA(Branches):
     """35x35: 1x1, 5x5, two 3x3, pool.  Inception-v3, fig. 5.
-
     (N, C_in, H, W) -> (N, 224 + pool_proj, H, W)
 
     NOTE: the paper's figure replaces every 5x5 by two 3x3; the authors' code kept one 5x5 branch
     beside them.
-
-    >>> InceptionA(192, pool_proj=32)(torch.zeros(2, 192, 35, 35)).shape
-    torch.Size([2, 256, 35, 35])
     """
 
     def __init__(self, in_channels: int, pool_proj: int) -> None:
@@ -327,27 +303,8 @@ class InceptionA(Branches):
         )
 
 
-class InceptionB(Branches):
-    """Halve 35x35: strided convolutions beside a strided pool.  Inception-v3, fig. 10.
-
-    (N, C_in, H, W) -> (N, 480 + C_in, (H-1)/2, (W-1)/2)
-
-    >>> InceptionB(288)(torch.zeros(2, 288, 35, 35)).shape
-    torch.Size([2, 768, 17, 17])
-    """
-
-    def __init__(self, in_channels: int) -> None:
-        super().__init__(
-            chain(in_channels, (384, 3, 2, 0)),
-            chain(in_channels, (64, 1), (96, 3), (96, 3, 2, 0)),
-            nn.MaxPool2d(3, stride=2),
-        )
-
-
-# %%
 class InceptionC(Branches):
     """17x17: 7x7 as 1x7 and 7x1, once and twice.  Inception-v3, fig. 6 with n = 7.
-
     (N, C_in, H, W) -> (N, 768, H, W); `width` is that of the factorised convolutions.
 
     >>> InceptionC(768, width=128)(torch.zeros(2, 768, 17, 17)).shape
@@ -364,31 +321,9 @@ class InceptionC(Branches):
         )
 
 
-class InceptionD(Branches):
-    """Halve 17x17, with one 7x7 in factors on the way.  Inception-v3, fig. 10.
-
-    (N, C_in, H, W) -> (N, 512 + C_in, (H-1)/2, (W-1)/2)
-
-    >>> InceptionD(768)(torch.zeros(2, 768, 17, 17)).shape
-    torch.Size([2, 1280, 8, 8])
-    """
-
-    def __init__(self, in_channels: int) -> None:
-        super().__init__(
-            chain(in_channels, (192, 1), (320, 3, 2, 0)),
-            chain(in_channels, (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)),
-            nn.MaxPool2d(3, stride=2),
-        )
-
-
-# %%
 class InceptionE(Branches):
     """8x8: branches that split once more; a small map affords it.  Inception-v3, fig. 7.
-
     (N, C_in, H, W) -> (N, 2048, H, W)
-
-    >>> InceptionE(1280)(torch.zeros(2, 1280, 8, 8)).shape
-    torch.Size([2, 2048, 8, 8])
     """
 
     def __init__(self, in_channels: int) -> None:
@@ -410,7 +345,8 @@ class InceptionE(Branches):
 # %%
 if live():
     print(2 * 7 * 128**2, 49 * 128**2)
-    for module in (InceptionA(768, 64), InceptionB(768), InceptionC(768, 128), InceptionD(768)):
+    halve = Reduction(768, [(384, 3, 2, 0)], [(64, 1), (96, 3, 2, 0)])
+    for module in (InceptionA(768, 64), InceptionC(768, 128), InceptionE(768), halve):
         print(type(module).__name__, tuple(module(torch.zeros(1, 768, 17, 17)).shape))
 
 # %% [markdown]
@@ -424,7 +360,6 @@ if live():
 # %%
 class AuxiliaryHead(nn.Sequential):
     """GoogLeNet's side classifier.  GoogLeNet, sec. 5.
-
     (N, C_in, H, W) -> (N, num_classes), from a map of any size.
 
     NOTE: the paper pools 14x14 to 4x4 with windows of 5 and stride 3, which only fits that map.
@@ -434,24 +369,16 @@ class AuxiliaryHead(nn.Sequential):
     torch.Size([2, 10])
     """
 
-    def __init__(
-        self, in_channels: int, num_classes: int, conv: Callable[..., nn.Module] = ConvBnReLU
-    ) -> None:
+    def __init__(self, in_channels: int, num_classes: int,
+                 conv: Callable[..., nn.Module] = ConvBnReLU) -> None:  # fmt: skip
         super().__init__(
-            nn.AdaptiveAvgPool2d(4),
-            conv(in_channels, 128, 1),
-            nn.Flatten(),  # (N, 128 * 4 * 4)
-            nn.Linear(128 * 4 * 4, 1024),
-            nn.ReLU(),
-            nn.Dropout(0.7),
-            nn.Linear(1024, num_classes),
-        )
+            nn.AdaptiveAvgPool2d(4), conv(in_channels, 128, 1), nn.Flatten(),  # (N, 128 * 4 * 4)
+            nn.Linear(128 * 4 * 4, 1024), nn.ReLU(), nn.Dropout(0.7), nn.Linear(1024, num_classes),
+        )  # fmt: skip
 
 
-# %%
 class AuxiliaryHeadV3(nn.Sequential):
     """Inception-v3's side classifier.  Inception-v3, fig. 8.
-
     (N, C_in, H, W) -> (N, num_classes), from a map of any size.
 
     >>> AuxiliaryHeadV3(768, 10)(torch.zeros(2, 768, 17, 17)).shape
@@ -459,29 +386,20 @@ class AuxiliaryHeadV3(nn.Sequential):
     """
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
-        super().__init__(
-            ConvBnReLU(in_channels, 128, 1),
-            ConvBnReLU(128, 768, 5, padding=0),  # a 5x5 map becomes 1x1
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(768, num_classes),
-        )
+        convs = chain(in_channels, (128, 1), (768, 5, 1, 0))  # a 5x5 map becomes 1x1
+        classifier = nn.Linear(768, num_classes)
+        super().__init__(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
 
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[2:]) >= 17:
-            x = F.avg_pool2d(x, 5, stride=3)  # 17x17 -> 5x5, as published
-        else:
-            # NOTE: images below 299 pixels leave too small a map for that; pool it to the same 5x5.
-            x = F.adaptive_avg_pool2d(x, 5)
-        return super().forward(x)
+            return super().forward(F.avg_pool2d(x, 5, stride=3))  # 17x17 -> 5x5, as published
+        # NOTE: images below 299 pixels leave too small a map for that; pool it to the same 5x5.
+        return super().forward(F.adaptive_avg_pool2d(x, 5))
 
 
-# %%
 class AuxiliaryLoss(nn.Module):
-    """The loss of the last classifier, plus `weight` times that of each auxiliary one.
-
-    Takes what the model returns: a tuple (logits, aux logits, ...) in training, the logits alone
-    otherwise.
+    """The loss of the last classifier, plus `weight` times that of each auxiliary one, of what the
+    model returns: a tuple (logits, aux logits, ...) in training, the logits alone otherwise.
 
     >>> loss_fn = AuxiliaryLoss(nn.CrossEntropyLoss(), weight=0.3)
     >>> logits, targets = torch.zeros(4, 10), torch.zeros(4, dtype=torch.long)
@@ -491,15 +409,13 @@ class AuxiliaryLoss(nn.Module):
 
     def __init__(self, criterion: nn.Module, weight: float) -> None:
         super().__init__()
-        self.criterion = criterion
-        self.weight = weight
+        self.criterion, self.weight = criterion, weight
 
     def forward(self, outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
         if isinstance(outputs, Tensor):
             return self.criterion(outputs, targets)
-        logits, *aux_logits = outputs
-        aux_losses = [self.criterion(aux, targets) for aux in aux_logits]
-        return self.criterion(logits, targets) + self.weight * sum(aux_losses)
+        loss, *aux_losses = (self.criterion(logits, targets) for logits in outputs)
+        return loss + self.weight * sum(aux_losses)
 
 
 # %% [markdown]
@@ -538,80 +454,72 @@ if live():
 # ## The papers' tables as data
 
 # %%
-Row = dict[str, Widths] | dict[str, Callable[[], nn.Module]]  # the modules of one stage, by name
+Row = Widths | Callable[[], nn.Module]  # a module; the digit of its name is that of its stage
 
-TABLE: dict[str, list[Row]] = {
+TABLE: dict[str, dict[str, Row]] = {
     # GoogLeNet, table 1:  #1x1, #3x3 reduce, #3x3, #5x5 reduce, #5x5, pool proj
-    "googlenet": [
-        {  # 28x28 on 224x224 images
-            "3a": Widths(64, 96, 128, 16, 32, 32),
-            "3b": Widths(128, 128, 192, 32, 96, 64),
-        },
-        {  # 14x14
-            "4a": Widths(192, 96, 208, 16, 48, 64),
-            "4b": Widths(160, 112, 224, 24, 64, 64),
-            "4c": Widths(128, 128, 256, 24, 64, 64),
-            "4d": Widths(112, 144, 288, 32, 64, 64),
-            "4e": Widths(256, 160, 320, 32, 128, 128),
-        },
-        {  # 7x7
-            "5a": Widths(256, 160, 320, 32, 128, 128),
-            "5b": Widths(384, 192, 384, 48, 128, 128),
-        },
-    ],
+    "googlenet": {
+        "3a": Widths(64, 96, 128, 16, 32, 32),  # 28x28 on 224x224 images
+        "3b": Widths(128, 128, 192, 32, 96, 64),
+        "4a": Widths(192, 96, 208, 16, 48, 64),  # 14x14
+        "4b": Widths(160, 112, 224, 24, 64, 64),
+        "4c": Widths(128, 128, 256, 24, 64, 64),
+        "4d": Widths(112, 144, 288, 32, 64, 64),
+        "4e": Widths(256, 160, 320, 32, 128, 128),
+        "5a": Widths(256, 160, 320, 32, 128, 128),  # 7x7
+        "5b": Widths(384, 192, 384, 48, 128, 128),
+    },
     # Inception-v3, table 1, as the authors' code has it: each module and the channels it reads
-    "inception_v3": [
-        {  # 35x35 on 299x299 images
-            "5b": partial(InceptionA, 192, pool_proj=32),
-            "5c": partial(InceptionA, 256, pool_proj=64),
-            "5d": partial(InceptionA, 288, pool_proj=64),
-        },
-        {  # 17x17
-            "6a": partial(InceptionB, 288),
-            "6b": partial(InceptionC, 768, width=128),
-            "6c": partial(InceptionC, 768, width=160),
-            "6d": partial(InceptionC, 768, width=160),
-            "6e": partial(InceptionC, 768, width=192),
-        },
-        {  # 8x8
-            "7a": partial(InceptionD, 768),
-            "7b": partial(InceptionE, 1280),
-            "7c": partial(InceptionE, 2048),
-        },
-    ],
-}
+    "inception_v3": {
+        "5b": partial(InceptionA, 192, pool_proj=32),  # 35x35 on 299x299 images
+        "5c": partial(InceptionA, 256, pool_proj=64),
+        "5d": partial(InceptionA, 288, pool_proj=64),
+        # B, from here on 17x17
+        "6a": partial(Reduction, 288, [(384, 3, 2, 0)], [(64, 1), (96, 3), (96, 3, 2, 0)]),
+        "6b": partial(InceptionC, 768, width=128),
+        "6c": partial(InceptionC, 768, width=160),
+        "6d": partial(InceptionC, 768, width=160),
+        "6e": partial(InceptionC, 768, width=192),
+        # D, from here on 8x8
+        "7a": partial(Reduction, 768, [(192, 1), (320, 3, 2, 0)],
+                      [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)]),
+        "7b": partial(InceptionE, 1280),
+        "7c": partial(InceptionE, 2048),
+    },
+}  # fmt: skip
 
 # %% [markdown]
 # ## The model: stem, stages, head, and auxiliary heads on the side
+#
+# `small_input` is for images of 32 pixels and less: it keeps the layers of the stem, but drops its
+# strides and pools. NOTE: the papers have no such form; for 79 pixels that of 2015 (sec. 9) drops
+# one stride and one pool.
+
 
 # %%
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class InceptionNet(nn.Module):
+class InceptionNet(Classifier):
     """(N, 3, H, W) -> (N, num_classes); in training with auxiliary heads (logits, aux logits, ...).
 
     Args:
         stem: the plain convolutions that come first.
-        stages: per stage its modules by the papers' names ("3a", "3b", ...), a pool first or not.
-        head: from the last feature map to logits; its last layer is the classifier.
+        modules: by name ("3a", "3b", ...), whose digit tells the stage; a pool may be among them.
+        features: channels of the last map; `dropout` is the share of them that is dropped.
         aux_heads: auxiliary heads by the name of the module whose output they read; empty for none.
         aux_weight: what an auxiliary loss counts beside the main one, see `AuxiliaryLoss`.
         transform_input: the image arrives normalised with ImageNet's mean and deviation, and the
             weights expect it scaled to -1 ... 1: rescale it. The official checkpoints need it.
-            Plain attribute, may be set later.
     """
 
-    def __init__(
-        self, stem: nn.Module, stages: list[dict[str, nn.Module]], head: nn.Sequential,
-        aux_heads: dict[str, nn.Sequential], aux_weight: float, transform_input: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, stem: nn.Module, modules: dict[str, nn.Module], features: int,
+                 num_classes: int, dropout: float, aux_heads: dict[str, nn.Sequential],
+                 aux_weight: float, transform_input: bool) -> None:  # fmt: skip
         super().__init__()
-        self.stem = stem
-        self.stages = nn.Sequential(*(nn.Sequential(OrderedDict(stage)) for stage in stages))
-        self.head = head
-        self.aux_heads = nn.ModuleDict(aux_heads)
-        self.aux_weight = aux_weight
+        self.stem, self.stages = stem, nn.Sequential()
+        for _, stage in groupby(modules.items(), key=lambda item: item[0][0]):
+            self.stages.append(nn.Sequential(OrderedDict(stage)))
+        pool, classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(features, num_classes)
+        self.head = nn.Sequential(pool, nn.Flatten(), nn.Dropout(dropout), classifier)
+        self.aux_heads, self.aux_weight = nn.ModuleDict(aux_heads), aux_weight
         self.transform_input = transform_input
         self.init_weights()
 
@@ -637,35 +545,23 @@ class InceptionNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         if not self.training or not self.aux_heads:
             return self.head(self.forward_features(x))
-        x = self.stem(self.rescale(x))
-        aux_logits = []
-        for stage in self.stages:
-            for name, module in stage.named_children():
-                x = module(x)
-                if name in self.aux_heads:
-                    aux_logits.append(self.aux_heads[name](x))
+        x, aux_logits = self.stem(self.rescale(x)), []
+        for name, module in (pair for stage in self.stages for pair in stage.named_children()):
+            x = module(x)
+            if name in self.aux_heads:
+                aux_logits.append(self.aux_heads[name](x))
         return self.head(x), *aux_logits
-
-    def get_classifier(self) -> nn.Linear:
-        return self.head[-1]
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new last layer, in the auxiliary heads too: all of them name the same classes."""
         for head in (self.head, *self.aux_heads.values()):
-            old = head[-1]
-            head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
+            head[-1] = nn.Linear(head[-1].in_features, num_classes).to(head[-1].weight)
 
     def arrange_torchvision_state(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Auxiliary tensors (aux1, aux2, AuxLogits) last, or left out if we have no such heads."""
         aux = {name: t for name, t in state_dict.items() if name.lower().startswith("aux")}
         rest = {name: t for name, t in state_dict.items() if name not in aux}
         return {**rest, **aux} if self.aux_heads else rest
-
-
-def average_head(in_channels: int, num_classes: int, dropout: float) -> nn.Sequential:
-    """(N, C, h, w) -> (N, num_classes): average, drop a share of the channels, classify."""
-    layers = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout)
-    return nn.Sequential(*layers, nn.Linear(in_channels, num_classes))
 
 
 # %%
@@ -676,42 +572,31 @@ def googlenet(
 ) -> InceptionNet:  # fmt: skip
     """GoogLeNet, table 1.
 
-    `width_mult` thins the stem and the modules; the auxiliary heads keep their width.
-    `small_input` keeps the layers of the stem but drops its strides and pools, for images of 32
-    pixels and less.
-    NOTE: the paper has no such form. Its response normalisation is left out, as in torchvision.
+    `width_mult` thins the stem and the modules; the auxiliary heads keep their width. NOTE: the
+    response normalisation is left out, as in torchvision, whose last pool has a window of 2; the
+    paper's has 3.
 
     >>> googlenet(aux=False).stages[1](torch.zeros(1, 480, 28, 28)).shape
     torch.Size([1, 832, 14, 14])
     """
     conv = partial(ConvBnReLU, batch_norm=batch_norm)
+    pool = partial(nn.MaxPool2d, stride=2, ceil_mode=True)
     width, in_channels = round(64 * width_mult), round(192 * width_mult)
-    if small_input:
-        stem = nn.Sequential(conv(3, width, 3), conv(width, width, 1), conv(width, in_channels, 3))
-    else:
-        stem = nn.Sequential(
-            conv(3, width, 7, stride=2),  # 224x224 -> 112x112
-            nn.MaxPool2d(3, stride=2, ceil_mode=True),  # 56x56
-            conv(width, width, 1),
-            conv(width, in_channels, 3),
-            nn.MaxPool2d(3, stride=2, ceil_mode=True),  # 28x28
-        )
-    # NOTE: the last pool has torchvision's window of 2; the paper's has 3.
-    stages: list[dict[str, nn.Module]] = [
-        {},
-        {"pool3": nn.MaxPool2d(3, 2, ceil_mode=True)},
-        {"pool4": nn.MaxPool2d(2, 2, ceil_mode=True)},
-    ]
-    aux_heads = {}
-    for stage, row in zip(stages, TABLE["googlenet"]):
-        for name, widths in row.items():
-            widths = widths.times(width_mult)
-            stage[name] = Inception(in_channels, widths, five_by_five, conv)
-            in_channels = widths.out_channels
-            if aux and name in ("4a", "4d"):
-                aux_heads[name] = AuxiliaryHead(in_channels, num_classes, conv)
-    head = average_head(in_channels, num_classes, dropout)
-    return InceptionNet(stem, stages, head, aux_heads, 0.3, transform_input)
+    layers = [conv(3, width, 3 if small_input else 7, stride=1 if small_input else 2)]
+    layers += [] if small_input else [pool(3)]  # 224x224 pixels are 112x112 before it, 56x56 after
+    layers += [conv(width, width, 1), conv(width, in_channels, 3)]
+    layers += [] if small_input else [pool(3)]  # 28x28
+    modules, aux_heads = {}, {}
+    for name, row in TABLE["googlenet"].items():
+        if name in ("4a", "5a"):
+            modules[f"{name[0]}pool"] = pool(3 if name == "4a" else 2)
+        widths = row.times(width_mult)
+        modules[name] = Inception(in_channels, widths, five_by_five, conv)
+        in_channels = widths.out_channels
+        if aux and name in ("4a", "4d"):
+            aux_heads[name] = AuxiliaryHead(in_channels, num_classes, conv)
+    head = in_channels, num_classes, dropout
+    return InceptionNet(nn.Sequential(*layers), modules, *head, aux_heads, 0.3, transform_input)
 
 
 def inception_v3(
@@ -722,9 +607,6 @@ def inception_v3(
 
     The auxiliary loss counts 0.4 and a fifth of the last features is dropped: the paper says
     neither, its authors' training code (TensorFlow models, inception_model.py) both.
-    `small_input` keeps the layers of the stem but drops its strides and pools, for images of 32
-    pixels and less.
-    NOTE: the paper has no such form; its sec. 9 drops one stride and one pool for 79 pixels.
 
     >>> inception_v3(aux=False).forward_features(torch.zeros(1, 3, 107, 107)).shape
     torch.Size([1, 2048, 2, 2])
@@ -732,16 +614,14 @@ def inception_v3(
     if small_input:
         stem = chain(3, (32, 3), (32, 3), (64, 3), (80, 1), (192, 3))
     else:
-        stem = nn.Sequential(
-            *chain(3, (32, 3, 2, 0), (32, 3, 1, 0), (64, 3)),  # 299x299 -> 149, 147, 147
-            nn.MaxPool2d(3, stride=2),  # 73x73
-            *chain(64, (80, 1), (192, 3, 1, 0)),  # 71x71
-            nn.MaxPool2d(3, stride=2),  # 35x35
-        )
-    stages = [{name: module() for name, module in row.items()} for row in TABLE["inception_v3"]]
-    head = average_head(2048, num_classes, dropout)
+        first = chain(3, (32, 3, 2, 0), (32, 3, 1, 0), (64, 3))  # 299x299 -> 149, 147, 147
+        second = chain(64, (80, 1), (192, 3, 1, 0))  # 73x73 -> 73, 71
+        pools = nn.MaxPool2d(3, stride=2), nn.MaxPool2d(3, stride=2)
+        stem = nn.Sequential(*first, pools[0], *second, pools[1])  # 35x35
+    modules = {name: module() for name, module in TABLE["inception_v3"].items()}
     aux_heads = {"6e": AuxiliaryHeadV3(768, num_classes)} if aux else {}
-    return InceptionNet(stem, stages, head, aux_heads, 0.4, transform_input)
+    head = 2048, num_classes, dropout
+    return InceptionNet(stem, modules, *head, aux_heads, 0.4, transform_input)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"googlenet": googlenet, "inception_v3": inception_v3}
@@ -768,18 +648,15 @@ if live():
 
 # %%
 def build(config: Config, num_classes: int) -> InceptionNet:
-    """The model that the flags ask for.
-
-    Raises:
-        UserError: a flag of GoogLeNet with another model.
-    """
-    options = {"aux": config.aux}
-    for name in ("five_by_five", "batch_norm", "width_mult"):
-        if config.model == "googlenet":
-            options[name] = getattr(config, name)
-        elif getattr(config, name) != getattr(Config, name):
-            raise UserError(f"--{name.replace('_', '-')}: only googlenet has it")
-    return MODELS[config.model](num_classes=num_classes, small_input=config.small_input, **options)
+    """The model that the flags ask for; a UserError if they are GoogLeNet's and the model isn't."""
+    names = ("five_by_five", "batch_norm", "width_mult")
+    own = {name: getattr(config, name) for name in names}
+    if config.model != "googlenet":
+        if wrong := [name for name in names if own[name] != getattr(Config, name)]:
+            raise UserError(f"--{wrong[0].replace('_', '-')}: only googlenet has it")
+        own = {}
+    net = partial(MODELS[config.model], num_classes, config.small_input, config.aux)
+    return net(**own)
 
 
 def run(config: Config) -> dict[str, object]:
@@ -802,8 +679,7 @@ def run(config: Config) -> dict[str, object]:
     banner(config, device, data, model, run)
     history = fit(model, data, loss_fn, optimizer, schedule, config, run)
 
-    # The only time that the test images are seen.
-    test = evaluate(model, data.test, data.class_names)
+    test = evaluate(model, data.test, data.class_names)  # the only look at the test images
     cost = profile(model, data.input_size)
     draw_figures(run, model, data, history, test)
     return run.finish(model, data, history, test, cost)
@@ -838,8 +714,8 @@ def trial_net(
     config: Config, batch_norm: bool = True, aux: bool = True, num_classes: int = 10
 ) -> InceptionNet:
     """A thin GoogLeNet with real 5x5 branches. Its weights at the start don't depend on `aux`."""
-    net = partial(googlenet, num_classes, config.small_input, five_by_five=True)
-    model = net(batch_norm=batch_norm, width_mult=config.trial_width)
+    options = {"five_by_five": True, "batch_norm": batch_norm, "width_mult": config.trial_width}
+    model = googlenet(num_classes, config.small_input, **options)
     if not aux:
         model.aux_heads.clear()  # drawn all the same, so that both of a pair start alike
     return model
@@ -850,40 +726,29 @@ def trial_loss(config: Config) -> AuxiliaryLoss:
 
 
 def gradients(model: InceptionNet, data: Data, loss_fn: nn.Module) -> dict[str, object]:
-    """Norm of the gradient of the first layer, and of each module from the stem on, over the loss.
-
-    Of the untrained net, for one batch.
+    """Norms of the untrained net's gradient for one batch, over the loss: of the first layer, and
+    of the stem and each module.
     """
     x, y = next(iter(data.train.batches()))
     loss = loss_fn(model.train()(x), y)
     loss.backward()
-    modules = [m for m in model.modules() if isinstance(m, Branches)]
-    squares = [
-        sum(p.grad.square().sum() for p in part.parameters()) for part in (model.stem, *modules)
-    ]
-    first = next(model.parameters()).grad.norm()
+    parts = [model.stem, *(m for m in model.modules() if isinstance(m, Branches))]
+    norms = [sum(p.grad.square().sum() for p in part.parameters()).sqrt() for part in parts]
     return {
-        "log gradient": (first / loss).log().item(),
-        "gradient over loss by module, at the start": [
-            (square.sqrt() / loss).item() for square in squares
-        ],
+        "log gradient": (next(model.parameters()).grad.norm() / loss).log().item(),
+        "gradient over loss by module, at the start": [(norm / loss).item() for norm in norms],
     }
 
 
 def auxiliary(config: Config) -> Experiment:
     """Section 5 of the paper of 2014 and section 4 of that of 2015, at the size of the dataset."""
-
-    def arm(name: str, batch_norm: bool, aux: bool) -> Arm:
-        net = partial(trial_net, config, batch_norm, aux)
-        return Arm(name, net, loss=trial_loss, rates=(0.005, 0.02, 0.08))
-
+    nets = {"no norm": False, "no norm + aux": False, "BatchNorm": True, "BatchNorm + aux": True}
+    rates = (0.005, 0.02, 0.08)
     arms = [
-        arm("no norm", batch_norm=False, aux=False),
-        arm("no norm + aux", batch_norm=False, aux=True),
-        arm("BatchNorm", batch_norm=True, aux=False),
-        arm("BatchNorm + aux", batch_norm=True, aux=True),
+        Arm(name, partial(trial_net, config, norm, "aux" in name), loss=trial_loss, rates=rates)
+        for name, norm in nets.items()
     ]
-    plain, plain_aux, normed, normed_aux = (each.name for each in arms)
+    plain, plain_aux, normed, normed_aux = nets
     more = "at the start they bring more gradient to the first layer without BatchNorm"
     claims = [
         Claim("they help the net without BatchNorm", plain_aux, plain, margin=0.02),
@@ -908,110 +773,28 @@ def auxiliary(config: Config) -> Experiment:
 #
 # **Say it first**: GoogLeNet gives its 3x3 branches 44% of the channels. Which share of the output?
 
+
 # %%
-BRANCHES = ("1x1", "3x3", "5x5", "pool")
-Table = list[list[float]]  # (modules, branches)
-
-
-def branch_shares(model: InceptionNet, x: Tensor, y: Tensor) -> dict[str, Table]:
-    """Shares of each branch in the channels, output and gradient of each module; rows sum to 1.
-
-    Args:
-        x: (N, 3, H, W)
-        y: (N,)
-    """
-    model = deepcopy(model).eval()  # so that hooks and gradients leave no trace
-    modules = [list(m.branches) for m in model.modules() if isinstance(m, Branches)]
-    reads: dict[nn.Module, Tensor] = {}
-    gives: dict[nn.Module, Tensor] = {}
-
-    def before(branch: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        reads[branch] = inputs[0].clone()  # one for each branch, to tell apart what flows back
-        reads[branch].retain_grad()
-        return reads[branch]
-
-    for branch in (branch for module in modules for branch in module):
-        branch.register_forward_pre_hook(before)
-        branch.register_forward_hook(
-            lambda branch, _, output: gives.update({branch: output.detach()})
-        )
-    F.cross_entropy(model(x), y).backward()
-
-    def shares(amount: Callable[[nn.Module], float]) -> Table:
-        rows = [[float(amount(branch)) for branch in module] for module in modules]
-        return [[value / sum(row) for value in row] for row in rows]
-
-    return {
-        "channels": shares(lambda branch: gives[branch].shape[1]),
-        "output": shares(lambda branch: gives[branch].square().sum()),
-        "gradient": shares(lambda branch: reads[branch].grad.square().sum()),
-    }
-
-
-def silenced_losses(model: InceptionNet, loader: Loader) -> Table:
-    """By module and branch: what the loss on a split gains when the branch gives only zeros."""
-
-    def without(branch: nn.Module) -> float:
-        hook = branch.register_forward_hook(lambda *args: torch.zeros_like(args[-1]))
-        loss = score(model, loader)[0]
-        hook.remove()
-        return loss
-
-    intact = score(model, loader)[0]
-    modules = [m for m in model.modules() if isinstance(m, Branches)]
-    return [[without(branch) - intact for branch in module.branches] for module in modules]
-
-
-def look_at_branches(trial: Trial, data: Data) -> dict[str, float | Table]:
-    """The four tables, and what the claims are about."""
-    tables = branch_shares(trial.model, *next(iter(data.val.batches())))
-    tables["loss added"] = silenced_losses(trial.model, data.val)
-    by_branch = np.mean(tables["loss added"], axis=0)
-    ahead = by_branch[1] - max(by_branch[[0, 2, 3]])
-
-    def rank(what: str) -> float:
-        return float(spearmanr(np.ravel(tables[what]), np.ravel(tables["loss added"])).statistic)
-
-    return {
-        "3x3 of output": float(np.mean(tables["output"], axis=0)[1]),
-        "3x3 of gradient": float(np.mean(tables["gradient"], axis=0)[1]),
-        "3x3 missed more": float(ahead),
-        **{f"rank by {what}": rank(what) for what in ("channels", "output", "gradient")},
-        **tables,
-    }
-
-
-def draw_branches(results: Results) -> Figure:
-    titles = {
-        "channels": "Share of the channels",
-        "output": "Share of the output",
-        "gradient": "Share of the gradient",
-        "loss added": "Loss added by silencing the branch",
-    }
-    modules = [name for stage in TABLE["googlenet"] for name in stage]
-    figure, axes = plotting.panels(4, "GoogLeNet's branches, mean over seeds", columns=2)
-    for (what, title), ax in zip(titles.items(), axes):
-        table = np.mean([v for v in results.values("GoogLeNet", what) if v], axis=0)
-        share = what != "loss added"
-        plotting.heatmap(
-            table, modules, BRANCHES, title, fmt="{:+.2f}", percent=share,
-            limits=(0, 1) if share else None, ax=ax,
-        )  # fmt: skip
-    return figure
-
-
 def branches(config: Config) -> Experiment:
     """Where the output and the gradient of each module of a trained GoogLeNet come from."""
-    net = "GoogLeNet"
+
+    def look(trial: Trial, data: Data) -> dict[str, object]:
+        looks = look_at_branches(trial, data)
+        mean = {what: np.mean(looks[what], axis=0) for what in ("output", "gradient", "loss added")}
+        ones, threes, fives, pool = mean["loss added"]
+        shares = {"3x3 of output": mean["output"][1], "3x3 of gradient": mean["gradient"][1]}
+        return {**shares, "3x3 missed more": threes - max(ones, fives, pool), **looks}
+
+    net, names = "GoogLeNet", ("1x1", "3x3", "5x5", "pool")
     claims = [
         Claim("the 3x3 branches are missed most", net, 0.0, "3x3 missed more", margin=0.1),
         Claim("the output's shares tell a branch's worth", net, 0.0, "rank by output", margin=0.5),
         Claim("those of the gradient do", net, 0.0, "rank by gradient", margin=0.5),
     ]
     arms = [Arm(net, partial(trial_net, config), loss=trial_loss)]
+    draw = partial(draw_branches, modules=[*TABLE["googlenet"]], branches=names)
     heading = "Which branch does the work?"
-    look = {"after": look_at_branches, "figure": draw_branches}
-    return Experiment(heading, arms, claims, **look, seeds=7)
+    return Experiment(heading, arms, claims, after=look, figure=draw, seeds=7)
 
 
 # %% [markdown]
@@ -1032,41 +815,29 @@ FORMS: dict[str, Callable[[int, Widths], nn.Module]] = {
 def bottleneck(config: Config) -> dict[str, object]:
     """Multiply-adds and milliseconds of GoogLeNet's nine modules with and without reductions."""
     config, device = prepare(config)
-    run = Run.open(config, LESSON)
-    rows: list[dict[str, object]] = []
+    run, rows, sums = Run.open(config, LESSON), [], {}
     for form, make in FORMS.items():
         in_channels = round(192 * config.width_mult)
-        for stage, px in zip(TABLE["googlenet"], (28, 14, 7)):
-            for name, row in stage.items():
-                widths = row.times(config.width_mult)
-                module = make(in_channels, widths).to(device, memory_format=torch.channels_last)
-                cost = profile(module, (in_channels, px, px), seconds=config.clock)
-                macs, ms = round(cost.macs / 1e6, 1), round(cost.latency_ms, 2)
-                rows.append({"module": name, "form": form, "channels in": in_channels,
-                             "parameters": cost.params, "M MACs": macs, "ms": ms})  # fmt: skip
-                unprojected = in_channels - widths.pool_proj if form == "naive" else 0
-                in_channels = widths.out_channels + unprojected
-
-    def column(form: str, what: str) -> list[float]:
-        return [row[what] for row in rows if row["form"] == form]
-
-    times = {
-        (form, what): sum(column(form, what)) / sum(column("reduced", what))
-        for form in FORMS
-        for what in ("M MACs", "ms")
-    }
-    words = {"M MACs": "multiply-adds", "ms": "time"}
-    bars = {f"{form}: {words[what]}": value for (form, what), value in times.items()}
-    heading = "GoogLeNet's nine modules without their reductions"
-    figure = plotting.bars(bars, "times the reduced form", heading, fmt="{:.1f}")
-    run.figure("bottleneck", figure)
-    saved = [a / b for a, b in zip(column("direct", "M MACs"), column("reduced", "M MACs"))]
-    facts = [
-        f"{form}: {times[form, 'M MACs']:.1f} times the multiply-adds of the reduced form, "
-        f"{times[form, 'ms']:.1f} times the time here"
-        for form in ("direct", "naive")
-    ] + [f"a module's reductions save {min(saved):.1f} to {max(saved):.1f} times the multiply-adds"]
-    return conclude(run, rows, facts)
+        for name, row in TABLE["googlenet"].items():
+            widths, px = row.times(config.width_mult), {"3": 28, "4": 14, "5": 7}[name[0]]
+            module = make(in_channels, widths).to(device, memory_format=torch.channels_last)
+            cost = profile(module, (in_channels, px, px), seconds=config.clock)
+            macs, ms = round(cost.macs / 1e6, 1), round(cost.latency_ms, 2)
+            rows.append({"module": name, "form": form, "channels in": in_channels,
+                         "parameters": cost.params, "M MACs": macs, "ms": ms})  # fmt: skip
+            unprojected = in_channels - widths.pool_proj if form == "naive" else 0
+            in_channels = widths.out_channels + unprojected
+        sums[form] = np.sum([(row["M MACs"], row["ms"]) for row in rows[-9:]], axis=0)
+    times = {form: sums[form] / sums["reduced"] for form in FORMS}
+    bars = {f"{form}: multiply-adds": more for form, (more, _) in times.items()}
+    bars |= {f"{form}: time": longer for form, (_, longer) in times.items()}
+    heading, unit = "GoogLeNet's nine modules without their reductions", "times the reduced form"
+    run.figure("bottleneck", plotting.bars(bars, unit, heading, fmt="{:.1f}"))
+    told = "{}: {:.1f} times the multiply-adds of the reduced form, {:.1f} times the time here"
+    facts = [told.format(form, *times[form]) for form in ("direct", "naive")]
+    saved = [direct["M MACs"] / row["M MACs"] for row, direct in zip(rows[:9], rows[9:18])]
+    saves = f"{min(saved):.1f} to {max(saved):.1f} times the multiply-adds"
+    return conclude(run, rows, [*facts, f"a module's reductions save {saves}"])
 
 
 EXPERIMENTS: dict[str, Callable[[Config], object]] = {

@@ -69,16 +69,11 @@ LESSON = "05_mobilenet_advanced"
 class Config(TrainConfig):
     """What this lesson can be told; every field is a flag, and `--help` prints them all."""
 
-    model: str = knob(
-        "mobilenet_v3_small",
-        "a name of MODELS: mobilenet_v1, mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large",
-    )
+    model: str = knob("mobilenet_v3_small", "a name of MODELS: mobilenet_v1, mobilenet_v2, ...")
     width_mult: float = knob(1.0, "factor on the channels of every layer", low=0.05, high=8)
     trial_width: float = knob(0.25, "width_mult of the nets that are compared", low=0.05, high=8)
-    factors: str = knob(
-        "0.5", "on width or side of the image, for --experiment multipliers", low=0.05, high=1
-    )
-
+    factors: str = knob("0.5", "multipliers: on the width, or on the side", low=0.05, high=1)
+    # What differs from the defaults of common/config.py.
     RECIPES = {"digits": {"image_size": 8, "epochs": 15, "batch_size": 64, "base_lr": 0.2}}
 
 
@@ -90,7 +85,6 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -98,13 +92,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import plotting
+from common.classifier import Classifier
 from common.config import numbers_of
 from common.costs import cost_by_kind, milliseconds, width_for_macs
-from common.data import Data, load_data
+from common.data import load_data
 from common.engine.device import pick_device
-from common.evaluation import evaluate, predict
-from common.experiments import Arm, Claim, Experiment, Results, Trial, run_experiment, train_trial
+from common.evaluation import evaluate
+from common.experiments import Arm, Claim, Experiment, Results, run_experiment
 from common.integers import framework_integers, has_framework_integers, replace_layers
+from common.integers import trained_once
 from common.live import digits, live, show
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, count_parameters, fold_batchnorm, profile
@@ -118,22 +114,18 @@ from common.training import fit, make_optimizer, make_schedule, train_one_epoch
 # %%
 class ConvBN(nn.Sequential):
     """A convolution without bias, its BatchNorm and, unless it's None, an activation.
-
     (N, C_in, H, W) -> (N, C_out, H/stride, W/stride)
 
     >>> ConvBN(3, 32, kernel=3, stride=2)(torch.zeros(1, 3, 8, 8)).shape
     torch.Size([1, 32, 4, 4])
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1,
-        groups: int = 1, activation: type[nn.Module] | None = nn.ReLU,
-        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    ) -> None:  # fmt: skip
-        # Half a kernel of padding keeps the resolution if the kernel is odd and the stride 1.
-        conv = nn.Conv2d(
-            in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False
-        )
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1,
+                 groups: int = 1, activation: type[nn.Module] | None = nn.ReLU,
+                 norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:  # fmt: skip
+        same = kernel // 2  # the padding that keeps height and width, if the stride is 1
+        shape = in_channels, out_channels, kernel, stride, same
+        conv = nn.Conv2d(*shape, groups=groups, bias=False)
         super().__init__(conv, norm(out_channels), *([activation()] if activation else []))
         self.stride = stride
 
@@ -149,18 +141,12 @@ class ConvBN(nn.Sequential):
 # %%
 class DepthwiseSeparable(nn.Module):
     """A 3x3 filter per channel, then a 1x1 convolution across channels.
-
     (N, C_in, H, W) -> (N, C_out, H/stride, W/stride).  Howard et al. 2017, sec. 3.1 and fig. 3.
 
-    >>> block = DepthwiseSeparable(64, 128, stride=2)
-    >>> block(torch.zeros(1, 64, 8, 8)).shape
+    >>> DepthwiseSeparable(64, 128, stride=2)(torch.zeros(1, 64, 8, 8)).shape
     torch.Size([1, 128, 4, 4])
-    >>> [tuple(p.shape) for p in block.parameters() if p.dim() == 4]
-    [(64, 1, 3, 3), (128, 64, 1, 1)]
-    >>> count_macs(DepthwiseSeparable(64, 128), (64, 8, 8))
-    561152
-    >>> count_macs(ConvBN(64, 128, 3), (64, 8, 8))
-    4718592
+    >>> [count_macs(m, (64, 8, 8)) for m in (DepthwiseSeparable(64, 128), ConvBN(64, 128, 3))]
+    [561152, 4718592]
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
@@ -211,7 +197,6 @@ def make_divisible(channels: float, divisor: int = 8) -> int:
 
 class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate in [0, 1] computed from all channels' means.
-
     (N, C, H, W) -> (N, C, H, W).  Howard et al. 2019, sec. 5.3: squeezed to a quarter of the width.
 
     >>> SqueezeExcitation(72)(torch.zeros(1, 72, 8, 8)).shape
@@ -259,7 +244,6 @@ if live():
 # %%
 class InvertedResidual(nn.Module):
     """Expand, filter each channel, project back without activation; add the input if shapes allow.
-
     (N, C_in, H, W) -> (N, C_out, H/stride, W/stride).  Sandler et al. 2018, table 1 and fig. 3b;
     with `se`, a 5x5 kernel or h-swish, Howard et al. 2019, fig. 4.
 
@@ -267,11 +251,9 @@ class InvertedResidual(nn.Module):
     torch.Size([1, 24, 8, 8])
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, expanded: int, stride: int = 1, kernel: int = 3,
-        se: bool = False, activation: type[nn.Module] = nn.ReLU6,
-        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, out_channels: int, expanded: int, stride: int = 1,
+                 kernel: int = 3, se: bool = False, activation: type[nn.Module] = nn.ReLU6,
+                 norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:  # fmt: skip
         super().__init__()
         conv = partial(ConvBN, activation=activation, norm=norm)
         layers = [conv(in_channels, expanded)] if expanded != in_channels else []
@@ -302,7 +284,6 @@ if live():
 # the stride to the first, and V3, found by search, has no pattern left to fold. Before the first
 # row stands a 3x3 convolution of stride 2, with 32 channels in V1 and V2 and 16 in V3.
 
-
 # %%
 # Howard et al. 2017, table 1, a depthwise and a pointwise line in one.
 V1Row = namedtuple("V1Row", "channels stride")
@@ -315,50 +296,47 @@ RE, HS = nn.ReLU, nn.Hardswish
 TABLE: dict[str, tuple[Row, ...]] = {
     # NOTE: V1's table prints stride 2 in the last row, from 7x7 to 7x7 pixels. That is stride 1.
     "mobilenet_v1": (
-        *[V1Row(64, 1), V1Row(128, 2), V1Row(128, 1), V1Row(256, 2), V1Row(256, 1)],
-        *[V1Row(512, 2), *[V1Row(512, 1)] * 5, V1Row(1024, 2), V1Row(1024, 1)],
+        V1Row(64, 1), V1Row(128, 2), V1Row(128, 1), V1Row(256, 2), V1Row(256, 1), V1Row(512, 2),
+        *[V1Row(512, 1)] * 5, V1Row(1024, 2), V1Row(1024, 1),
     ),
     "mobilenet_v2": (
-        *[V2Row(1, 16, 1, 1), V2Row(6, 24, 2, 2), V2Row(6, 32, 3, 2), V2Row(6, 64, 4, 2)],
-        *[V2Row(6, 96, 3, 1), V2Row(6, 160, 3, 2), V2Row(6, 320, 1, 1)],
+        V2Row(1, 16, 1, 1), V2Row(6, 24, 2, 2), V2Row(6, 32, 3, 2), V2Row(6, 64, 4, 2),
+        V2Row(6, 96, 3, 1), V2Row(6, 160, 3, 2), V2Row(6, 320, 1, 1),
     ),
     "mobilenet_v3_small": (
-        *[V3Row(3, 16, 16, True, RE, 2), V3Row(3, 72, 24, False, RE, 2)],
-        *[V3Row(3, 88, 24, False, RE, 1), V3Row(5, 96, 40, True, HS, 2)],
-        *[V3Row(5, 240, 40, True, HS, 1)] * 2,
-        *[V3Row(5, 120, 48, True, HS, 1), V3Row(5, 144, 48, True, HS, 1)],
-        *[V3Row(5, 288, 96, True, HS, 2), *[V3Row(5, 576, 96, True, HS, 1)] * 2],
+        V3Row(3, 16, 16, True, RE, 2), V3Row(3, 72, 24, False, RE, 2),
+        V3Row(3, 88, 24, False, RE, 1), V3Row(5, 96, 40, True, HS, 2),
+        *[V3Row(5, 240, 40, True, HS, 1)] * 2, V3Row(5, 120, 48, True, HS, 1),
+        V3Row(5, 144, 48, True, HS, 1), V3Row(5, 288, 96, True, HS, 2),
+        *[V3Row(5, 576, 96, True, HS, 1)] * 2,
     ),
     "mobilenet_v3_large": (
-        *[V3Row(3, 16, 16, False, RE, 1), V3Row(3, 64, 24, False, RE, 2)],
-        *[V3Row(3, 72, 24, False, RE, 1), V3Row(5, 72, 40, True, RE, 2)],
-        *[V3Row(5, 120, 40, True, RE, 1)] * 2,
-        *[V3Row(3, 240, 80, False, HS, 2), V3Row(3, 200, 80, False, HS, 1)],
-        *[V3Row(3, 184, 80, False, HS, 1)] * 2,
-        *[V3Row(3, 480, 112, True, HS, 1), V3Row(3, 672, 112, True, HS, 1)],
-        *[V3Row(5, 672, 160, True, HS, 2), *[V3Row(5, 960, 160, True, HS, 1)] * 2],
+        V3Row(3, 16, 16, False, RE, 1), V3Row(3, 64, 24, False, RE, 2),
+        V3Row(3, 72, 24, False, RE, 1), V3Row(5, 72, 40, True, RE, 2),
+        *[V3Row(5, 120, 40, True, RE, 1)] * 2, V3Row(3, 240, 80, False, HS, 2),
+        V3Row(3, 200, 80, False, HS, 1), *[V3Row(3, 184, 80, False, HS, 1)] * 2,
+        V3Row(3, 480, 112, True, HS, 1), V3Row(3, 672, 112, True, HS, 1),
+        V3Row(5, 672, 160, True, HS, 2), *[V3Row(5, 960, 160, True, HS, 1)] * 2,
     ),
-}
+}  # fmt: skip
 
 # %% [markdown]
 # ## The model: stem, stages, head
 
 
 # %%
-class MobileNet(nn.Module):
+class MobileNet(Classifier):
     """(N, 3, H, W) -> (N, num_classes): what the three versions share. A stage is a run of blocks
     that work at one resolution; `head` is what follows the pooling, the classifier last.
     """
 
     def __init__(self, stem: ConvBN, blocks: list[nn.Module], head: list[nn.Module]) -> None:
         super().__init__()
-        self.stem = stem
-        stages: list[list[nn.Module]] = []
+        self.stem, self.stages = stem, nn.Sequential()
         for block in blocks:
-            if block.stride == 2 or not stages:
-                stages.append([])
-            stages[-1].append(block)
-        self.stages = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
+            if block.stride == 2 or not len(self.stages):
+                self.stages.append(nn.Sequential())
+            self.stages[-1].append(block)
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
         self.init_weights()
 
@@ -388,13 +366,6 @@ class MobileNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.forward_features(x))
 
-    def get_classifier(self) -> nn.Linear:
-        return self.head[-1]
-
-    def reset_classifier(self, num_classes: int) -> None:
-        old = self.head[-1]
-        self.head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
-
 
 # %% [markdown]
 # ## The builders: one loop over one table each
@@ -407,11 +378,7 @@ class MobileNet(nn.Module):
 
 # %%
 def rows_of(name: str, small_input: bool) -> tuple[int, tuple[Row, ...]]:
-    """The stem's stride and the table; the first two strides of 2 become 1 if small.
-
-    >>> rows_of("mobilenet_v1", small_input=True)[1][:2]
-    (V1Row(channels=64, stride=1), V1Row(channels=128, stride=1))
-    """
+    """The stem's stride and the table; the first two strides of 2 become 1 if small."""
     table = TABLE[name]
     if not small_input:
         return 2, table
@@ -419,18 +386,14 @@ def rows_of(name: str, small_input: bool) -> tuple[int, tuple[Row, ...]]:
     return 1, (*table[:first], table[first]._replace(stride=1), *table[first + 1 :])
 
 
-def mobilenet_v1(
-    num_classes: int = 1000, small_input: bool = False, width_mult: float = 1.0,
-    block: Callable[..., nn.Module] = DepthwiseSeparable,
-) -> MobileNet:  # fmt: skip
+def mobilenet_v1(num_classes: int = 1000, small_input: bool = False, width_mult: float = 1.0,
+                 block: Callable[..., nn.Module] = DepthwiseSeparable) -> MobileNet:  # fmt: skip
     """MobileNet, 4.2M parameters and 569M multiply-adds at 224 px.  Howard et al. 2017, table 1.
-
     `block=StandardConv` gives the same net with full convolutions: 29.3M and 4.9G (table 4).
     """
     stride, table = rows_of("mobilenet_v1", small_input)
     channels = make_divisible(32 * width_mult)
-    stem = ConvBN(3, channels, 3, stride)
-    blocks = []
+    stem, blocks = ConvBN(3, channels, 3, stride), []
     for row in table:
         in_channels, channels = channels, make_divisible(row.channels * width_mult)
         blocks.append(block(in_channels, channels, stride=row.stride))
@@ -443,12 +406,10 @@ def mobilenet_v2(
     """MobileNetV2, 3.5M parameters, 301M multiply-adds at 224 px.  Sandler et al. 2018, table 2."""
     stride, table = rows_of("mobilenet_v2", small_input)
     channels = make_divisible(32 * width_mult)
-    stem = ConvBN(3, channels, 3, stride, activation=nn.ReLU6)
-    blocks = []
+    stem, blocks = ConvBN(3, channels, 3, stride, activation=nn.ReLU6), []
     for row in table:
-        for i in range(row.depth):
+        for stride in (row.stride, *[1] * (row.depth - 1)):
             in_channels, channels = channels, make_divisible(row.channels * width_mult)
-            stride = row.stride if i == 0 else 1
             expanded = in_channels * row.expansion
             blocks.append(InvertedResidual(in_channels, channels, expanded, stride))
     # A net thinner than 1 keeps its last convolution as it is, which helps small nets (sec. 4,
@@ -458,30 +419,26 @@ def mobilenet_v2(
     return MobileNet(stem, blocks, head=[nn.Dropout(0.2), nn.Linear(features, num_classes)])
 
 
-def mobilenet_v3(
-    name: str, hidden: int,
-    num_classes: int = 1000, small_input: bool = False, width_mult: float = 1.0,
-) -> MobileNet:  # fmt: skip
+def mobilenet_v3(name: str, hidden: int, num_classes: int = 1000, small_input: bool = False,
+                 width_mult: float = 1.0) -> MobileNet:  # fmt: skip
     """MobileNetV3 of one table, with a hidden layer in its head.  Howard et al. 2019, tables 1, 2.
 
     The 1x1 convolution to `hidden` channels stands after the pooling, where it costs one pixel and
-    not 49 (sec. 5.1): there it is a linear layer.
+    not 49 (sec. 5.1): there it is a linear layer. The authors smooth BatchNorm's statistics over
+    thousands of steps. NOTE: a small run has only hundreds, so the small form keeps PyTorch's 0.1.
     """
     stride, table = rows_of(name, small_input)
-    # The authors smooth BatchNorm's statistics over thousands of steps.
-    # NOTE: a small run has only hundreds, so the small form keeps PyTorch's faster 0.1.
     norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.1 if small_input else 0.01)
+    last = {"activation": nn.Hardswish, "norm": norm}
     channels = make_divisible(16 * width_mult)
-    stem = ConvBN(3, channels, 3, stride, activation=nn.Hardswish, norm=norm)
-    blocks = []
+    stem, blocks = ConvBN(3, channels, 3, stride, **last), []
     for row in table:
         in_channels, channels = channels, make_divisible(row.channels * width_mult)
         expanded = make_divisible(row.expanded * width_mult)
         extras = (row.kernel, row.se, row.activation, norm)
         blocks.append(InvertedResidual(in_channels, channels, expanded, row.stride, *extras))
-    features = 6 * channels
-    blocks.append(ConvBN(channels, features, activation=nn.Hardswish, norm=norm))
-    hidden = make_divisible(hidden * width_mult)
+    features, hidden = 6 * channels, make_divisible(hidden * width_mult)
+    blocks.append(ConvBN(channels, features, **last))
     head = [nn.Linear(features, hidden), nn.Hardswish(), nn.Dropout(0.2)]
     return MobileNet(stem, blocks, head=[*head, nn.Linear(hidden, num_classes)])
 
@@ -549,8 +506,7 @@ def run(config: Config) -> dict[str, object]:
     banner(config, device, data, model, run)
     history = fit(model, data, loss_fn, optimizer, schedule, config, run)
 
-    # The only time that the test images are seen.
-    test = evaluate(model, data.test, data.class_names)
+    test = evaluate(model, data.test, data.class_names)  # the only look at the test images
     cost = profile(model, data.input_size)
     draw_figures(run, model, data, history, test)
     return run.finish(model, data, history, test, cost)
@@ -671,7 +627,7 @@ def to_integers(model: nn.Module, images: Tensor, precision: Precision) -> nn.Mo
 
 
 # %% [markdown]
-# ## Experiment 1: what does the separation cost?
+# ## Experiment: what does the separation cost?
 #
 # On ImageNet 1.1 points (Howard et al. 2017, table 4); that is the margin here. The harder rival is
 # a standard net so thin that it takes as many multiply-adds. And the paper puts "very little or no"
@@ -680,9 +636,6 @@ def to_integers(model: nn.Module, images: Tensor, precision: Precision) -> nn.Mo
 
 
 # %%
-RATES = (1, 2.5, 6)  # times the rate of a default run
-
-
 def without_decay(**options: object) -> nn.Module:
     """V1 whose depthwise filters `make_optimizer` doesn't decay."""
     model = mobilenet_v1(**options)
@@ -696,39 +649,38 @@ def separable(config: Config) -> Experiment:
     """Table 4 of the first paper, with a rival of equal cost."""
     options = {"small_input": config.small_input, "width_mult": config.trial_width}
     options |= {"num_classes": 10}  # for the count of multiply-adds; the arms get the dataset's
-    standard = partial(mobilenet_v1, **options, block=StandardConv)
-    size = (3, config.image_size, config.image_size)
+    separated, size = partial(mobilenet_v1, **options), (3, config.image_size, config.image_size)
+    standard = partial(separated, block=StandardConv)
     with torch.device("meta"):
-        budget = count_macs(mobilenet_v1(**options), size)
+        budget = count_macs(separated(), size)
     thin = partial(standard, width_mult=width_for_macs(standard, budget, size))
-    rates = [config.lr * factor for factor in RATES]
-    separable = partial(mobilenet_v1, **options)
+    rates = [config.lr * factor for factor in (1, 2.5, 6)]
     arms = [
         Arm("standard", standard, rate_of="thin standard"),
         Arm("thin standard", thin, rates=rates),
-        Arm("separable", separable, rates=rates),
+        Arm("separable", separated, rates=rates),
         Arm("no depthwise decay", partial(without_decay, **options), rate_of="separable"),
     ]
+    cheap = "separable costs at most what it cost in the paper"
     claims = [
-        Claim("separable costs at most what it cost in the paper", "separable", "standard",
-              margin=-0.011),
+        Claim(cheap, "separable", "standard", margin=-0.011),
         Claim("separable beats a standard net of equal cost", "separable", "thin standard"),
         Claim("depthwise filters want no decay", "no depthwise decay", "separable"),
-    ]  # fmt: skip
+    ]
     return Experiment("Separable convolutions", arms, claims, notes=time_saved, seeds=6)
 
 
 def time_saved(results: Results) -> list[str]:
     """The count of multiply-adds is a promise; here is the clock."""
     size = (3, 224, 224)
-    standard, separable = mobilenet_v1(block=StandardConv), mobilenet_v1()
-    fewer = count_macs(standard, size) / count_macs(separable, size)
-    faster = milliseconds(standard, size) / milliseconds(separable, size)
+    standard, separated = mobilenet_v1(block=StandardConv), mobilenet_v1()
+    fewer = count_macs(standard, size) / count_macs(separated, size)
+    faster = milliseconds(standard, size) / milliseconds(separated, size)
     return [f"V1 on 224 px: {fewer:.1f} times fewer multiply-adds, {faster:.1f} times the speed"]
 
 
 # %% [markdown]
-# ## Experiment 2: V2 with and without its two ideas
+# ## Experiment: what do V2's two ideas give?
 #
 # Figure 6 of Sandler et al. (2018): a ReLU6 after the bottleneck; no shortcut; a shortcut between
 # the wide maps instead. Each net has its own best of three rates. The margin is half a point: two
@@ -747,15 +699,13 @@ class WideShortcuts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, wide = self.model.stem(x), x
-        for block in (b for stage in self.model.stages for b in stage):
-            if not isinstance(block, InvertedResidual):
-                x = block(x)  # the last 1x1
-                continue
+        *blocks, last = (block for stage in self.model.stages for block in stage)
+        for block in blocks:
             before, wide = wide, block.layers[0](x)  # (N, 6 C_in, H, W)
             if wide.shape == before.shape:
                 wide = wide + before
             x = block.layers[1:](wide)  # (N, C_out, H/stride, W/stride)
-        return self.model.head(x)
+        return self.model.head(last(x))
 
 
 def v2_variant(name: str, **options: object) -> nn.Module:
@@ -767,8 +717,7 @@ def v2_variant(name: str, **options: object) -> nn.Module:
         nn.init.ones_(bottleneck[1].weight)
         if name == "ReLU6 in the bottleneck":
             bottleneck.append(nn.ReLU6())
-        if name in ("no shortcut", "wide shortcut"):
-            block.has_shortcut = False
+        block.has_shortcut &= name not in ("no shortcut", "wide shortcut")
     return WideShortcuts(model) if name == "wide shortcut" else model
 
 
@@ -788,7 +737,7 @@ def inverted_residual(config: Config) -> Experiment:
 
 
 # %% [markdown]
-# ## Experiment 3: thinner, or smaller images?
+# ## Experiment: thinner, or smaller images?
 #
 # The two knobs of the first paper (sec. 3.3 and 3.4): a factor on the channels, or on the side of
 # the image. Both cut multiply-adds by about their square. Which costs less accuracy? On ImageNet it
@@ -801,7 +750,7 @@ def multipliers(config: Config) -> Experiment:
     """Tables 6 and 7 of the first paper, for each of `config.factors`."""
     net = partial(mobilenet_v1, small_input=config.small_input)
     whole = partial(net, width_mult=config.trial_width)
-    rates = [config.lr * factor for factor in RATES]
+    rates = [config.lr * factor for factor in (1, 2.5, 6)]
     arms, claims = [Arm("whole", whole, rates=rates)], []
     for factor in numbers_of(config.factors, "--factors"):
         thin, small = f"width x {factor:g}", f"side x {factor:g}"
@@ -815,7 +764,7 @@ def multipliers(config: Config) -> Experiment:
 
 
 # %% [markdown]
-# ## Experiment 4: integers after training
+# ## Experiment: what do 8-bit integers cost?
 #
 # One trained net per seed, rounded in several ways. 8 bits should cost at most half a point. A
 # scale per channel should gain more than half a point, with weights of 8 bits and of 4. Torch's own
@@ -835,50 +784,27 @@ PRECISIONS = {
 
 def integers(config: Config) -> Experiment:
     """A trained net in each of PRECISIONS, and in torch's kernels if they are here."""
-    nets: dict[int, Trial] = {}  # of the seed in hand
-
-    def train(arm: Arm, data: Data, config: Config, device: torch.device) -> Trial:
-        if config.seed not in nets:
-            nets.clear()
-            name = f"float32, seed {config.seed}"
-            start = partial(build, config, data.num_classes)
-            nets[config.seed] = train_trial(name, start, data, config, device)
-        trial = nets[config.seed]
-        if arm.name == "float32":
-            return trial
-        images = torch.cat([x for x, _ in islice(data.train.batches(), 4)])
-        if arm.name in PRECISIONS:
-            net = to_integers(trial.model, images, PRECISIONS[arm.name])
-        else:
-            net = framework_integers(trial.model, images)
-        probabilities, labels = predict(net, data.test)
-        right = (probabilities.argmax(1) == labels).numpy()
-        return replace(trial, model=net, test_top1=float(right.mean()), right=right)
-
-    names = ["float32", *PRECISIONS]
+    ways = {"float32": lambda net, images: net}
+    ways |= {name: partial(to_integers, precision=p) for name, p in PRECISIONS.items()}
     if has_framework_integers() and pick_device(config.device).type == "cpu":
-        names.append("torch's kernels")
-    arms = [Arm(name, partial(build, config), train=train) for name in names]
-    claims = [
-        Claim("8 bits cost at most half a point", "8 bits, per channel", "float32", margin=-0.005),
-        *[
-            Claim(f"{w}: a scale per channel is better", f"{w}, per channel", f"{w}, per tensor",
-                  margin=0.005)
-            for w in ("8 bits", "4-bit weights")
-        ],
-    ]  # fmt: skip
+        ways["torch's kernels"] = framework_integers
+    arms = trained_once(partial(build, config), ways)
+    claims = [Claim("8 bits cost at most half a point", "8 bits, per channel", "float32",
+                    margin=-0.005)]  # fmt: skip
+    for what in ("8 bits", "4-bit weights"):
+        pair = f"{what}, per channel", f"{what}, per tensor"
+        claims.append(Claim(f"{what}: a scale per channel is better", *pair, margin=0.005))
 
     def clock(results: Results) -> list[str]:
         if not has_framework_integers():
             return [f"torch {torch.__version__} has no integer kernels here: nothing to time"]
-        large = MODELS[config.model](width_mult=config.width_mult)
-        fast = framework_integers(large, torch.randn(4, 3, 224, 224))
-        size = (3, 224, 224)
+        large, size = MODELS[config.model](width_mult=config.width_mult), (3, 224, 224)
+        fast = framework_integers(large, torch.randn(4, *size))
         gain = milliseconds(fold_batchnorm(large), size) / milliseconds(fast, size)
         return [f"torch's kernels on 224 px: {gain:.1f} times the speed of float32"]
 
     def draw(results: Results) -> object:
-        tests = {name: results.values(name, "test_top1") for name in names}
+        tests = {name: results.values(name, "test_top1") for name in ways}
         return plotting.seeds(tests, "test top-1", "Integers after training", percent=True)
 
     heading = "Integers after training"

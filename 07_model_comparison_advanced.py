@@ -23,8 +23,8 @@ that each network chose:
     mobilenet_v3_small 97.68 ± 0.64 %   0.4        alexnet            92.48 ± 1.28 %   0.1
     vgg11_bn           96.84 ± 0.58 %   0.1        vit_xs_16          72.98 ± 3.75 %   0.004
 
-Of three seeds and 45 pairs every pair is undecided. What the numbers hide: EfficientNet has 98% in
-its own lesson, at 16 px and with eight epochs. The Transformer's rate looked best after three epochs
+With three seeds all 45 pairs are undecided. What the numbers hide: EfficientNet has 98% in its own
+lesson, at 16 px and with eight epochs. The Transformer's rate looked best after three epochs
 and is not after six (81.7% with 0.001); with SGD (`--one-optimizer`) it once had 91.6%.
 """
 

@@ -197,6 +197,7 @@ def exit_codes() -> Iterator[None]:
             except Exception as error:
                 signals.raise_if_stopped()  # what failed did so since the process is stopped
                 line, code = _explained(error)
+                line = "\\n".join(line.splitlines())  # a name may hold a line break
                 signals.agreed(line, code, error)
                 if not code:
                     raise

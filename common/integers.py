@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
+
+from common.config import TrainConfig
+from common.data import Data
+from common.evaluation import predict
+from common.experiments import Arm, Trial, train_trial
 
 
 @torch.no_grad()
@@ -60,3 +68,26 @@ def framework_integers(model: nn.Module, images: Tensor) -> nn.Module:
         net = quantize_fx.prepare_fx(deepcopy(model).cpu().eval(), mapping, (images[:1].cpu(),))
         net(images.cpu())
         return quantize_fx.convert_fx(net)
+
+
+def trained_once(
+    build: Callable[[int], nn.Module], ways: Mapping[str, Callable[[nn.Module, Tensor], nn.Module]]
+) -> list[Arm]:
+    """An arm for each way to change a trained net, `way(net, images)`; all change the same net,
+    which is trained once a seed, and see the same training images.
+    """
+    nets: dict[int, Trial] = {}  # of the seed in hand
+
+    def train(arm: Arm, data: Data, config: TrainConfig, device: torch.device) -> Trial:
+        if config.seed not in nets:
+            nets.clear()
+            name, start = f"float32, seed {config.seed}", partial(build, data.num_classes)
+            nets[config.seed] = train_trial(name, start, data, config, device)
+        trial = nets[config.seed]
+        images = torch.cat([x for x, _ in islice(data.train.batches(), 4)])
+        net = ways[arm.name](trial.model, images)
+        probabilities, labels = predict(net, data.test)
+        right = (probabilities.argmax(1) == labels).numpy()
+        return replace(trial, model=net, test_top1=float(right.mean()), right=right)
+
+    return [Arm(name, build, train=train) for name in ways]

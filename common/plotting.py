@@ -42,6 +42,9 @@ INK, FAINT, MISSING = "#222222", "#DDDDDD", "#EEEEEE"
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 13, 11, 9.5  # points; a panel is about 6 inches wide
 
 
+CROWD = 20  # points of a scatter plot that may all have names
+
+
 def save(figure: Figure, path: Path | str) -> Path:
     """Write the figure as PNG, whole or not at all, and free its memory."""
     path = Path(path)
@@ -313,18 +316,16 @@ def readers(blocks: Sequence[Sequence[Sequence[float]]]) -> Figure:
 
     The last reader of a block follows it: a transition, or the classifier after the last block.
     """
-    heading = "Who reads whom: mean absolute weight, 1 = the reader's average"
+    heading = "Who reads whom: mean absolute weight, in percent of the reader's average"
     figure, axes = panels(len(blocks), heading)
-    every = [value for columns in blocks for column in columns for value in column]
+    every = [100 * value for columns in blocks for column in columns for value in column]
     for i, (columns, ax) in enumerate(zip(blocks, axes), 1):
         layers = [str(layer) for layer in range(1, len(columns))]
         last = "T: the transition" if i < len(blocks) else "C: the classifier"
-        square = np.array(
-            [*itertools.zip_longest(*columns)], dtype=float
-        )  # NaN where nothing can be read yet
+        percent = 100 * np.array([*itertools.zip_longest(*columns)], dtype=float)  # NaN: not yet
         heatmap(
-            square, ["input", *layers], [*layers, last[0]], f"Block {i}",
-            xlabel=f"reading layer ({last})", ylabel="layer whose maps are read", fmt="{:.2f}",
+            percent, ["input", *layers], [*layers, last[0]], f"Block {i}",
+            xlabel=f"reading layer ({last})", ylabel="layer whose maps are read", fmt="{:.0f}",
             limits=(min(every), max(every)), ax=ax,
         )  # fmt: skip
     return figure
@@ -554,7 +555,8 @@ def scatter(
     percent: bool = False,
     ax: Axes | None = None,
 ) -> Figure:
-    """Named points (name, x, y), labelled so that no label covers another or a point.
+    """Named points (name, x, y), labelled so that no label covers another or a point. Of more than
+    CROWD points with a front only the front is named: the others' names would cover all.
 
     Args:
         front: names to emphasise and to join, in order of x: the Pareto front, say. The others turn
@@ -930,22 +932,24 @@ def _label_points(
     from matplotlib.patheffects import withStroke
     from matplotlib.text import Text
 
-    size = TEXT_SIZE if len(points) <= 15 else SMALL_SIZE if len(points) <= 30 else SMALL_SIZE - 2
+    size = TEXT_SIZE if len(points) <= 15 else SMALL_SIZE
+    crowd = len(points) > CROWD and any(strong)
+    named = [i for i in range(len(points)) if strong[i] or not crowd]
     labels = [
         ax.annotate(
-            _short(name, 26),
-            (x, y),
+            _short(points[i][0], 26),
+            points[i][1:],
             xytext=(0, 0),
             textcoords="offset pixels",
             arrowprops={"color": "#999999", **_LEADER},
             size=size,
-            color=INK if is_strong or not any(strong) else "#666666",
-            weight="bold" if is_strong else "normal",
+            color=INK if strong[i] or not any(strong) else "#666666",
+            weight="bold" if strong[i] and not crowd else "normal",
             ha="center",
             va="center",
             parse_math=False,
         )
-        for (name, x, y), is_strong in zip(points, strong)
+        for i in named
     ]
     for label in labels:
         label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
@@ -964,7 +968,7 @@ def _label_points(
             obstacles.append(_boxes(np.concatenate(steps), 3 * pixel, 3 * pixel))
         obstacles = np.concatenate(obstacles)
         step = 7 * pixel
-        offsets = _clear_offsets(spots, sizes, obstacles, area.extents, step)
+        offsets = _clear_offsets(spots[named], sizes, obstacles, area.extents, step)
         for label, offset, (width, height) in zip(labels, offsets, sizes):
             label.xyann = tuple(offset)
             # A line to the point, where the name has moved away from it.

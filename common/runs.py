@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from common import inspection, plotting
+from common.augmentation import Views
 from common.config import TrainConfig
 from common.data import Data
 from common.engine import processes, report, sources
@@ -28,7 +29,7 @@ from common.engine.surroundings import command
 from common.engine.tracking import check_package, track
 from common.engine.verdicts import wilson
 from common.engine.weights import size_for_weights
-from common.evaluation import most_wrong
+from common.evaluation import evaluate, most_wrong
 from common.profiling import count_macs, count_parameters
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
@@ -143,6 +144,9 @@ class Run(RunFolder):
         """Write result.json and report.html, print the outcome, and return what result.json holds,
         with `more` in it; `notes` and `tables` are for the report.
         """
+        if self.config.views:  # kept apart: what it gains is no property of the network
+            seen = evaluate(Views(model, data.test.part.flips), data.test, data.class_names)
+            more["test_top1_views"] = seen.top1
         best = self.load_best()["best"]
         device = next(model.parameters()).device
         # The first epoch pays for start-up; its rate is told only where it is all there is.
@@ -185,6 +189,8 @@ class Run(RunFolder):
         title = f"{self.config.model} on {self.config.dataset}"
         page = report.write_report(self.folder, title, facts, tables, self.figures, notes=notes)
         index = write_index(self.folder.parent.parent)
+        if self.config.views:
+            print(f"views      top-1 {seen.top1:.2%}, shifted and mirrored views averaged")
         print(f"{report.outcome_of(result)}\nreport     {page}, all runs: {index}", flush=True)
         return result
 

@@ -67,7 +67,7 @@ _add(
     "1.2",
     """
 def make_shortcut(option, in_channels, out_channels, stride):
-    if in_channels == out_channels and stride == 1:
+    if option != "C" and in_channels == out_channels and stride == 1:
         return nn.Identity()
     if option == "A":
         return PadShortcut(in_channels, out_channels, stride)

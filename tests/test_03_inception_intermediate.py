@@ -18,6 +18,7 @@ import torchvision
 from torch import Tensor, nn
 
 from common import pretrained
+from common.branches import branch_shares, silenced_losses
 from common.experiments import Experiment
 from common.pretrained import load_torchvision_state
 from common.profiling import count_macs, count_parameters, macs_by_module
@@ -264,7 +265,7 @@ def kill(branch: nn.Module) -> None:
 def test_branch_shares_see_a_dead_branch_and_the_table() -> None:
     model, images = thin_googlenet(), Images()
     kill(model.stages[1].get_submodule("4b").branches[2])
-    shares = lesson.branch_shares(model, images.x, images.y)
+    shares = branch_shares(model, images.x, images.y)
     tables = {what: np.array(table) for what, table in shares.items()}
     for table in tables.values():
         assert table.shape == (9, 4)
@@ -283,13 +284,13 @@ def test_shares_of_the_output_are_those_of_the_plain_forward_pass() -> None:
     model(images.x)
     energy = [part.square().sum().item() for part in seen[0].split([32, 40, 16, 16], dim=1)]
     expected = [part / sum(energy) for part in energy]
-    shares = lesson.branch_shares(model, images.x, images.y)["output"][7]
+    shares = branch_shares(model, images.x, images.y)["output"][7]
     assert shares == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_silenced_branch_costs_what_a_dead_one_does() -> None:
     model, images = thin_googlenet(), Images()
-    added = lesson.silenced_losses(model, images)
+    added = silenced_losses(model, images)
     assert np.shape(added) == (9, 4)
     intact = nn.functional.cross_entropy(model(images.x), images.y).item()
     kill(model.stages[0].get_submodule("3b").branches[1])

@@ -172,16 +172,13 @@ def some(cases: tuple, every: int) -> list:
     ]
 
 
-UNNAMED = {("5.3", "se first")}  # found, but told only by how far the output is off
-
-
 @pytest.mark.parametrize(
     "case", some(grading_cases.MISTAKES, 4), ids=lambda case: f"{case.exercise} {case.what}"
 )
 def test_mistakes_are_found_and_named(case: grading_cases.Edit, trier: grading_cases.Trier) -> None:
     outcome = trier.edit("mistake", case)
     assert outcome.lost and not outcome.hidden_only
-    assert outcome.named or (case.exercise, case.what) in UNNAMED, [r.message for r in outcome.lost]
+    assert outcome.named, [r.message for r in outcome.lost]
 
 
 @pytest.mark.parametrize(

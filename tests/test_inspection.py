@@ -138,6 +138,9 @@ def test_stage_activations_are_the_outputs_of_the_stages(model: TinyModel, x: Te
     assert list(maps) == ["stage 1", "stage 2"]
     np.testing.assert_allclose(maps["stage 1"], first[0], atol=1e-6)
     np.testing.assert_allclose(maps["stage 2"], second[0], atol=1e-6)
+    inner = inspection.stage_activations(model, x[:1], "0")["stage 1"]  # before the ReLU
+    assert inner.min() < 0
+    np.testing.assert_allclose(np.maximum(inner, 0), maps["stage 1"], atol=1e-6)
 
 
 def test_named_stages_keep_their_names_and_one_image_is_asked_for(

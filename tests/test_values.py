@@ -126,6 +126,7 @@ REFUSED = [
     ("03", "--width-mult=inf"), ("03", "--width-mult=1e6"), ("03", "--clock=inf"),
     ("04", "--depth-mult=inf"), ("04", "--budget=0"), ("08", "--seeds=0"), ("08", "--seeds=-2"),
     ("08", "--rate-decay=inf"), ("08", "--imbalance=inf"), ("05", "--width-mults=1,inf"),
+    ("01", "--resume=\n"), ("01", "--resume=a\r\nb"),
 ]  # fmt: skip
 
 

@@ -24,9 +24,7 @@ def cost_figure(candidates: Sequence[Candidate], heading: str, front_of: Front) 
     """Accuracy against multiply-adds, parameters and latency, the Pareto front drawn in each."""
     scored = [c for c in candidates if c.top1 is not None]
     costs = {k: v for k, v in COSTS.items() if any(getattr(c, k) is not None for c in scored)}
-    crowded = len(scored) > 20
-    size, columns = ((11.5, 6.6), 1) if crowded else ((7.4, 6.2), len(costs))
-    figure, axes = plotting.panels(len(costs), heading, columns=columns, size=size)
+    figure, axes = plotting.panels(len(costs), heading, columns=len(costs), size=(7.4, 6.2))
     for (cost, (words, unit)), ax in zip(costs.items(), axes):
         known = [c for c in scored if getattr(c, cost) is not None]
         front = [c.model for c in front_of(known, cost)]
