@@ -30,7 +30,8 @@ FULL = 20.0
 CODE = 0.62  # height of a line of code
 
 # Code that is shown: a module, what has a doctest, the table, the run, the answers to questions.
-SHOWN = re.compile(r"nn\.Module\)|^ *>>> |^TABLE\b|^def run\(|^if live\(", re.MULTILINE)
+MODULE = r"(nn\.Module|Classifiers?)\)"
+SHOWN = re.compile(MODULE + r"|^ *>>> |^TABLE\b|^def run\(|^if live\(", re.MULTILINE)
 
 
 class Block(NamedTuple):
