@@ -86,7 +86,7 @@ class Config(TrainConfig):
     unfreeze_by: float = knob(0.5, "share of the epochs after which all is awake", low=0, high=1)
     predict: str = knob("", "images to classify afterwards; with --from, without training")
     export: bool = knob(False, "write torch.export and ONNX files, and check them")
-    export_pixels: bool = knob(False, "the same, of a model from pixels to probabilities")
+    export_pixels: bool = knob(False, "the same, from a picture of any size to probabilities")
     fractions: str = knob("0.05,0.2,1", "shares of the labels to compare at", low=0.0001, high=1)
     imbalance: float = knob(30.0, "images of the largest class for one of the smallest", (), 1, 1e4)
     shift: str = knob("textured", "of the target's look", ("textured", "noisy", "inverted"))

@@ -87,7 +87,8 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
                 or kinds[0].__name__.upper()
             )
         mine = spec is not shared.get(spec.name)
-        (own if mine else group).add_argument("--" + spec.name.replace("_", "-"), **options)
+        flags = "--" + spec.name.replace("_", "-"), spec.metadata.get("short")
+        (own if mine else group).add_argument(*filter(None, flags), **options)
     group.add_argument("-h", "--help", action="help", help="show this and stop")
     return parser
 
@@ -154,6 +155,8 @@ def main(
 
             print_summary(config, build)
             return
+        if config.summary_depth:
+            raise UserError("--depth is for --summary; a model's name says how deep it is")
         if config.experiment and config.experiment not in experiments:
             raise unknown("experiment", config.experiment, experiments)
         known = build is not None and models[config.model] is not None

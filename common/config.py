@@ -34,14 +34,16 @@ def knob(
     choices: tuple[str, ...] = (),
     low: float | None = None,
     high: float | None = None,
+    short: str = "",
 ) -> Any:
     """A field that is also a flag: its default, its line in --help, what it may be.
 
     Args:
         low: the least and `high` the most that it may be, both included. Every number has both. A
             text that has them is a list such as 20,56, and they hold for each number in it.
+        short: another name of the flag.
     """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "short": short}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -170,7 +172,7 @@ class TrainConfig:
     skip_broken: bool = knob(False, "leave out images that can't be read, and count them")
     summary: bool = knob(False, "print the layer table and stop")
     summary_depth: int = knob(
-        0, "with --summary: levels of modules to show, 0: all of them", low=0, high=20
+        0, "with --summary: levels of modules to show, 0: all", low=0, high=20, short="--depth"
     )
     find_lr: bool = knob(
         False, "raise the learning rate step by step and draw the loss, instead of training"

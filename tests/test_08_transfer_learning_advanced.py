@@ -33,7 +33,7 @@ from common.transfer.export import export_model
 from common.transfer.images import choose_classes, few_labels, long_tail, shifted
 from common.transfer.origins import Catalogue, TorchvisionModel
 from common.transfer.parts import TwoDomains
-from common.transfer.prediction import predict_files
+from common.transfer.prediction import load_images, predict_files
 from tests.conftest import lesson
 from tests.simulation import assert_calm, results_of
 
@@ -447,7 +447,7 @@ def test_exported_files_give_the_models_logits(
 def test_a_script_without_the_course_says_of_a_jpeg_what_predict_says(
     tmp_path: Path, pixels: bool
 ) -> None:
-    """Pictures that are not square, one of them turned by its EXIF tag; with the normalisation in
+    """Pictures that are not square, one of them turned by its EXIF tag; with the preprocessing in
     the script, and in the file.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -469,7 +469,7 @@ def test_a_script_without_the_course_says_of_a_jpeg_what_predict_says(
     export_model(model, (3, side, side), tmp_path, list("abcde"), mean_std, knows, pixels)
     ours = predict_files(model, list("abcde"), mean_std, side, paths, tmp_path, knows)
     about = json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))
-    assert ("mean" in about["preprocessing"]) == (not pixels)
+    assert ({"resize", "crop", "mean"} <= set(about["preprocessing"])) == (not pixels)
     command = [sys.executable, "classify.py", *paths]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     theirs = [line.split("\t") for line in done.stdout.splitlines()]
@@ -479,12 +479,38 @@ def test_a_script_without_the_course_says_of_a_jpeg_what_predict_says(
     assert len((tmp_path / "classify.py").read_text().splitlines()) < 40
 
 
+@pytest.mark.parametrize(("side", "size"), [(96, (200, 131)), (96, (40, 97)), (32, (33, 50))])
+def test_pictures_are_scaled_and_cut_in_the_file_as_they_are_here(
+    tmp_path: Path, side: int, size: tuple[int, int]
+) -> None:
+    """Made larger and smaller; an odd and an even rest of the crop. Rounding moves no pixel by more
+    than one of 255.
+    """
+    from PIL import Image
+
+    seen: list[torch.Tensor] = []
+
+    class Looks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return x.flatten(1)
+
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (theirs,), _ = load_images([str(tmp_path / "a.png")], side)
+    mean, std = torch.tensor([0.3, 0.4, 0.5]), torch.tensor([0.2, 0.3, 0.4])
+    export.FromPixels(Looks(), side, (mean, std), 1.0)(torch.from_numpy(pixels)[None])
+    ours = 255 * (seen[0][0] * std.view(3, 1, 1) + mean.view(3, 1, 1))
+    off = (ours - theirs).abs()
+    assert off.max() < 1.01 and (off > 0.5).float().mean() < 0.1
+
+
 def test_export_refuses_a_file_that_says_something_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = {"model.pt2": lambda model, x, path: path.touch() or (lambda x: model(x) + 0.01)}
+    wrong = {"model.pt2": lambda model, x, path, _: path.touch() or (lambda x: model(x) + 0.01)}
     monkeypatch.setattr(export, "WRITERS", wrong)
-    with pytest.raises(UserError, match="other logits"):
+    with pytest.raises(UserError, match="answers otherwise"):
         export_model(small_net(), (3, 8, 8), tmp_path, list("abcde"), (torch.ones(3),) * 2)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from common.grade import Grade
-from common.grading.class_page import ALIKE, _own, alike, class_page, mistakes, shingles
+from common.grading.class_page import ALIKE, alike, class_page, mistakes, own, shingles
 from common.grading.exercises import exercises, lesson_path, manifests
 from common.grading.holes import put_in, take_out
 from common.grading.marking import Submission
@@ -35,6 +36,10 @@ def test_mistakes_are_counted_whatever_the_numbers_around_them() -> None:
     found = mistakes(GRADES)
     assert found[0] == ("1.4", "the last ReLU is missing", "2 of 3", "<b>eve, bob")
     assert ("1.4", "shape (#, #)", "1 of 3", "bob") in found and len(found) == 3
+    absent = [
+        grade("ida", 0, exercise=number, message="not handed in") for number in ("1.3", "1.4")
+    ]
+    assert mistakes(GRADES + absent)[-1] == ("1.3, 1.4", "not handed in", "1 of 4", "ida")
 
 
 def test_the_page_of_three() -> None:
@@ -42,7 +47,7 @@ def test_the_page_of_three() -> None:
     assert "3 students" in text and "Mean 8.7 and median 8.0 of 18 points" in text
     assert "&lt;b&gt;eve" in text and "<b>eve" not in text and "//" not in text
     assert "yes (+" in text  # who has 1.4 has 1.3
-    assert "<td>1.4</td><td>values</td><td>2</td>" in text
+    assert re.search(r"<td>1.4</td>.*--share:67%\">2</span> <small>2<", text)  # values, 2 points
     same = [grade(name, 11) for name in ("ann", "bob")]
     assert "all alike" in class_page(same, [])
 
@@ -62,7 +67,11 @@ def test_a_renamed_copy_is_shown_and_an_independent_solution_is_not(tmp_path: Pa
         (tmp_path / f"{name}.py").write_text(text + "# <script>", encoding="utf-8")
     page = class_page(GRADES, [Submission(name, tmp_path / f"{name}.py") for name in texts])
     assert "ann and bob, lesson 01" in page and "and eve" not in page
-    assert "<script>" not in page
+    assert "<td>01 BasicBlock</td><td>eve</td>" in page  # the course's own
+    assert "# <script>" not in page
+    marked = re.findall(r"<mark>(.*?)</mark>", page)
+    assert any("conv" in line for line in marked)
+    assert not any("class BasicBlock" in line for line in marked)  # the starter has that
 
 
 def test_false_alarms_are_as_rare_as_the_page_says() -> None:
@@ -71,14 +80,15 @@ def test_false_alarms_are_as_rare_as_the_page_says() -> None:
     for lesson in manifests():
         source = lesson_path(lesson).read_text(encoding="utf-8")
         given = shingles(take_out(source, exercises(lesson).values()))
-        ours, theirs = (_own(s, lesson) for s in (source, solved(lesson, list(exercises(lesson)))))
-        shares.append(alike(*(shingles("\n".join(own.values())) for own in (ours, theirs)), given))
-        single += [alike(shingles(ours[n]), shingles(theirs[n]), given) for n in ours]
-    assert len(shares) == 9 and max(shares) <= 0.325 < ALIKE
-    assert max(single) <= 0.655
+        ours, theirs = (own(s, lesson) for s in (source, solved(lesson, list(exercises(lesson)))))
+        whole = [shingles("\n".join(texts.values())) - given for texts in (ours, theirs)]
+        shares.append(alike(*whole))
+        single += [alike(shingles(ours[n]) - given, shingles(theirs[n]) - given) for n in ours]
+    assert len(shares) == 9 and max(shares) <= 1 / 3 < ALIKE
+    assert len(single) == 47 and max(single) <= 0.525
 
 
 @pytest.mark.parametrize("text", ["def f(:", "x = '", "\0"])
 def test_what_cannot_be_read_resembles_nothing(text: str) -> None:
-    assert _own(text, "01") == {}
-    assert alike(shingles(text), shingles("a = 1 + 2 + 3 + 4"), set()) == 0.0
+    assert own(text, "01") == {}
+    assert alike(shingles(text), shingles("a = 1 + 2 + 3 + 4")) == 0.0

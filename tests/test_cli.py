@@ -331,10 +331,16 @@ def test_help_is_in_groups_the_lessons_own_first(cli: Callable) -> None:
     assert out.index("--growth-rate") < out.index("images:") < out.index("--dataset")
 
 
+def test_depth_is_not_taken_for_that_of_a_network(cli: Callable) -> None:
+    code, _, err = cli("06", "--depth", "40")
+    assert code == 2 and "--summary" in err
+
+
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_summary_fits_a_terminal_and_adds_up(cli: Callable, depth: int) -> None:
     flags = "--model densenet121 --image-size 224 --dataset cifar10 --summary".split()
-    code, out, err = cli("06", *flags, "--summary-depth", str(depth))
+    name = "--depth" if depth == 1 else "--summary-depth"  # the older one
+    code, out, err = cli("06", *flags, name, str(depth))
     assert code == 0, err
     lines = out.splitlines()
     assert max(map(len, lines)) <= 80

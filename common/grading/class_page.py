@@ -13,15 +13,15 @@ import keyword
 import re
 import tokenize
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from html import escape
 from itertools import combinations
 from statistics import correlation, mean, median
 from typing import TYPE_CHECKING
 
-from common.engine.report import page
-from common.grading.exercises import exercises, lesson_path
+from common.engine.report import SORT, page
+from common.grading.exercises import exercises, lesson_path, worth
 from common.grading.holes import take_out
 
 if TYPE_CHECKING:
@@ -30,14 +30,25 @@ if TYPE_CHECKING:
 
 ALIKE = 0.6  # share of common code from which a pair is shown; see `alike`
 SHINGLE = 7  # tokens
+LINES = 400  # of a part's code that are shown
 STYLE = """
-.bar { background: #005C9F; height: 1.1em; display: inline-block; vertical-align: middle; }
-td pre { margin: 0; white-space: pre-wrap; font-size: .85em; }
-mark { background: #FFE08A; } td { vertical-align: top; }
+.bar { background: #005C9F; height: 1.1em; display: inline-block; vertical-align: middle;
+       width: calc(var(--share) * min(16rem, 40vw)); }
+.text { white-space: normal; min-width: 11rem; }
+td { vertical-align: top; }
+.lost { background: color-mix(in srgb, #D96C0B var(--share), transparent); padding: 0 .4em; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+          gap: 1rem; }
+pre { margin: 0; white-space: pre-wrap; font-size: .85em; }
+mark { background: var(--mark); color: inherit; } h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
 """
 
 
-def class_page(grades: Sequence[Grade], submissions: Iterable[Submission]) -> str:
+class Html(str):
+    """Text that is HTML already; any other is escaped."""
+
+
+def class_page(grades: Sequence[Grade], submissions: Sequence[Submission]) -> str:
     """The whole page, which needs no network.
 
     Args:
@@ -49,29 +60,31 @@ def class_page(grades: Sequence[Grade], submissions: Iterable[Submission]) -> st
         totals[grade.student] = totals.get(grade.student, 0.0) + grade.score
     most = sum({g.exercise: g.max_score for g in grades}.values())
     lessons = sorted({g.lesson for g in grades})
+    several = "lessons" if len(lessons) > 1 else "lesson"
+    exercise_heads = ("exercise", "", "mean", "full", "none", "separates", "seconds", "at most")
     body = [
-        f"<h1>{len(totals)} students, lessons {', '.join(lessons)}</h1>",
-        '<p class="note">For the teacher: it shows names.</p>',
+        f"<h1>{len(totals)} students, {several} {', '.join(lessons)}</h1>",
+        '<p class="note">For the instructor alone: this page shows names and code.</p>',
         f"<p>Mean {mean(totals.values()):.1f} and median {median(totals.values()):.1f} of "
-        f"{most:g} points.</p>",
-        "<h2>Totals</h2>",
+        f"{most:g} points; marked in {sum(g.seconds for g in grades):.0f} s of work.</p>",
         _histogram(totals, most),
         "<h2>Exercises</h2>",
-        _table(
-            ("exercise", "", "mean", "full", "none", "separates", "seconds"),
-            _exercise_rows(grades, totals),
-        ),
-        "<p>An exercise separates if who gets its points has more of the others too: the "
-        "correlation of its points with the rest of the total. Below 0.2 it tells the strong from "
-        "the weak hardly; where all have the same, nothing.</p>",
-        "<h2>Checks that were lost</h2>",
-        _table(("exercise", "check", "students"), _check_rows(grades)),
+        _table(exercise_heads, _exercise_rows(grades, totals)),
+        '<p class="note">Full and none: how many have all of the points, and no point. An exercise '
+        "separates if those who have its points have more of the other points too; the number is "
+        "the correlation of its points with the rest of the total. Below 0.2 it hardly tells the "
+        "strong from the weak, and where all have the same it tells nothing. Seconds: what it took "
+        "to mark, in the middle and at most.</p>",
         "<h2>Mistakes</h2>",
         _table(("exercise", "mistake", "students", "who"), mistakes(grades)),
+        "<h2>Checks that were lost</h2>",
+        _checks(grades),
+        "<h2>Students</h2>",
+        _students(grades, totals),
         "<h2>Submissions that resemble each other</h2>",
         _pairs(submissions, lessons),
     ]
-    return page("The class", "\n".join(body), STYLE)
+    return page("The class", "\n".join(body), STYLE, SORT)
 
 
 def _histogram(totals: Mapping[str, float], most: float) -> str:
@@ -81,18 +94,17 @@ def _histogram(totals: Mapping[str, float], most: float) -> str:
         (
             f"{most * i / 10:g} to {most * (i + 1) / 10:g}",
             str(bins[i]),
-            f'<span class="bar" style="width:{bins[i] / max(bins.values()) * 16:.1f}em"></span>',
+            Html(f'<span class="bar" style="--share:{bins[i] / max(bins.values()):.3f}"></span>'),
         )
         for i in range(10)
     ]
-    return _table(("points", "students", ""), rows, raw=2)
+    return _table(("points", "students", ""), rows)
 
 
 def _exercise_rows(grades: Sequence[Grade], totals: Mapping[str, float]) -> list[tuple[str, ...]]:
     rows = []
-    for number in dict.fromkeys(g.exercise for g in grades):
-        group = [g for g in grades if g.exercise == number]
-        scores = [g.score for g in group]
+    for number, group in _by_exercise(grades).items():
+        scores, seconds = [g.score for g in group], [g.seconds for g in group]
         rest = [totals[g.student] - g.score for g in group]
         told = "all alike"
         if len(set(scores)) > 1 and len(set(rest)) > 1:
@@ -103,30 +115,72 @@ def _exercise_rows(grades: Sequence[Grade], totals: Mapping[str, float]) -> list
                 number, group[0].title, f"{mean(scores):.1f} of {group[0].max_score:g}",
                 str(sum(g.score >= g.max_score for g in group)),
                 str(sum(s <= 0 for s in scores)), told,
-                f"{median(g.seconds for g in group):.1f}",
+                f"{median(seconds):.1f}", f"{max(seconds):.1f}",
             )
         )  # fmt: skip
     return rows
 
 
-def _check_rows(grades: Sequence[Grade]) -> list[tuple[str, ...]]:
+def _by_exercise(grades: Sequence[Grade]) -> dict[str, list[Grade]]:
+    found: dict[str, list[Grade]] = {}
+    for grade in grades:
+        found.setdefault(grade.exercise, []).append(grade)
+    return found
+
+
+def _checks(grades: Sequence[Grade]) -> str:
+    """For each exercise and check its points and how many lost some of them; darker is more."""
+    points: dict[tuple[str, str], float] = {}
+    for row in worth(tuple({g.lesson for g in grades})):
+        key = row.exercise, row.check
+        points[key] = points.get(key, 0.0) + row.points
     lost = Counter((g.exercise, check) for g in grades for check in g.failed.split())
-    return [(number, check, str(count)) for (number, check), count in sorted(lost.items())]
+    heads = list(dict.fromkeys(check for _, check in points))
+    rows = []
+    for number, group in _by_exercise(grades).items():
+        cells = []
+        for check in heads:
+            count = lost[number, check]
+            share = f"--share:{count / len(group):.0%}"
+            told = f'<span class="lost" style="{share}">{count}</span>'
+            worth_it = points.get((number, check))
+            cells.append(Html(f"{told} <small>{worth_it:g}</small>") if worth_it else "")
+        rows.append((number, *cells))
+    return (
+        '<p class="note">How many students lost points by it, and in small figures its points.</p>'
+        + _table(("exercise", *heads), rows)
+    )
+
+
+def _students(grades: Sequence[Grade], totals: Mapping[str, float]) -> str:
+    """Points by student and exercise; a click on a head sorts."""
+    numbers = list(_by_exercise(grades))
+    score = {(g.student, g.exercise): g.score for g in grades}
+    rows = [
+        (name, f"{total:g}", *(f"{score.get((name, number), 0):g}" for number in numbers))
+        for name, total in totals.items()
+    ]
+    table = _table(("student", "total", *numbers), rows, sortable=True)
+    return f"<details><summary>Points of each student</summary>{table}</details>"
 
 
 def mistakes(grades: Sequence[Grade]) -> list[tuple[str, ...]]:
-    """(exercise, mistake, "3 of 4", who), the commonest first. A named mistake counts as one,
-    whatever the numbers around it; another message counts without its numbers.
+    """(exercises, mistake, "3 of 4", who), the commonest first. A named mistake counts as one,
+    whatever the numbers around it; another message counts without its numbers. What the same
+    students did in several exercises is one line.
     """
     made: dict[tuple[str, str], list[str]] = {}
     for grade in grades:
         found = [_mistake(message) for message in grade.message.split(" | ") if message]
         for what in dict.fromkeys(found):
             made.setdefault((grade.exercise, what), []).append(grade.student)
+    merged: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (number, what), who in made.items():
+        merged.setdefault((what, tuple(sorted(who))), []).append(number)
     students = len({g.student for g in grades})
     return [
-        (number, what, f"{len(who)} of {students}", ", ".join(sorted(who)))
-        for (number, what), who in sorted(made.items(), key=lambda item: -len(item[1]))
+        (", ".join(numbers), what, f"{len(who)} of {students}", ", ".join(who))
+        for (what, who), numbers in sorted(merged.items(), key=lambda item: -len(item[0][1]))
     ]
 
 
@@ -142,7 +196,7 @@ def _mistake(message: str) -> str:
 # ------------------------------------------------------------------------ what resembles each other
 
 
-def _own(source: str, lesson: str) -> dict[str, str]:
+def own(source: str, lesson: str) -> dict[str, str]:
     """The source of each part that an exercise asks for, by its name."""
     wanted = {p.split(".")[0] for e in exercises(lesson).values() for p in e.parts}
     try:
@@ -175,53 +229,78 @@ def shingles(source: str) -> set[tuple[str, ...]]:
     return set(zip(*(tokens[i:] for i in range(SHINGLE))))
 
 
-def alike(one: set, two: set, given: set) -> float:
-    """Of the code in either that was not given, the share that is in both."""
-    one, two = one - given, two - given
+def alike(one: set, two: set) -> float:
+    """Of the code in either the share that is in both."""
     return len(one & two) / len(one | two) if one and two else 0.0
 
 
-def _pairs(submissions: Iterable[Submission], lessons: Sequence[str]) -> str:
-    """The pairs above ALIKE, the most alike first, part by part beside each other."""
-    shown = []
+def _pairs(submissions: Sequence[Submission], lessons: Sequence[str]) -> str:
+    """The pairs above ALIKE, the most alike first, part by part beside each other; and who hands in
+    the course's own text.
+    """
+    shown, copied = [], []
     for lesson in lessons:
         whole = lesson_path(lesson).read_text(encoding="utf-8")
-        given = shingles(take_out(whole, exercises(lesson).values()))
-        parts = {}
+        starter = take_out(whole, list(exercises(lesson).values()))
+        given, course = shingles(starter), {n: shingles(t) for n, t in own(whole, lesson).items()}
+        parts, verbatim = {}, {}
         for submission in submissions:
             try:
                 source = submission.source(lesson)[1].decode("utf-8", "replace")
             except (ValueError, OSError):
                 continue
-            parts[submission.name] = _own(source, lesson)
-        marks = {name: shingles("\n".join(own.values())) for name, own in parts.items()}
+            # The course's own text says nothing of two students: the assignment may have left it.
+            parts[submission.name] = texts = own(source, lesson)
+            for part in [n for n, text in texts.items() if shingles(text) == course[n]]:
+                del texts[part]
+                verbatim.setdefault(part, []).append(submission.name)
+        copied += [
+            (f"{lesson} {part}", ", ".join(who))
+            for part, who in verbatim.items()
+            if 2 * len(who) <= len(parts)  # of more it was part of the assignment
+        ]
+        marks = {name: shingles("\n".join(texts.values())) for name, texts in parts.items()}
         if len(marks) >= 8:  # what half of a class wrote is what anybody writes
             common = Counter(s for mark in marks.values() for s in mark)
             given = given | {s for s, n in common.items() if n > len(marks) / 2}
+        theirs = {name: mark - given for name, mark in marks.items()}
+        lines = {line.strip() for line in starter.splitlines()}
         for a, b in combinations(marks, 2):
-            if (share := alike(marks[a], marks[b], given)) >= ALIKE:
-                shown.append((share, lesson, a, b, parts[a], parts[b]))
+            if (share := alike(theirs[a], theirs[b])) >= ALIKE:
+                shown.append((share, lesson, a, b, parts[a], parts[b], given, lines))
     intro = (
-        f"<p>Compared are runs of {SHINGLE} tokens, without the starter's code, comments and "
-        "layout, and in a class of eight or more without what half of it wrote. Shown are pairs "
-        f"that share {ALIKE:.0%} or more. Short blocks have one natural solution: of the course's "
-        "solutions and independently written right ones no lesson of nine shares more than 32%, "
-        "but single exercises of a few lines up to 65%. So a pair is a reason to look and to ask, "
-        "and never a proof.</p>"
+        f'<p class="note">Compared are runs of {SHINGLE} tokens, without the starter\'s code, '
+        "comments, layout and the names of variables, without parts that are the course's own "
+        "text, and in a class of eight or more without what half of it wrote. Shown are pairs that "
+        f"share {ALIKE:.0%} or more of one lesson. Short blocks have one natural solution. Of the "
+        "course's solutions and other right ones, written independently, no lesson of nine shares "
+        "more than a third, but single parts share up to 52%. Nine pairs are few: they can't rule "
+        "out that one honest pair in four is shown. So a pair is a reason to look and to ask, and "
+        "never a proof.</p>"
     )
-    if not shown:
-        return intro + "<p>There is no such pair.</p>"
-    text = [intro]
-    for share, lesson, a, b, first, second in sorted(shown, key=lambda s: -s[0])[:50]:
-        text.append(f"<h3>{escape(a)} and {escape(b)}, lesson {lesson}: {share:.0%}</h3>")
-        rows = [_beside(first[name], second[name]) for name in first if name in second]
-        text.append(_table((a, b), rows, raw=0))
+    text = [intro] if shown else [intro, "<p>There is no such pair.</p>"]
+    for share, lesson, a, b, first, second, given, lines in sorted(shown, key=lambda s: -s[0])[:50]:
+        inside = []
+        for name in first:
+            if name in second:
+                part = alike(shingles(first[name]) - given, shingles(second[name]) - given)
+                beside = "".join(_beside(first[name], second[name], lines))
+                inside.append(
+                    f'<h3>{escape(name)}: {part:.0%}</h3><div class="beside">{beside}</div>'
+                )
+        head = f"{escape(a)} and {escape(b)}, lesson {lesson}: {share:.0%}"
+        text.append(f"<details><summary>{head}</summary>{''.join(inside)}</details>")
+    if copied:
+        text += [
+            "<h3>The course's own text, but for names and comments</h3>",
+            _table(("part", "handed in by"), copied),
+        ]
     return "\n".join(text)
 
 
-def _beside(one: str, two: str) -> tuple[str, str]:
-    """Two pieces of code as HTML, the lines that both have marked."""
-    lines = [one.splitlines(), two.splitlines()]
+def _beside(one: str, two: str, given: set[str]) -> tuple[str, str]:
+    """Two pieces of code as HTML; lines that both have, and that were not given, are marked."""
+    lines = [text.splitlines()[:LINES] for text in (one, two)]
     matcher = SequenceMatcher(None, *([line.strip() for line in text] for text in lines), False)
     same: tuple[set[int], set[int]] = set(), set()
     for block in matcher.get_matching_blocks():
@@ -230,24 +309,30 @@ def _beside(one: str, two: str) -> tuple[str, str]:
     cells = []
     for text, marked in zip(lines, same):
         shown = (
-            f"<mark>{escape(line)}</mark>" if i in marked and line.strip() else escape(line)
+            f"<mark>{escape(line)}</mark>"
+            if i in marked and line.strip() not in given
+            else escape(line)
             for i, line in enumerate(text)
         )
         cells.append("<pre>" + "\n".join(shown) + "</pre>")
     return cells[0], cells[1]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], raw: int | None = None) -> str:
-    """Args: raw: from this column on the cells are HTML already."""
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], sortable: bool = False) -> str:
     if not rows:
         return "<p>None.</p>"
     head = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    raw = len(heads) if raw is None else raw
-    lines = [
-        "".join(f"<td>{c if i >= raw else escape(c)}</td>" for i, c in enumerate(row))
-        for row in rows
-    ]
+    lines = ["".join(map(_cell, row)) for row in rows]
     cells = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{cells}</tbody>' + (
+    kind = ' class="sortable"' if sortable else ""
+    return (
+        f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead>\n<tbody>{cells}</tbody>'
         "</table></div>"
     )
+
+
+def _cell(text: str) -> str:
+    if isinstance(text, Html):
+        return f"<td>{text}</td>"
+    wraps = ' class="text"' if len(text) > 28 else ""
+    return f"<td{wraps}>{escape(text)}</td>"

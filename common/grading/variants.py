@@ -41,7 +41,7 @@ OWN = Option()
 _PAD = "return F.pad(x, (0, 0, 0, 0, 0, self.extra_channels))"
 _ZEROS = "missing channels filled with zeros."
 _BEHIND = "append channels of zeros behind those that are there"
-_SUM = "return F.relu(residual + self.shortcut(x))\n\n\n# %% [markdown]\n# **By hand**"
+_SUM = "return F.relu(residual + self.shortcut(x))\n\n\nclass SqueezeExcitation"
 _GATE = "gate = torch.sigmoid(self.excite(gate))"
 _SCALE = "Scale each channel by a gate in (0, 1) computed"
 _BLOCK = "Two 3x3 convolutions and a shortcut."

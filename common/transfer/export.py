@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +22,52 @@ TOLERANCE = 1e-4  # largest difference of two logits
 
 
 class FromPixels(nn.Module):
-    """The model with its preprocessing but for resize and crop, which no ONNX operator does as
-    torchvision does: (N, H, W, 3) uint8 -> (N, K) probabilities.
+    """The model with all its preprocessing but the EXIF turn: pictures of any one size
+    (N, H, W, 3) uint8 -> (N, K) probabilities.
+
+    ONNX's own Resize gives other pixels than torchvision's when it makes a picture smaller, so the
+    two passes of the triangle filter are two products with a matrix of its weights.
     """
 
     def __init__(
-        self, model: nn.Module, mean_std: tuple[Tensor, Tensor], temperature: float
+        self, model: nn.Module, side: int, mean_std: tuple[Tensor, Tensor], temperature: float
     ) -> None:
         super().__init__()
-        self.model, self.temperature = model, temperature
+        self.model, self.side, self.temperature = model, side, temperature
         for name, values in zip(("mean", "std"), mean_std):
             self.register_buffer(name, values.detach().cpu().float().reshape(1, 3, 1, 1))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        x = pixels.permute(0, 3, 1, 2).float() / 255
-        return (self.model((x - self.mean) / self.std) / self.temperature).softmax(1)
+    def forward(self, pictures: Tensor) -> Tensor:
+        _, height, width, _ = pictures.shape
+        short = torch.minimum(_whole(height), _whole(width))
+        x = pictures.permute(0, 3, 1, 2).double()  # (N, 3, H, W)
+        x = _rounded(x @ self._filter(width, short).T)  # (N, 3, H, side)
+        x = _rounded(self._filter(height, short) @ x)  # (N, 3, side, side)
+        x = (x.float() / 255 - self.mean) / self.std
+        return (self.model(x) / self.temperature).softmax(1)
+
+    def _filter(self, length: int, short: Tensor) -> Tensor:
+        """(side, length): what each pixel of the square in the centre takes of each pixel of a row,
+        or column, when the shorter side of the picture is scaled to `resized_side(side)`.
+        """
+        resized = resized_side(self.side) * _whole(length) // short
+        spare = resized - self.side
+        first = spare // 2 + (spare % 4 == 3)  # round(spare / 2), halves to the even number
+        scale = _whole(length).double() / resized
+        centre = (first + torch.arange(self.side, dtype=torch.float64) + 0.5) * scale
+        pixels = torch.arange(length, dtype=torch.float64) + 0.5
+        weights = (1 - (pixels - centre[:, None]).abs() / scale.clamp(min=1)).clamp(min=0)
+        return weights / weights.sum(1, keepdim=True)
+
+
+def _whole(number: int) -> Tensor:
+    """So that a size is computed in the file, and not once for all when it is written."""
+    return torch.scalar_tensor(number, dtype=torch.int64)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """To whole numbers, as pixels are; what is just at a half goes up wherever it is computed."""
+    return (x + (0.5 + 2**-20)).floor()
 
 
 def export_model(
@@ -55,22 +87,27 @@ def export_model(
     with.
 
     Args:
-        pixels: the files hold `FromPixels(model)`: pixels in, probabilities out.
+        pixels: the files hold `FromPixels(model)`: pictures of any size in, probabilities out.
 
     Returns:
-        The largest difference to the model's own logits, by file name.
+        The largest difference to the model's own answer, by file name.
 
     Raises:
-        UserError: a file gives other logits, or can't be written.
+        UserError: a file gives other answers, or can't be written.
     """
     folder = Path(folder)
     model = model.cpu().eval()
     generator = torch.Generator().manual_seed(0)
+    side = input_size[1]
     x = torch.randn(3, *input_size, generator=generator)
+    free = {0: torch.export.Dim("batch", min=1, max=4096)}
+    example = x[:2]
     if pixels:
-        model = FromPixels(model, mean_std, calibration.temperature).eval()
-        shape = (3, *input_size[1:], 3)
+        model = FromPixels(model, side, mean_std, calibration.temperature).eval()
+        shape = 3, side + 29, 2 * side + 12, 3
         x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        free |= {1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
+        example = x[:2, 10:, 5:].contiguous()
     with torch.inference_mode():
         expected = model(x)
     differences: dict[str, float] = {}
@@ -82,30 +119,34 @@ def export_model(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of deprecations inside torch
-                again = write(model, x[:2], folder / name)
-                logits = again(x).detach()
+                again = write(model, example, folder / name, free)
+                answers = again(x).detach()
         except OSError as error:
             raise UserError(f"{folder / name} can't be written ({error.strerror})") from None
-        differences[name] = float((logits - expected).abs().max())
+        differences[name] = float((answers - expected).abs().max())
         if not differences[name] <= TOLERANCE:
             raise UserError(
-                f"{folder / name} gives other logits than the model, by {differences[name]:.2g}"
+                f"{folder / name} answers otherwise than the model, by {differences[name]:.2g}"
             )
         size = (folder / name).stat().st_size / 1e6
-        print(f"export     {folder / name}, {size:.1f} MB, logits within {differences[name]:.1g}")
+        print(f"export     {folder / name}, {size:.1f} MB, right to {differences[name]:.1g}")
     mean, std = (v.flatten().tolist() for v in mean_std)
-    inside = {} if pixels else {"range": [0, 1], "mean": mean, "std": std}
+    outside = {
+        "resize": resized_side(side),  # of the shorter side, in pixels
+        "resample": "bilinear, antialiased",
+        "crop": side,  # side of the square in the centre, in pixels
+        "range": [0, 1],
+        "mean": mean,
+        "std": std,
+    }
     output = "logits; probabilities are softmax(logits / temperature)"
     facts = {
-        "input": [None, *x.shape[1:]],
+        "input": [None, None, None, 3] if pixels else [None, *input_size],
         "input_type": "uint8" if pixels else "float32",
         "preprocessing": {
             "turn": "as the EXIF tag says",
             "channels": "RGB",
-            "resize": resized_side(input_size[1]),  # of the shorter side, in pixels
-            "resample": "bilinear, antialiased",
-            "crop": input_size[1],  # side of the square in the centre, in pixels
-            **inside,
+            **({} if pixels else outside),
         },
         "classes": list(class_names),
         "output": "probabilities" if pixels else output,
@@ -132,16 +173,18 @@ from PIL import Image, ImageOps
 
 here = pathlib.Path(__file__).parent
 about = json.loads((here / "model.json").read_text(encoding="utf-8"))
-how, side = about["preprocessing"], about["preprocessing"]["crop"]
+how = about["preprocessing"]
 session = onnxruntime.InferenceSession(str(here / "model.onnx"), providers=["CPUExecutionProvider"])
 for path in sys.argv[1:]:
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    short = min(image.size)
-    sides = [how["resize"] * s // short for s in image.size]
-    image = image.resize(sides, Image.Resampling.BILINEAR)
-    left, top = (round((s - side) / 2) for s in image.size)
-    x = np.asarray(image.crop((left, top, left + side, top + side)))  # (side, side, 3), uint8
-    if about["input_type"] == "float32":
+    if "crop" in how:  # otherwise all this is in model.onnx
+        short, side = min(image.size), how["crop"]
+        sides = [how["resize"] * s // short for s in image.size]
+        image = image.resize(sides, Image.Resampling.BILINEAR)
+        left, top = (round((s - side) / 2) for s in image.size)
+        image = image.crop((left, top, left + side, top + side))
+    x = np.asarray(image)  # (H, W, 3) uint8
+    if "mean" in how:
         x = (np.float32(x) / 255 - np.float32(how["mean"])) / np.float32(how["std"])
         x = x.transpose(2, 0, 1)
     (answer,) = session.run(None, {session.get_inputs()[0].name: x[None]})
@@ -153,21 +196,21 @@ for path in sys.argv[1:]:
 '''
 
 
-def _torch_export(model: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    batch = torch.export.Dim("batch", min=1, max=4096)
+def _torch_export(
+    model: nn.Module, x: Tensor, path: Path, free: dict[int, Any]
+) -> Callable[[Tensor], Tensor]:
     with torch.no_grad():
-        program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(model, (x,), dynamic_shapes=(free,))
     torch.export.save(program, path)
     return torch.export.load(path).module()
 
 
-def _onnx(model: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+def _onnx(
+    model: nn.Module, x: Tensor, path: Path, free: dict[int, Any]
+) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    program = torch.onnx.export(
-        model, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
-    )
+    program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=(free,), verbose=False)
     program.save(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
