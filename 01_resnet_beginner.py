@@ -151,7 +151,8 @@ if live():
 # %% [markdown]
 # ## The basic block: learn the difference, add it to the input
 #
-# `se` is squeeze-and-excitation, a later addition that is off by default: it comes next.
+# `se` is squeeze-and-excitation, a later addition that is off by default: each channel asks the
+# whole image how much it matters.
 
 
 # %%
@@ -181,24 +182,6 @@ class BasicBlock(nn.Module):
         return F.relu(residual + self.shortcut(x))
 
 
-# %% [markdown]
-# **By hand**: at 64 channels a 3x3 convolution has $9 \cdot 64 \cdot 64 = 36{,}864$ weights and a
-# BatchNorm 128, so the block has $2 \cdot (36{,}864 + 128) = 73{,}984$ parameters. **Say it
-# first**: the scale of the last BatchNorm is zero. Which picture comes out? Digits are drawn from
-# -1 (black) to 1 (white).
-
-# %%
-if live():
-    print(count_parameters(BasicBlock(64, 64)))
-    block = BasicBlock(3, 3)
-    nn.init.zeros_(block.bn2.weight)
-    show(digits(4), block(digits(4)))
-
-# %% [markdown]
-# ## Squeeze-and-excitation: let each channel ask the whole image how much it matters
-
-
-# %%
 class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate in (0, 1) computed from all channels' means.  Hu et al. 2018,
     sec. 3.  (N, C, H, W) -> (N, C, H, W).  NOTE: equation 3 has no biases, torchvision has them.
@@ -220,13 +203,20 @@ class SqueezeExcitation(nn.Module):
 
 
 # %% [markdown]
-# **Say it first**: all weights and biases are zero. By what is each channel multiplied?
+# **By hand**: at 64 channels a 3x3 convolution has $9 \cdot 64 \cdot 64 = 36{,}864$ weights and a
+# BatchNorm 128, so the block has $2 \cdot (36{,}864 + 128) = 73{,}984$ parameters.
+#
+# **Say it first**: the scale of the last BatchNorm is zero. Which picture comes out? Digits are
+# drawn from -1 (black) to 1 (white). And if all weights and biases of squeeze-and-excitation are
+# zero, by what is each channel multiplied?
 
 # %%
 if live():
-    gate = SqueezeExcitation(3, reduction=1)
-    for parameter in gate.parameters():
+    print(count_parameters(BasicBlock(64, 64)))
+    block, gate = BasicBlock(3, 3), SqueezeExcitation(3, reduction=1)
+    for parameter in (block.bn2.weight, *gate.parameters()):
         nn.init.zeros_(parameter)
+    show(digits(4), block(digits(4)))
     print((gate(digits(1)) / digits(1)).unique())
 
 # %% [markdown]
@@ -373,31 +363,28 @@ TABLE: dict[str, Row] = {
 # are they? How many has the row `resnet50`?
 #
 # ## The model: stem, stages, head
+#
+# The stem and its max-pool quarter the resolution, each stage after the first halves it and widens
+# the channels, and the head averages what is left.
 
 
 # %%
 class ResNet(Classifier):
     """(N, 3, H, W) -> (N, num_classes).  He et al. 2015, table 1.
 
-    A 7x7 stem and a max-pool quarter the resolution, each stage after the first halves it and
-    widens the channels, and the head averages what is left.
-
     Args:
-        block: the class that every stage repeats, as often as `depths` says.
-        channels: width of each stage, before the block's `expansion`; `stem_channels` of the stem.
+        block: what each stage repeats, as often as `depths` says; it is told `block_options` too.
+        channels: width of each stage, before the block's `expansion`.
         small_input: a 3x3 stem of stride 1 and no max-pool, for images of 32 pixels and less.
             NOTE: the form of the CIFAR literature; the paper has none of ResNet-18 to -152.
         zero_init_residual: start the last BatchNorm of each residual branch at zero, so that each
             block starts as the identity.  Goyal et al. 2017, sec. 5.1.
-        **block_options: handed to each block: `shortcut`, `se_reduction`, `groups`, `base_width`.
     """
 
-    def __init__(
-        self, block: type[nn.Module], depths: tuple[int, ...],
-        channels: tuple[int, ...] = (64, 128, 256, 512), stem_channels: int = 64,
-        num_classes: int = 1000, small_input: bool = False, zero_init_residual: bool = True,
-        **block_options: int | str,
-    ) -> None:  # fmt: skip
+    def __init__(self, block: type[nn.Module], depths: tuple[int, ...],
+                 channels: tuple[int, ...] = (64, 128, 256, 512), stem_channels: int = 64,
+                 num_classes: int = 1000, small_input: bool = False,
+                 zero_init_residual: bool = True, **block_options: int | str) -> None:  # fmt: skip
         super().__init__()
         size, stride = (3, 1) if small_input else (7, 2)
         stem = [nn.Conv2d(3, stem_channels, size, stride, padding=size // 2, bias=False)]
@@ -531,9 +518,8 @@ if live():
 # ## Experiment: does the shortcut do it?
 #
 # Plain, residual and pre-activation nets of two depths, with the same parameters but for a few
-# norms, the same seeds and recipe. All of them train here; the question is how well. Beforehand we
-# say which difference would matter: 0.05 in training loss (a guess has 2.30), one point in accuracy
-# (four of 359 test images).
+# norms, the same seeds and recipe. All of them train here; the question is how well. Beforehand:
+# 0.05 in training loss matters (a guess has 2.30), and one point in accuracy (four of 359 images).
 #
 # The figure also has the gradient of each layer before the first step, and after the last.
 # **Say it first**: is that of the plain net's first layer too small, or too large?

@@ -37,6 +37,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.classifier import Classifier
 from common.config import TrainConfig
 from common.experiments import Arm, Claim, Experiment
 
@@ -101,7 +102,7 @@ class PooledStage(nn.Module):
         return x + self.residual(x) if self.shortcut else self.residual(x)
 
 
-class ResNet9(nn.Module):
+class ResNet9(Classifier):
     """(N, 3, H, W) -> (N, num_classes): whitening, three pooled stages, max over what is left.
 
     It has one form, for 32x32 images, whatever `small_input` says. NOTE: Page's has a trained 3x3
@@ -143,13 +144,6 @@ class ResNet9(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Linear:
-        return self.head[-1]
-
-    def reset_classifier(self, num_classes: int) -> None:
-        old = self.head[-1]
-        self.head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
 
 
 # ---------------------------------------------------------------------------------- what each gives

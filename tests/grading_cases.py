@@ -522,9 +522,14 @@ class Outcome:
 
 def is_named(message: str) -> bool:
     generic = ("off by up to", "expected ", "the output's shape should be", "the shape is")
-    if "; likely: " in message or "; it is " in message:
+    if any(
+        f"; {words}" in message for words in ("likely: ", "it is ", "it would be ", "there is a ")
+    ):
         return True
-    if any(words in message for words in (" is a ", "missing: ", "too many: ", "(line ")):
+    if any(
+        words in message
+        for words in (" is a ", "there is no ", "missing: ", "too many: ", "(line ")
+    ):
         return True
     return not any(words in message for words in generic)
 

@@ -434,11 +434,12 @@ def wide_sums(wide: nn.Module, x: torch.Tensor) -> int:
 
 
 def test_training_in_miniature(cli: Callable, tmp_path: Path) -> None:
-    code, _, err = cli("05", *TINY, "--model", "mobilenet_v1")
+    code, out, err = cli("05", *TINY, "--model", "mobilenet_v1", "--views")
     assert code == 0, err
     (path,) = tmp_path.rglob("result.json")
     result = json.loads(path.read_text())
     assert (result["lesson"], result["model"]) == ("05_mobilenet_advanced", "mobilenet_v1")
+    assert f"views      top-1 {result['test_top1_views']:.2%}" in out
     expected = on_meta("mobilenet_v1", num_classes=10, small_input=True, width_mult=0.25)
     assert result["params"] == count_parameters(expected)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import difflib
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -370,7 +371,10 @@ def layer_difference(trial: Trial) -> str:
         ours, wanted, extra, missing = _by_kind(extra, missing)
         pairs += zip(ours, wanted)
     lines = [f"{name} is a {text}; expected {wanted}" for (name, text), wanted in pairs]
-    lines += [f"missing: {text}" for text in missing]
+    lines += [
+        f"there is no {text}" + (f", {times} times" if times > 1 else "")
+        for text, times in Counter(missing).items()
+    ]
     lines += [f"too many: {name}, a {text}" for name, text in extra]
     more = f"; and {len(lines) - 3} more differences" if len(lines) > 3 else ""
     return "; ".join(lines[:3]) + more

@@ -41,7 +41,7 @@ OWN = Option()
 _PAD = "return F.pad(x, (0, 0, 0, 0, 0, self.extra_channels))"
 _ZEROS = "missing channels filled with zeros."
 _BEHIND = "append channels of zeros behind those that are there"
-_SUM = "return F.relu(residual + self.shortcut(x))\n\n\n# %% [markdown]\n# **By hand**"
+_SUM = "return F.relu(residual + self.shortcut(x))\n\n\nclass SqueezeExcitation"
 _GATE = "gate = torch.sigmoid(self.excite(gate))"
 _SCALE = "Scale each channel by a gate in (0, 1) computed"
 _BLOCK = "Two 3x3 convolutions and a shortcut."
@@ -77,6 +77,18 @@ CHOICES: dict[str, tuple[Option, ...]] = {
              (_SCALE, "Scale by 1 + tanh computed")),
             ("a sigmoid after them", "1 + tanh after them"),
         ),
+        Option(
+            "a SiLU stands between the two convolutions",
+            (("gate = F.relu(self.squeeze(gate))", "gate = F.silu(self.squeeze(gate))"),),
+            ("a ReLU between them", "a SiLU between them"),
+        ),
+        Option(
+            "the maximum of each channel goes into the gate",
+            (("gate = x.mean(dim=(2, 3), keepdim=True)",
+              "gate = x.amax(dim=(2, 3), keepdim=True)"),
+             ("from all channels' means.", "from all channels' maxima.")),
+            ("Mean over", "Maximum over"),
+        ),
     ),
     "1.4": (
         OWN,
@@ -92,6 +104,22 @@ CHOICES: dict[str, tuple[Option, ...]] = {
             ((_SUM, _SUM.replace("F.relu(", "F.relu6(")),
              (_BLOCK, "Two 3x3 convolutions, a shortcut, a ReLU6.")),
             ("then add shortcut(x), then ReLU.", "then add shortcut(x), then ReLU6."),
+        ),
+        Option(
+            "after the sum stands a leaky ReLU with slope 0.1",
+            ((_SUM, _SUM.replace("F.relu(residual + self.shortcut(x))",
+                                 "F.leaky_relu(residual + self.shortcut(x), 0.1)")),
+             (_BLOCK, "Two 3x3 convolutions, a shortcut, a leaky ReLU.")),
+            ("then add shortcut(x), then ReLU.", "then add shortcut(x), then a leaky ReLU (0.1)."),
+        ),
+        Option(
+            "the first convolution is 5x5",
+            (("super().__init__()\n        self.conv1 = nn.Conv2d(in_channels, channels, 3, "
+              "stride, padding=1, bias=False)",
+              "super().__init__()\n        self.conv1 = nn.Conv2d(in_channels, channels, 5, "
+              "stride, padding=2, bias=False)"),
+             (_BLOCK, "A 5x5 and a 3x3 convolution and a shortcut.")),
+            ("conv1, bn1, ReLU,", "conv1 (5x5), bn1, ReLU,"),
         ),
     ),
     "1.6": (
@@ -174,7 +202,12 @@ HEAD = re.compile(r"^# Variant (\d+):", re.MULTILINE)
 def drawn(seed: int) -> dict[str, Option]:
     """The option of each exercise that varies. 0 is the course as it is."""
     rng = random.Random(seed)
-    return {n: rng.choice(options) if seed else OWN for n, options in CHOICES.items()}
+    return {n: rng.choice(others(n)) if seed else OWN for n in CHOICES}
+
+
+def others(number: str) -> list[Option]:
+    """All specifications of an exercise but the lesson's own, whose solution everybody has."""
+    return [option for option in CHOICES[number] if option.says]
 
 
 def head(seed: int, lesson: str) -> str:
