@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shlex
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -22,7 +24,9 @@ from common.grade import parse_lessons
 from common.grading.exercises import file_name
 from common.grading.variants import course_files
 
-# The course is marked with what it is written in; torch without CUDA is 200 MB and not 6 GB.
+# torch without CUDA is 200 MB and not 6 GB. pip must be told where it lies; uv knows the place by
+# the backend's name. `-c` holds both packages to the versions that the course takes, or the second
+# line would bring the large build after all.
 SETUP = """#!/usr/bin/env bash
 set -euo pipefail
 here="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
@@ -30,8 +34,10 @@ if command -v apt-get >/dev/null; then
     apt-get update && apt-get install -y python3 python3-venv
 fi
 python3 -m venv "$here/.venv"
-"$here/.venv/bin/pip" install --quiet torch torchvision{index}
-"$here/.venv/bin/pip" install --quiet -r "$here/requirements.txt"
+"$here/.venv/bin/pip" install --quiet uv
+install() {{ "$here/.venv/bin/uv" pip install --quiet --python "$here/.venv/bin/python" "$@"; }}
+install -c "$here/requirements.txt" torch torchvision {where}
+install -r "$here/requirements.txt"
 """
 
 RUN_GRADESCOPE = """#!/usr/bin/env bash
@@ -53,10 +59,11 @@ from pathlib import Path
 
 course, student = Path(__file__).resolve().parent, Path.cwd()
 if importlib.util.find_spec("torch") is None:  # a container with torch in it saves these minutes
-    packages = ["torch", "torchvision"{index}]
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
-    wanted = ["-r", str(course / "requirements.txt")]
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    wanted = str(course / "requirements.txt")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "uv"], check=True)
+    install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable]
+    subprocess.run([*install, "-c", wanted, "torch", "torchvision", {where}], check=True)
+    subprocess.run([*install, "-r", wanted], check=True)
 command = [
     sys.executable, "-m", "common.grade", str(student), "--lessons", "{lessons}",
     "--platform", "classroom50", "--grade-json", str(student / "result.json"),
@@ -78,24 +85,26 @@ def kit(platform: str, lessons: tuple[str, ...], index: str = "") -> dict[str, b
     """Name in the zip to content.
 
     Args:
-        index: where pip finds torch's build without CUDA, as pytorch.org names it; "": the default.
+        index: where torch's build without CUDA is taken from; "": PyTorch's own index.
     """
     course, named = course_files(), ",".join(lessons)
-    setup = SETUP.format(index=f" --index-url '{index}'" if index else "").encode()
+    where = ["--index-url", index] if index else ["--torch-backend", "cpu"]
     if platform == "gradescope":
+        setup = SETUP.format(where=shlex.join(where)).encode()
         run = RUN_GRADESCOPE.format(lessons=named).encode()
         return {"setup.sh": setup, "run_autograder": run, **course}
     if platform == "classroom50":
-        options = f', "--index-url", {index!r}' if index else ""
-        return {"autograder.py": AUTOGRADER.format(index=options, lessons=named).encode(), **course}
+        options = ", ".join(map(json.dumps, where))
+        return {"autograder.py": AUTOGRADER.format(where=options, lessons=named).encode(), **course}
     files = [file_name(lesson) for lesson in lessons]
     info = {
+        "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, "image-classification " + named)),
         "title": "Exercises of lesson " + named,
         "topic": "Convolutional networks",
         "type": "v3",
         "gradingMethod": "External",
         "externalGradingOptions": {
-            "enabled": True, "image": "YOUR/IMAGE", "entrypoint": "bash /grade/tests/run.sh",
+            "enabled": True, "image": "YOUR/IMAGE", "entrypoint": "/grade/tests/run.sh",
             "timeout": 600,
         },
     }  # fmt: skip
@@ -139,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         "--torch-index",
         default="",
         metavar="URL",
-        help="where pip finds torch without CUDA: pytorch.org shows it (default: the 6 GB build)",
+        help="take torch without CUDA from this index (default: PyTorch's own, by way of uv)",
     )
     options = parser.parse_args(argv)
     with exit_codes():

@@ -76,10 +76,9 @@ def class_page(grades: Sequence[Grade], submissions: Sequence[Submission]) -> st
         "strong from the weak, and where all have the same it tells nothing. Seconds: what it took "
         "to mark, in the middle and at most.</p>",
         "<h2>Mistakes</h2>",
-        _table(("exercise", "mistake", "students", "who"), mistakes(grades)),
+        _table(("students", "mistake", "exercise", "who"), mistakes(grades)),
         "<h2>Checks that were lost</h2>",
         _checks(grades),
-        "<h2>Students</h2>",
         _students(grades, totals),
         "<h2>Submissions that resemble each other</h2>",
         _pairs(submissions, lessons),
@@ -165,7 +164,7 @@ def _students(grades: Sequence[Grade], totals: Mapping[str, float]) -> str:
 
 
 def mistakes(grades: Sequence[Grade]) -> list[tuple[str, ...]]:
-    """(exercises, mistake, "3 of 4", who), the commonest first. A named mistake counts as one,
+    """("3 of 4", mistake, exercises, who), the commonest first. A named mistake counts as one,
     whatever the numbers around it; another message counts without its numbers. What the same
     students did in several exercises is one line.
     """
@@ -177,9 +176,14 @@ def mistakes(grades: Sequence[Grade]) -> list[tuple[str, ...]]:
     merged: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (number, what), who in made.items():
         merged.setdefault((what, tuple(sorted(who))), []).append(number)
-    students = len({g.student for g in grades})
+    students, every = len({g.student for g in grades}), len({g.exercise for g in grades})
     return [
-        (", ".join(numbers), what, f"{len(who)} of {students}", ", ".join(who))
+        (
+            f"{len(who)} of {students}",
+            what,
+            "all" if 1 < every == len(numbers) else ", ".join(numbers),
+            ", ".join(who),
+        )
         for (what, who), numbers in sorted(merged.items(), key=lambda item: -len(item[0][1]))
     ]
 
