@@ -87,7 +87,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.classifier import Classifier
+from common.classifier import Classifier  # nn.Module; head[-1] is the last layer, replaceable
 from common.data import Data, load_data
 from common.engine.device import memory_format
 from common.evaluation import evaluate

@@ -98,6 +98,7 @@ import torch
 from torch import Tensor, nn
 
 from common import plotting
+from common.classifier import Classifier  # nn.Module; head[-1] is the last layer, replaceable
 from common.data import Data, load_data
 from common.engine.device import memory_format
 from common.evaluation import evaluate
@@ -315,7 +316,7 @@ SHALLOW_B: Row = ((5,),) * 5  # B with each pair of 3x3 replaced by one 5x5, sec
 
 
 # %%
-class VGG(nn.Module):
+class VGG(Classifier):
     """(N, 3, H, W) -> (N, num_classes).  Simonyan and Zisserman 2014, table 1.
 
     Args:
@@ -371,13 +372,6 @@ class VGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Linear:
-        return self.head[-1]
-
-    def reset_classifier(self, num_classes: int) -> None:
-        old = self.head[-1]
-        self.head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
 
 
 def vgg(name: str, **options: float | bool) -> VGG:

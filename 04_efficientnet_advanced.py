@@ -92,6 +92,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common.classifier import Classifier  # nn.Module; head[-1] is the last layer, replaceable
 from common.data import Data, load_data
 from common.evaluation import evaluate
 from common.experiments import Arm, Claim, Experiment, Trial, run_experiment
@@ -371,7 +372,7 @@ if live():
 
 
 # %%
-class EfficientNet(nn.Module):
+class EfficientNet(Classifier):
     """(N, 3, H, W) -> (N, num_classes).  Tan and Le 2019, table 1.
 
     Args:
@@ -430,13 +431,6 @@ class EfficientNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Linear:
-        return self.head[-1]
-
-    def reset_classifier(self, num_classes: int) -> None:
-        old = self.head[-1]
-        self.head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
 
 
 def efficientnet(

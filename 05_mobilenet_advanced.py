@@ -95,7 +95,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import plotting
-from common.classifier import Classifier
+from common.classifier import Classifier  # nn.Module; head[-1] is the last layer, replaceable
 from common.config import numbers_of
 from common.costs import cost_by_kind, milliseconds, width_for_macs
 from common.data import load_data

@@ -90,6 +90,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import plotting
+from common.classifier import Classifier  # nn.Module; head[-1] is the last layer, replaceable
 from common.data import Data, load_data
 from common.engine.device import memory_format
 from common.evaluation import evaluate
@@ -278,7 +279,7 @@ TABLE: dict[str, Row] = {
 
 
 # %%
-class DenseNet(nn.Module):
+class DenseNet(Classifier):
     """(N, 3, H, W) -> (N, num_classes).  Huang et al. 2017, table 1.
 
     Args:
@@ -335,13 +336,6 @@ class DenseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Linear:
-        return self.head[-1]
-
-    def reset_classifier(self, num_classes: int) -> None:
-        old = self.head[-1]
-        self.head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
 
 
 def densenet(name: str, **options: float | bool) -> DenseNet:

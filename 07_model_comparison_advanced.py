@@ -124,6 +124,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.classifier import Classifier  # nn.Module; head[-1] is the last layer, replaceable
 from common.comparison.conclusion import conclude, reproduce
 from common.comparison.counting import count_by_thop, counted
 from common.comparison.entries import chosen_names, imagenet_entries
@@ -194,12 +195,11 @@ if live():
 
 
 # %%
-class ConvNet(nn.Module):
+class ConvNet(Classifier):
     """(N, 3, H, W) -> (N, num_classes): what the three plain nets below share."""
 
     stem: nn.Module
     stages: nn.Sequential
-    head: nn.Sequential  # ends in the linear classifier
 
     def init_weights(self) -> None:
         """He initialisation (He et al. 2015, "Delving deep").
@@ -218,13 +218,6 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Linear:
-        return self.head[-1]
-
-    def reset_classifier(self, num_classes: int) -> None:
-        old = self.head[-1]
-        self.head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
 
 
 def scaled(channels: int, width_mult: float) -> int:
@@ -513,7 +506,7 @@ class PatchEmbedding(nn.Module):
         return torch.cat([of_class, of_patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Classifier):
     """(N, 3, H, W) -> (N, num_classes).  Dosovitskiy et al. 2021, fig. 1.
 
     Args:
@@ -566,13 +559,6 @@ class VisionTransformer(nn.Module):
         return self.head(
             self.forward_tokens(x)[:, 0]
         )  # the class token alone has gathered the answer
-
-    def get_classifier(self) -> nn.Linear:
-        return self.head[-1]
-
-    def reset_classifier(self, num_classes: int) -> None:
-        old = self.head[-1]
-        self.head[-1] = nn.Linear(old.in_features, num_classes).to(old.weight)
 
     def arrange_torchvision_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """torchvision keeps queries, keys and values as bare parameters, and the positions in the

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -120,7 +119,7 @@ class Grade:
 
 
 def mark_class(
-    folder: Path,
+    submissions: list[Submission],
     out: Path,
     lessons: tuple[str, ...],
     jobs: int,
@@ -128,8 +127,7 @@ def mark_class(
     quiet: bool = False,
     roster: Iterable[str] = (),
 ) -> list[Grade]:
-    """Mark every file and folder in `folder`; keep what `out` already holds of an unchanged
-    submission.
+    """Mark them all; keep what `out` already holds of an unchanged submission.
 
     `out` is rewritten whenever a student is done, so that a stopped run goes on where it was.
 
@@ -138,7 +136,6 @@ def mark_class(
     """
     from tqdm import tqdm
 
-    submissions = find_submissions(folder, out)
     rules = _rules_digest(lessons)
     digests = {s.name: f"{s.digest(lessons)}-{rules}" for s in submissions}
     rows = worth(lessons)
@@ -195,68 +192,61 @@ def _conclude(
     lessons: tuple[str, ...],
     roster: Iterable[str],
 ) -> list[Grade]:
-    """Who is missing gets lines with 0; grades.csv and class.html are written."""
+    """Who is missing gets lines with 0; grades.csv is written."""
     rows, handed_in = worth(lessons), {_name(s.path) for s in submissions}
     for name in roster:
         if name not in handed_in:
             lost = by_exercise(not_run(row, "not handed in") for row in rows)
             done[name] = [_grade(name, group, digest="none") for group in lost.values()]
     _write_grades(out, done)
-    grades = [grade for student in sorted(done) for grade in done[student]]
-    if grades:
-        write_atomically(out.with_name("class.html"), class_page(grades, submissions))
-    return grades
+    return [grade for student in sorted(done) for grade in done[student]]
 
 
 def mark_variants(
-    folder: Path, out: Path, lessons: tuple[str, ...], options: Sequence[str],
-    roster: Iterable[str], seeds: Mapping[str, int],
-) -> list[Grade]:  # fmt: skip
+    folder: Path,
+    submissions: list[Submission],
+    out: Path,
+    lessons: tuple[str, ...],
+    options: Sequence[str],
+    roster: Iterable[str],
+    seeds: Mapping[str, int],
+) -> list[Grade]:
     """As `mark_class`, where submissions are of several variants: each variant is marked by a
     course of its own, which is made for it.
 
     Args:
+        folder: where the submissions are.
         options: flags for the graders.
         seeds: variant by name of the submission.
     """
-    submissions = find_submissions(folder, out)
     kept: dict[str, list[Grade]] = {}
     for grade in _read_grades(out):
         kept.setdefault(grade.student, []).append(grade)
     done: dict[str, list[Grade]] = {}
-    for seed in sorted({seeds[s.name] for s in submissions}):
-        group = {_name(s.path): s for s in submissions if seeds[s.name] == seed}
+    for seed in sorted(set(seeds.values())):
+        names = [s.name for s in submissions if seeds[s.name] == seed]
         with tempfile.TemporaryDirectory(prefix="class-") as there:
-            part, table = Path(there, "in"), Path(there, "grades.csv")
-            part.mkdir()
-            for s in group.values():
-                copy = shutil.copytree if s.path.is_dir() and not s.path.is_symlink() else _copy
-                copy(s.path, part / s.path.name, symlinks=True)
-            _write_grades(table, {n: kept[s.name] for n, s in group.items() if s.name in kept})
-            command = [part, "--out", table, "--lessons", ",".join(lessons), *options]
+            students, table = Path(there, "students.json"), Path(there, "grades.csv")
+            students.write_text(json.dumps(names), encoding="utf-8")
+            _write_grades(table, {name: kept[name] for name in names if name in kept})
+            command = [folder.resolve(), "--out", table, "--students", students, *options]
             try:
-                code = in_variant(seed, [str(word) for word in command])
+                code = in_variant(seed, map(str, command), stdout=subprocess.DEVNULL)
             finally:
                 for grade in _read_grades(table):
-                    name = group[grade.student].name
-                    done.setdefault(name, []).append(replace(grade, student=name))
+                    done.setdefault(grade.student, []).append(grade)
                 _write_grades(out, {**kept, **done})
         if code:
             raise KeyboardInterrupt if code == 130 else RuntimeError(f"variant {seed}: exit {code}")
     return _conclude(out, done, submissions, lessons, roster)
 
 
-def _copy(path: Path, to: Path, symlinks: bool) -> None:
-    shutil.copy2(path, to, follow_symlinks=not symlinks)
-
-
-def in_variant(seed: int, arguments: Sequence[str]) -> int:
+def in_variant(seed: int, arguments: Iterable[str], stdout: int | None = None) -> int:
     """This command in a course with the variant in it; its exit code."""
     with tempfile.TemporaryDirectory(prefix="course-") as course:
-        os.chmod(course, 0o755)
         variants.make_course(variants.drawn(seed), Path(course))
         command = [sys.executable, "-m", "common.grade", *arguments, "--variant", "0"]
-        return subprocess.run(command, cwd=course).returncode
+        return subprocess.run(command, cwd=course, stdout=stdout).returncode
 
 
 def variant_of(submission: Submission, lessons: tuple[str, ...]) -> int:
@@ -271,26 +261,29 @@ def variant_of(submission: Submission, lessons: tuple[str, ...]) -> int:
     return seeds.pop() if seeds else 0
 
 
-def read_variants(path: Path) -> dict[str, int]:
-    """Name to variant, of a roster with a column `variant`; empty where it has none.  Raises:
-    ValueError.
+def variants_of(
+    submissions: list[Submission], lessons: tuple[str, ...], roster: Mapping[str, int | None]
+) -> dict[str, int]:
+    """By name: what the roster says, else the file. A submission that contradicts itself is marked
+    as the course is, and a line says so: nobody's file may stop the others' marks.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        heads = {head.strip().lower(): head for head in reader.fieldnames or ()}
-        if "variant" not in heads:
-            return {}
-        name = heads.get("student") or heads.get("name") or next(iter(heads.values()))
-        rows = [(row[name].strip(), (row[heads["variant"]] or "").strip()) for row in reader]
-    for student, seed in rows:
-        if not re.fullmatch(r"\d{1,9}", seed, re.ASCII):
-            raise ValueError(f"--roster {path}: the variant of {student} is {seed!r}, no number")
-    return {student: int(seed) for student, seed in rows}
+    seeds = {}
+    for s in submissions:
+        seed = roster.get(_name(s.path))
+        try:
+            seeds[s.name] = variant_of(s, lessons) if seed is None else seed
+        except ValueError as error:
+            print(f"note: {error}; marked as variant 0", file=sys.stderr)
+            seeds[s.name] = 0
+    return seeds
 
 
-def find_submissions(folder: Path, out: Path, quiet: bool = False) -> list[Submission]:
+def find_submissions(folder: Path, out: Path, tell: bool = True) -> list[Submission]:
     """Every file and folder that somebody may have handed in, but for `out` itself. What can't be
     marked gets its lines too, and says why.
+
+    Args:
+        tell: notes of namesakes and of what is no submission.
     """
     paths = [
         path
@@ -304,7 +297,7 @@ def find_submissions(folder: Path, out: Path, quiet: bool = False) -> list[Submi
         name = _name(path)
         if names[name] > 1:  # ann.py beside ann/: both are marked, under their whole names
             whole = _text(path.name) + ("/" if path.is_dir() else "")
-            if not quiet:
+            if tell:
                 print(f"note: more than one submission is called {name}: {whole}", file=sys.stderr)
             name = whole
         found.append(Submission(name, path))
@@ -313,14 +306,14 @@ def find_submissions(folder: Path, out: Path, quiet: bool = False) -> list[Submi
         for path in sorted(folder.iterdir())
         if path not in paths and path != out and not is_hidden(Path(path.name))
     ]
-    if ignored and not quiet:
+    if ignored and tell:
         print(f"note: not a submission: {', '.join(map(_text, ignored[:9]))}", file=sys.stderr)
     return found
 
 
-def read_roster(path: Path) -> list[str]:
-    """The names in the first column of a CSV file, or in its column `student` or `name`.  Raises:
-    ValueError.
+def read_roster(path: Path) -> dict[str, int | None]:
+    """The names in the first column of a CSV file, or in its column `student` or `name`, and for
+    each what its column `variant` says; None where it has none.  Raises: ValueError.
     """
     try:
         rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
@@ -329,12 +322,17 @@ def read_roster(path: Path) -> list[str]:
     rows = [row for row in rows if any(cell.strip() for cell in row)]
     head = [cell.strip().lower() for cell in rows[0]] if rows else []
     column = next((head.index(word) for word in ("student", "name") if word in head), None)
-    names = [
-        row[column or 0].strip() for row in rows[column is not None :] if len(row) > (column or 0)
-    ]
-    if not any(names):
+    variant = head.index("variant") if "variant" in head else None
+    seeds: dict[str, int | None] = {}
+    for row in rows[(column, variant) != (None, None) :]:
+        name, seed = (row[i].strip() if i < len(row) else "" for i in (column or 0, variant or 0))
+        if name and variant is not None and not re.fullmatch(r"\d{1,9}", seed, re.ASCII):
+            raise ValueError(f"--roster {path}: the variant of {name} is {seed!r}, no number")
+        if name:
+            seeds.setdefault(name, None if variant is None else int(seed))
+    if not seeds:
         raise ValueError(f"--roster {path}: has no names in its first column")
-    return [name for name in dict.fromkeys(names) if name]
+    return seeds
 
 
 def _name(path: Path) -> str:
@@ -469,6 +467,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--lessons", metavar="NN,NN", help="what the assignment consists of (default: all)"
     )
+    parser.add_argument("--students", type=Path, help=argparse.SUPPRESS)  # of `mark_variants`
     parser.add_argument(
         "--variant",
         type=int,
@@ -523,22 +522,26 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(
                     f"--out marks a class, so {options.submission} must be a folder of submissions"
                 )
-            roster = read_roster(options.roster) if options.roster else []
-            chosen = read_variants(options.roster) if options.roster else {}
+            roster = read_roster(options.roster) if options.roster else {}
             lessons = parse_lessons(options.lessons)
-            where = options.submission, options.out, lessons
-            seeds = {
-                s.name: chosen.get(_name(s.path), variant_of(s, lessons))
-                if options.variant is None
-                else options.variant
-                for s in find_submissions(options.submission, options.out, quiet=True)
-            }
+            found = find_submissions(options.submission, options.out, tell=not options.students)
+            if options.students:
+                named = set(json.loads(options.students.read_text(encoding="utf-8")))
+                found = [s for s in found if s.name in named]
+            if options.variant is None:
+                seeds = variants_of(found, lessons, roster)
+            else:
+                seeds = dict.fromkeys((s.name for s in found), options.variant)
             if any(seeds.values()):
-                flags = [f"--jobs={options.jobs}", f"--time-limit={options.time_limit}"]
-                flags += [f"--memory-limit={options.memory_limit}"]
+                flags = _flags(options)
+                where = options.submission, found, options.out, lessons
                 grades = mark_variants(*where, flags, roster, seeds)
             else:
+                where = found, options.out, lessons
                 grades = mark_class(*where, options.jobs, limits, roster=roster)
+            if grades and not options.students:
+                page = options.out.with_name("class.html")
+                write_atomically(page, class_page(grades, found))
             names = {grade.student.rstrip("/") for grade in grades}
             strangers = sorted(
                 n for n in names if roster and n not in roster and Path(n).stem not in roster
@@ -552,8 +555,8 @@ def main(argv: list[str] | None = None) -> int:
                     file=sys.stderr,
                 )
             print(f"{options.out}: {students} students, {len(grades)} lines")
-            if grades:
-                print(f"{options.out.with_name('class.html')}: the class on one page")
+            if grades and not options.students:
+                print(f"{page}: the class on one page")
         else:
             submission = Submission(options.submission.stem, options.submission)
             lessons = lessons_for(submission, options.lessons)
@@ -579,12 +582,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _flags(options: argparse.Namespace) -> list[str]:
+    """What a grader of a variant is told as this one was."""
+    limits = [f"--time-limit={options.time_limit}", f"--memory-limit={options.memory_limit}"]
+    lessons = [f"--lessons={options.lessons}"] if options.lessons else []
+    return [f"--jobs={options.jobs}", *limits, *lessons]
+
+
 def _mark_variant(seed: int, options: argparse.Namespace) -> int:
     """One submission of a variant; the paths are the caller's, not the variant's course's."""
     print(f"variant {seed}", flush=True)
     command = [str(options.submission.resolve()), f"--platform={options.platform}"]
-    command += [f"--time-limit={options.time_limit}", f"--memory-limit={options.memory_limit}"]
-    command += [f"--lessons={options.lessons}"] if options.lessons else []
+    command += _flags(options)
     command += [f"--grade-json={options.grade_json.resolve()}"] if options.grade_json else []
     return in_variant(seed, command)
 

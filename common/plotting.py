@@ -39,10 +39,8 @@ if TYPE_CHECKING:
     from common.engine.records import EpochRecord, Evaluation
 
 INK, FAINT, MISSING = "#222222", "#DDDDDD", "#EEEEEE"
-TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 13, 11, 9.5  # points; a panel is about 6 inches wide
-
-
 CROWD = 20  # points of a scatter plot that may all have names
+TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 13, 11, 9.5  # points; a panel is about 6 inches wide
 
 
 def save(figure: Figure, path: Path | str) -> Path:

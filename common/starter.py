@@ -47,12 +47,8 @@ def make_starter(
     source = variants.texts(variants.drawn(variant)).get(path.relative_to(ROOT)) or path.read_text(
         encoding="utf-8"
     )
-    text = _with_assignment(take_out(source, chosen), lesson, chosen, folder or ROOT)
-    if not variant:
-        return text
-    before, mark, after = text.partition("# %% [markdown]\n# ## Your exercises\n")
-    told = "\n".join(wrapped(variants.head(variant, lesson)[2:], "# "))
-    return f"{before}{told}\n\n{mark}{after}"
+    head = [*wrapped(variants.head(variant, lesson)[2:], "# "), ""] if variant else []
+    return _with_assignment(take_out(source, chosen), lesson, chosen, folder or ROOT, head)
 
 
 # The first cell of a starter. The course stands before the starter's own folder, so that a lesson
@@ -71,13 +67,16 @@ for folder in (here / {course!r}, here, *here.parents, Path.cwd()):
 """
 
 
-def _with_assignment(source: str, lesson: str, chosen: list[Exercise], folder: Path) -> str:
-    """Behind the lesson's docstring a markdown cell that lists what to do and how to check it, and
-    a cell that finds the course.
+def _with_assignment(
+    source: str, lesson: str, chosen: list[Exercise], folder: Path, head: list[str]
+) -> str:
+    """Behind the lesson's docstring the lines of `head`, a markdown cell that lists what to do and
+    how to check it, and a cell that finds the course.
     """
     name = file_name(lesson)
     rows = worth((lesson,))
     text = [
+        *head,
         "# %% [markdown]",
         "# ## Your exercises",
         "#",

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -112,17 +113,19 @@ def test_the_roster_or_the_file_tells_the_variant(
     """A class of three variants is marked in three courses, and lands in one table."""
     asked: list[tuple[int, list[str]]] = []
 
-    def fake(seed: int, arguments: list[str]) -> int:
-        part, out = Path(arguments[0]), Path(arguments[2])
-        asked.append((seed, sorted(p.name for p in part.iterdir())))
+    def fake(seed: int, arguments: Iterable[str], stdout: int | None = None) -> int:
+        where, _, out, _, students, *_ = arguments
+        names = json.loads(Path(students).read_text(encoding="utf-8"))
+        asked.append((seed, sorted(f"{name}.py" for name in names)))
+        assert Path(where) == folder.resolve()
         rows = {
-            p.stem: [
-                grade.Grade(p.stem, "00", n, "", "beginner", 1, 2, "", "", 0.0, "x")
+            name: [
+                grade.Grade(name, "00", n, "", "beginner", 1, 2, "", "", 0.0, "x")
                 for n in exercises("00")
             ]
-            for p in part.iterdir()
+            for name in names
         }
-        grade._write_grades(out, rows)
+        grade._write_grades(Path(out), rows)
         return 0
 
     monkeypatch.setattr(grade, "in_variant", fake)
@@ -144,6 +147,19 @@ def test_the_roster_or_the_file_tells_the_variant(
     roster.write_text("student,variant\nann,seven\n", encoding="utf-8")
     assert grade.main([str(folder), *flags]) == 2
     assert "the variant of ann is 'seven'" in capsys.readouterr().err
+
+
+def test_no_file_stops_the_marks_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of two variants, and a number with too many digits for Python to read."""
+    (tmp_path / "ann").mkdir()
+    for lesson, seed in (("00", "3"), ("01", "4")):
+        (tmp_path / "ann" / file_name(lesson)).write_text(f"# Variant {seed}: x.\n")
+    (tmp_path / f"eve_{file_name('00')}").write_text(f"# Variant {'9' * 5000}: x.\n")
+    found = grade.find_submissions(tmp_path, tmp_path / "grades.csv")
+    assert set(grade.variants_of(found, ("00", "01"), {}).values()) == {0}
+    assert "its files are of several variants: [3, 4]" in capsys.readouterr().err
 
 
 def test_an_edit_that_no_longer_fits_says_where() -> None:

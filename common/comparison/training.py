@@ -9,19 +9,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from common.comparison.results import Budget, Training, parse_budget
 from common.comparison.sweeps import Entry
 from common.config import TrainConfig, numbers_of
 from common.data import Data, load_data
-from common.engine.device import describe, memory_format, set_up_torch
+from common.engine.device import describe
 from common.engine.errors import UserError
 from common.engine.progress import Bar
 from common.engine.store import Store
 from common.evaluation import evaluate
-from common.experiments import SEARCH_SEED
-from common.training import fit, make_optimizer, make_schedule
+from common.experiments import SEARCH_SEED, trained
 
 if TYPE_CHECKING:
     from common.runs import Run
@@ -51,15 +49,9 @@ def open_stores(
 
 def train_once(entry: Entry, data: Data, config: TrainConfig, device: torch.device) -> Training:
     """One training with `config.seed` and `config.epochs`, tested once at its end."""
-    set_up_torch(device, config.seed, config.deterministic)
-    model = entry.build()
-    model = model.to(device, memory_format=memory_format(config.image_size, model))
-    loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    optimizer = make_optimizer(model, config)
-    schedule = make_schedule(optimizer, config, data.train)
     began, history, test, failure = time.monotonic(), [], None, ""
     try:
-        history = fit(model, data, loss_fn, optimizer, schedule, config)
+        model, history = trained(entry.build, data, config, device)
         seconds = time.monotonic() - began
         test = evaluate(model, data.test, data.class_names)
     except UserError as error:  # the loss is no longer finite: that is a result too

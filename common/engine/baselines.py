@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def baselines(data: Data, most: int = 5000, side: int = 16) -> dict[str, float]:
     """Test accuracies of what has learned no features: a guess, the commonest class, and logistic
     regression on the pixels (of at most `most` images to learn and `most` to test, at most `side`
-    pixels wide: a second for digits, half a minute for ImageNet).
+    pixels wide, so that large data take seconds too).
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from common.engine.report import SORT, page
 from common.grading.exercises import exercises, lesson_path, worth
 from common.grading.holes import take_out
+from common.grading.platforms import by_exercise
 
 if TYPE_CHECKING:
     from common.grade import Grade
@@ -102,7 +103,7 @@ def _histogram(totals: Mapping[str, float], most: float) -> str:
 
 def _exercise_rows(grades: Sequence[Grade], totals: Mapping[str, float]) -> list[tuple[str, ...]]:
     rows = []
-    for number, group in _by_exercise(grades).items():
+    for number, group in by_exercise(grades).items():
         scores, seconds = [g.score for g in group], [g.seconds for g in group]
         rest = [totals[g.student] - g.score for g in group]
         told = "all alike"
@@ -120,13 +121,6 @@ def _exercise_rows(grades: Sequence[Grade], totals: Mapping[str, float]) -> list
     return rows
 
 
-def _by_exercise(grades: Sequence[Grade]) -> dict[str, list[Grade]]:
-    found: dict[str, list[Grade]] = {}
-    for grade in grades:
-        found.setdefault(grade.exercise, []).append(grade)
-    return found
-
-
 def _checks(grades: Sequence[Grade]) -> str:
     """For each exercise and check its points and how many lost some of them; darker is more."""
     points: dict[tuple[str, str], float] = {}
@@ -136,7 +130,7 @@ def _checks(grades: Sequence[Grade]) -> str:
     lost = Counter((g.exercise, check) for g in grades for check in g.failed.split())
     heads = list(dict.fromkeys(check for _, check in points))
     rows = []
-    for number, group in _by_exercise(grades).items():
+    for number, group in by_exercise(grades).items():
         cells = []
         for check in heads:
             count = lost[number, check]
@@ -153,7 +147,7 @@ def _checks(grades: Sequence[Grade]) -> str:
 
 def _students(grades: Sequence[Grade], totals: Mapping[str, float]) -> str:
     """Points by student and exercise; a click on a head sorts."""
-    numbers = list(_by_exercise(grades))
+    numbers = list(by_exercise(grades))
     score = {(g.student, g.exercise): g.score for g in grades}
     rows = [
         (name, f"{total:g}", *(f"{score.get((name, number), 0):g}" for number in numbers))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.grading.exercises import exercises, lesson_of
+
+OfExercise = TypeVar("OfExercise")  # what has a field `exercise`: a Result, a Grade
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
     from common.grading.marking import Result
 
 
-def by_exercise(results: Iterable[Result]) -> dict[str, list[Result]]:
-    groups: dict[str, list[Result]] = {}
+def by_exercise(results: Iterable[OfExercise]) -> dict[str, list[OfExercise]]:
+    """By the number of their exercise, in the order in which the numbers come."""
+    groups: dict[str, list[OfExercise]] = {}
     for r in results:
         groups.setdefault(r.exercise, []).append(r)
     return groups

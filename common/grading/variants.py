@@ -196,7 +196,7 @@ CHOICES: dict[str, tuple[Option, ...]] = {
     ),
 }  # fmt: skip
 
-HEAD = re.compile(r"^# Variant (\d+):", re.MULTILINE)
+HEAD = re.compile(r"^# Variant (\d{1,9}):", re.MULTILINE | re.ASCII)
 
 
 def drawn(seed: int) -> dict[str, Option]:
