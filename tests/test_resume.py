@@ -286,6 +286,7 @@ EVERY = float(os.environ.get("SWEEP", 0))
 SAMPLE = [(0.1, signal.SIGINT), (1.2, signal.SIGTERM), (4.5, signal.SIGHUP)]
 
 
+@pytest.mark.timeout(3600 if EVERY else 240)
 def test_a_signal_at_any_instant_is_one_true_line(tmp_path: Path) -> None:
     """From the imports to the report: the exit code, one line, and a command that does go on."""
     numbers = itertools.cycle([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -16,7 +16,7 @@ from torch import nn
 from common.config import TrainConfig
 from common.data import load_data
 from common.engine.device import memory_format, pick_device
-from common.engine.errors import UserError
+from common.engine.errors import Interrupted, UserError
 from common.engine.signals import STOPPING, caught
 from common.runs import Run
 from common.training import fit, make_optimizer, make_schedule
@@ -88,3 +88,21 @@ def test_a_run_off_the_main_thread_works(tmp_path: Path) -> None:
         assert pool.submit(train).result() == 1
     assert list(tmp_path.glob("thread/*/last.pt"))
     assert [signal.getsignal(number) for number in STOPPING] == before
+
+
+def test_a_signal_in_a_destructor_is_not_lost_and_tells_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python hands an exception that a destructor raises to a hook, which prints it."""
+    printed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+
+    class Short:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    reached = False
+    with pytest.raises(Interrupted), caught():
+        Short()
+        reached = True
+    assert reached and not printed and sys.unraisablehook == printed.append

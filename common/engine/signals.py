@@ -120,12 +120,19 @@ def leave_signals_to_the_main_process() -> None:
 def caught() -> Iterator[None]:
     """Inside, a signal raises `Interrupted`; the caller turns it into a line and an exit code."""
     global _caught, _held, _came
-    before = catch()
+    before, hook = catch(), sys.unraisablehook
+
+    def unless_stopped(lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, Interrupted):
+            hook(lost)
+
+    sys.unraisablehook = unless_stopped
     _caught += 1
     try:
         yield
         raise_if_stopped()  # an exception in a destructor is lost, the signal isn't
     finally:
+        sys.unraisablehook = hook
         _caught -= 1
         if not _caught:
             _held = _came = 0
