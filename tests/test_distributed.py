@@ -130,7 +130,7 @@ from torch import nn
 from common.cli import main
 from common.config import TrainConfig
 from common.data import load_data
-from common.engine import processes
+from common.engine import processes, signals
 from common.engine.errors import UserError
 from common.runs import Run, prepare
 from common.training import fit, make_optimizer, make_schedule
@@ -149,9 +149,10 @@ def on_step(loss):
             os.kill(os.getpid(), signal.SIGKILL)
     if step == 25 and not again and processes.rank() == 0 and fault == "first killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "slow":
-        print("step", step, flush=True)
-        time.sleep(0.02)
+    if fault == "slow" and step == 12:
+        print("step 12", flush=True)
+        while not signals._came:  # however late this process's parent reads the line
+            time.sleep(0.02)
 
 def run(config):
     global schedule
