@@ -64,7 +64,7 @@ class Arm:
         changes: fields of the config in which this arm differs, such as {"lr": 0.1}.
         loss: the config to a loss; cross-entropy with the config's label smoothing by default.
         rates: peak learning rates to choose from, by validation accuracy and with a seed of its
-            own that isn't counted. Arms that are compared get the same ones.
+            own that isn't counted; one is taken as it is. Arms that are compared get the same ones.
         rate_of: another arm, whose choice is taken.
         times: factor on the rate that was chosen.
         train: takes the place of `train_trial`, for what is no plain training.
@@ -339,8 +339,6 @@ def run_experiment(
     """Train every arm with every seed, judge the claims, and write experiment.json, a figure and
     report.html; returns what experiment.json holds.
 
-    Seed by seed: an experiment that's stopped early has compared like with like.
-
     Args:
         source: the images, where they are at hand already.
         run: where it's kept, if it's a part of this run.
@@ -358,7 +356,23 @@ def run_experiment(
     if run is None:
         config = replace(config, resume=config.resume or processes.from_main(_left(config, lesson)))
         run = Run.open(config, lesson)
-    store = _open_store(run, lesson, source.fingerprint, device)
+    store = open_store(run, lesson, source.fingerprint, device)
+    try:
+        return _outcome(run, train_arms(experiment, config, device, source, store), seeds)
+    except KeyboardInterrupt as stop:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        here = "--resume", str(run.folder)
+        kept = f"stopped; {len(store.results)} finished trainings are kept"
+        raise Interrupted(signum, f"{kept}. Go on with: {command(*here)}") from None
+
+
+def train_arms(
+    experiment: Experiment, config: TrainConfig, device: torch.device, source: Source, store: Store
+) -> Results:
+    """Each arm's rate, then every arm with every seed, from the store where it is there.
+
+    Seed by seed: an experiment that's stopped early has compared like with like.
+    """
     arms = {arm.name: arm for arm in experiment.arms}
     memo: list[tuple[TrainConfig, Data]] = []  # the last data, for arms that share their settings
 
@@ -381,28 +395,22 @@ def run_experiment(
         chooser = arms[arm.rate_of] if arm.rate_of else arm
         if not chooser.rates:
             return {}
+        if len(chooser.rates) == 1:
+            return {"lr": chooser.rates[0] * arm.times}
         tried = {lr: one(chooser, config.seed + SEARCH_SEED, lr=lr) for lr in chooser.rates}
         best = max(tried, key=lambda lr: (tried[lr]["val_top1"], -tried[lr]["train_loss"]))
         return {"lr": best * arm.times}
 
-    try:
-        rates = {name: rate(arm) for name, arm in arms.items()}
-        records: dict[str, list[Record]] = {name: [] for name in arms}
-        began = time.monotonic()
-        for seed in range(config.seed, config.seed + seeds):
-            for name, arm in arms.items():
-                records[name].append(one(arm, seed, **rates[name]))
-            if seed == config.seed and seeds > 1 and processes.is_main():
-                more, seconds = seeds - 1, time.monotonic() - began
-                print(
-                    f"expected   about {more * seconds:.0f} s more, for seeds: {more}", flush=True
-                )
-        return _outcome(run, Results(experiment, records), seeds)
-    except KeyboardInterrupt as stop:
-        signum = getattr(stop, "signum", signal.SIGINT)
-        here = "--resume", str(run.folder)
-        kept = f"stopped; {len(store.results)} finished trainings are kept"
-        raise Interrupted(signum, f"{kept}. Go on with: {command(*here)}") from None
+    rates = {name: rate(arm) for name, arm in arms.items()}
+    records: dict[str, list[Record]] = {name: [] for name in arms}
+    began = time.monotonic()
+    for seed in range(config.seed, config.seed + config.seeds):
+        for name, arm in arms.items():
+            records[name].append(one(arm, seed, **rates[name]))
+        if seed == config.seed and config.seeds > 1 and processes.is_main():
+            more, seconds = config.seeds - 1, time.monotonic() - began
+            print(f"expected   about {more * seconds:.0f} s more, for seeds: {more}", flush=True)
+    return Results(experiment, records)
 
 
 def _outcome(run: Run, results: Results, seeds: int) -> dict[str, Any]:
@@ -432,7 +440,7 @@ def _outcome(run: Run, results: Results, seeds: int) -> dict[str, Any]:
     )
 
 
-def _open_store(run: Run, lesson: str, fingerprint: str, device: torch.device) -> Store:
+def open_store(run: Run, lesson: str, fingerprint: str, device: torch.device) -> Store:
     """Trainings of the same settings, images, machine and text of the lesson."""
     config = run.config
     fixed = {k: v for k, v in config.to_dict().items() if k not in config.FREE_ON_RESUME}

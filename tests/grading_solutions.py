@@ -707,6 +707,19 @@ class EncoderBlock(nn.Module):
 """,
 )
 _add(
+    "7.6",
+    """
+def pareto_front(candidates, cost):
+    def beats(b, a):
+        cheap, dear = getattr(b, cost), getattr(a, cost)
+        return cheap <= dear and b.top1 >= a.top1 and (cheap < dear or b.top1 > a.top1)
+
+    everyone = [c for c in candidates if None not in (getattr(c, cost), c.top1)]
+    unbeaten = [a for a in everyone if not any(beats(b, a) for b in everyone)]
+    return sorted(unbeaten, key=lambda a: getattr(a, cost))
+""",
+)
+_add(
     "8.1",
     """
 def freeze(part):

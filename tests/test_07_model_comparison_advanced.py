@@ -35,19 +35,18 @@ from common.comparison.imagenet import (
 from common.comparison.matching import match_target, small_entries
 from common.comparison.results import (
     Candidate,
-    Training,
     choose,
     judge_pairs,
-    parse_budget,
+    markdown_table,
     summarise,
 )
-from common.comparison.sweeps import Entry
-from common.comparison.training import epochs_within
+from common.comparison.training import train_all
 from common.config import TrainConfig
-from common.data import load_data
 from common.engine.errors import UserError
 from common.engine.progress import Bar
+from common.engine.sources import load_source
 from common.engine.store import Store
+from common.experiments import Arm, Trial
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.pretrained import load_torchvision_state
 from common.profiling import count_macs, count_parameters
@@ -324,7 +323,7 @@ def test_a_comparison_from_start_to_report_and_on_with_more_seeds(
     table = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["tables"][-1]
     by_hand = {}
     for kept in second.values():
-        by_hand.setdefault(kept["result"]["model"], []).append(kept["result"]["test_top1"])
+        by_hand.setdefault(kept["result"]["arm"], []).append(kept["result"]["test_top1"])
     for candidate in table["candidates"]:
         assert candidate["top1"] == pytest.approx(mean(by_hand[candidate["model"]]))
         assert candidate["top1_std"] == pytest.approx(stdev(by_hand[candidate["model"]]))
@@ -374,7 +373,7 @@ def test_a_stopped_comparison_keeps_what_is_done_and_says_how_to_go_on(tmp_path:
     assert running.returncode == 143
     assert f"--resume {folder_of(tmp_path)}" in said and said.count("\n") == 1
     kept = json.loads((folder_of(tmp_path) / "trainings.json").read_text(encoding="utf-8"))
-    assert [k["result"]["model"] for k in kept.values()] == ["lenet5"]
+    assert {k["result"]["arm"] for k in kept.values()} == {"lenet5"}
 
 
 @pytest.mark.parametrize(
@@ -398,59 +397,68 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in err and err.count("\n") == 1
 
 
+def record(test_top1: float, **more: object) -> dict[str, object]:
+    """One training, as the harness keeps it."""
+    kept = {"test_top1": test_top1, "test_top5": 1.0, "failure": "", "lr": 0.1, "test_images": 359}
+    return kept | {"losses": [1.0] * 6, "seconds": 1.0, **more}
+
+
 def test_a_failed_training_is_a_result_and_no_mean_hides_it() -> None:
     candidate = lesson.entry("digits", "lenet5", get_model("lenet5"), 32).candidate
-    good = Training("lenet5", 0, 3, 1, 1, 0.9, 1.0, 1.0, [1.0], [0.9])
-    bad = Training("lenet5", 1, 3, 1, 1, None, None, 1.0, [], [], "not finite")
-    assert summarise(candidate, [good, bad]).top1 is None
+    bad = {k: v for k, v in record(0.1, failure="not finite").items() if k not in ("losses",)}
+    failed = summarise(candidate, [record(0.9), bad])
+    assert failed.top1 is None
     assert "failed under this recipe" in trained_verdict(
-        [replace(candidate, model="other", top1=0.5, seeds=1), summarise(candidate, [good, bad])],
-        lesson.pareto_front,
+        [replace(candidate, model="other", top1=0.5, seeds=1), failed], lesson.pareto_front
     )
 
 
-def test_only_the_transformer_takes_adamw() -> None:
+def test_only_the_transformer_takes_adamw_and_all_try_the_same_factors() -> None:
     config = lesson.Config(dataset="digits").resolve("digits")
-    own = lesson.own_recipe("vit_xs_16", config)
-    assert (own.optimizer, own.lr, own.weight_decay) == ("adamw", 1e-3 * 64 / 256, 0.05)
-    assert lesson.own_recipe("resnet18", config) == config
-    same = replace(config, one_optimizer=True)
-    assert lesson.own_recipe("vit_xs_16", same) == same
+    vit, resnet = (lesson.entry("digits", n, get_model(n), 32) for n in ("vit_xs_16", "resnet18"))
+    own = lesson.arm(vit, config)
+    assert own.changes == {"optimizer": "adamw", "weight_decay": 0.05}
+    assert own.rates == pytest.approx([f * 1e-3 * 64 / 256 for f in (0.25, 1, 4)])
+    plain = lesson.arm(resnet, config)
+    assert not plain.changes and plain.rates == pytest.approx([0.025, 0.1, 0.4])
+    same = lesson.arm(vit, replace(config, one_optimizer=True))
+    assert (same.changes, same.rates) == (plain.changes, plain.rates)
+    assert lesson.arm(resnet, replace(config, rates="1")).rates == [config.lr]
+    assert not lesson.arm(vit, replace(config, optimizer="muon")).changes
 
 
-def test_each_model_takes_the_rate_that_learns_fastest(
+def test_each_network_is_trained_at_the_rate_that_validates_best(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The search sees neither the test images nor a seed that counts, and is not made twice."""
-    seen: list[tuple[str, int, float, int]] = []
+    """The search sees no seed that counts, the test images don't choose, and nothing is made
+    twice.
+    """
+    seen: list[tuple[str, int, float]] = []
     best = {"lenet5": 0.1, "simple_cnn": 0.4}  # peak rate
 
-    def fake(entry: Entry, data: object, config: TrainConfig, device: object) -> Training:
-        name = entry.candidate.model
-        seen.append((name, config.seed, config.lr, config.epochs))
-        loss = abs(config.lr - best[name])  # validation and test say the contrary
-        measured = loss, 1.0, 1.0, [loss], [loss]
-        return Training(name, config.seed, config.epochs, 1, 1, *measured, lr=config.lr)
+    def fake(_: object, arm: Arm, __: object, config: TrainConfig, ___: object) -> dict:
+        seen.append((arm.name, config.seed, config.lr))
+        val = 1 - abs(config.lr - best[arm.name])  # the test says the contrary
+        record = {"failure": "", "lr": config.lr, "seed": config.seed, "test_images": 359}
+        record |= {"test_top1": 1 - val, "test_top5": 1.0, "val_top1": val, "train_loss": 1.0}
+        return record | {"losses": [1.0], "seconds": 1.0}
 
-    monkeypatch.setattr(training, "train_once", fake)
+    monkeypatch.setattr("common.experiments.train_arm", fake)
     config = lesson.Config(dataset="digits", epochs=3, seeds=2).resolve("digits")
     entries = [lesson.entry("digits", name, get_model(name), 32) for name in best]
+    arms, source = [lesson.arm(e, config) for e in entries], load_source(config)
     store = Store(tmp_path / "trainings.json", {}, tell=False)
-    arguments = lesson.own_recipe, entries, config, torch.device("cpu"), store
-
-    bar = Bar(0, "test", show=False)
-    done = training.train_all(*arguments, bar)
-    assert bar.done == 2 * (training.search_steps(config) + 2 * training.TRAINING)
-    assert config.lr == pytest.approx(0.1)
-    for name, lr in best.items():
-        mine = [run[1:] for run in seen if run[0] == name]
-        tried, counted = mine[:4], mine[4:]
-        assert [(seed, epochs) for seed, _, epochs in tried] == [(1000, 2)] * 4
-        assert [rate for _, rate, _ in tried] == pytest.approx([0.025, 0.1, 0.4, 1.6])
-        assert counted == [(0, pytest.approx(lr), 3), (1, pytest.approx(lr), 3)]
-    assert [t.seed for t in done] == [0, 0, 1, 1]
+    done = train_all(arms, config, torch.device("cpu"), source, store)
+    for e, (name, lr) in zip(entries, best.items()):
+        tried = [(name, 1000, pytest.approx(rate)) for rate in (0.025, 0.1, 0.4)]
+        counted = [(name, seed, pytest.approx(lr)) for seed in (0, 1)]
+        assert [run for run in seen if run[0] == name] == tried + counted
+        row = summarise(e.candidate, done.records[name])
+        assert row.lr == pytest.approx(lr) and row.seeds == 2
+        assert f"| {lr:.3g} |" in re.sub(" +", " ", markdown_table([row]))
     again = len(seen)
-    assert training.train_all(*arguments, bar) == done and len(seen) == again
+    train_all(arms, config, torch.device("cpu"), source, store)
+    assert len(seen) == again
 
 
 def test_newer_weights_are_points_of_their_own() -> None:
@@ -461,26 +469,31 @@ def test_newer_weights_are_points_of_their_own() -> None:
     assert (first.top1, newer.top1) == pytest.approx((0.7613, 0.80858))  # torchvision's page
 
 
-def test_a_time_budget_becomes_whole_epochs() -> None:
-    config = lesson.Config(dataset="digits", epochs=1, smoke=True).resolve("digits")
-    device = torch.device("cpu")
-    data = load_data(config, device)
-    e = lesson.entry("digits", "lenet5", partial(lesson.MODELS["lenet5"], num_classes=10), 8)
-    assert epochs_within(parse_budget("7"), e, data, config, device) == 7
-    assert epochs_within(parse_budget("60s"), e, data, config, device) > 1
+def test_a_time_budget_becomes_whole_epochs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = lesson.Config(dataset="digits", budget="60s").resolve("digits")
+    timed: list[int] = []
+
+    def fake(name: str, build: object, data: object, config: TrainConfig, *_: object) -> Trial:
+        timed.append(config.epochs)
+        return Trial(name, 1, 1, 0.5, 7.0, [])
+
+    monkeypatch.setattr(training, "train_trial", fake)
+    arms = [lesson.arm(lesson.entry("digits", "lenet5", get_model("lenet5"), 8), config)]
+    store = Store(tmp_path / "trainings.json", {}, tell=False)
+    arguments = arms, config, torch.device("cpu"), load_source(config), store
+    for _ in range(2):  # measured, then read back
+        [arm] = training.within_seconds(*arguments)
+        assert arm.changes == {"epochs": 8, "warmup": config.warmup}
+    assert timed == [1]
 
 
 def trained(**scores: list[float]) -> list[Candidate]:
     """Made-up results: each model's accuracies by seed; the later, the cheaper."""
     base = lesson.entry("digits", "lenet5", get_model("lenet5"), 32).candidate
     return [
-        summarise(
-            replace(base, model=model, macs=1000 - i),
-            [
-                Training(model, seed, 6, 1, 1, top1, 1.0, 1.0, [1.0], [top1], test_images=359)
-                for seed, top1 in enumerate(values)
-            ],
-        )
+        summarise(replace(base, model=model, macs=1000 - i), [record(top1) for top1 in values])
         for i, (model, values) in enumerate(scores.items())
     ]
 

@@ -133,9 +133,11 @@ def test_choice_and_what_each_constraint_costs() -> None:
     assert by_params.without.model == "medium" and by_params.points == pytest.approx(0.06)
     assert by_latency.without.model == "unmeasured" and by_latency.points == pytest.approx(0.03)
     assert choice.best_of_all.model == "large" and choice.unmeasured == ["unmeasured"]
+    assert choice.unscored == ["untrained"]
     told = describe_choice(choice)
     assert "params<5M: costs 6.00 points: without it medium" in told
     assert "9.00 points against large" in told
+    assert "No accuracy is known, so left out: untrained" in told
 
 
 def test_a_constraint_that_binds_nothing_costs_nothing() -> None:
@@ -143,6 +145,14 @@ def test_a_constraint_that_binds_nothing_costs_nothing() -> None:
     assert names(choice.ranked) == ["medium", "small"]
     assert choice.costs[0].points == 0
     assert "params<30M: costs nothing" in describe_choice(choice)
+
+
+def test_equal_accuracies_share_a_place() -> None:
+    twin = candidate("twin", params=1, macs=500, latency_ms=1.0, top1=0.77)
+    told = describe_choice(choose([*ZOO, twin], [])).splitlines()
+    assert [line.split()[:2] for line in told[:4]] == [
+        ["1.", "large"], ["2.", "medium"], ["2.", "twin"], ["4.", "wasteful"],
+    ]  # fmt: skip
 
 
 def test_nothing_fits() -> None:

@@ -2,7 +2,8 @@
 
 entries      which models take part, and in which form
 sweeps       their times, taken so that the order holds
-training     their accuracies, kept as each training ends
+setup        flags, and the line of a stopped comparison
+training     their accuracies, from arms of the harness
 imagenet     the published accuracies, and what reproduces them
 results      all of it as plain records: Pareto front, constraints, tables
 figures, page, conclusion    what is shown and said of them

@@ -25,7 +25,6 @@ from common.comparison.results import (
     Candidate,
     Front,
     Table,
-    Training,
     choose,
     describe_choice,
     judge_pairs,
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
 
     from common.comparison.sweeps import Entry
     from common.config import TrainConfig
+    from common.experiments import Results
     from common.runs import Run
 
 
@@ -123,7 +123,7 @@ def conclude(
     measured: tuple[list[Candidate], str],
     own: tuple[list[Candidate], str],
     ways: list[Candidate],
-    trainings: list[Training],
+    trained: Results | None,
     limit: float,
     front: Front,
     era: Callable[[str], Hashable],
@@ -154,9 +154,8 @@ def conclude(
             if config.model == "all":
                 figures["timeline"] = timeline_figure(large, era, front)
     note, by = f"Not trained. {where}; {order}.", ""
-    if trainings:
-        seeds = len({t.seed for t in trainings})
-        rows = [summarise(r, [t for t in trainings if t.model == r.model]) for r in rows]
+    if trained:
+        rows, seeds = [summarise(r, trained.records[r.model]) for r in rows], config.seeds
         epochs = f"{config.epochs} epoch{'s' * (config.epochs > 1)}"
         budget = f"{config.budget} of training" if config.budget else epochs
         spread = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
@@ -166,7 +165,7 @@ def conclude(
         if any(c.top1 for c in rows):
             heading = f"{config.dataset}: each at its own best rate"
             figures["trained_cost"] = cost_figure(rows, heading, front)
-            figures["training_curves"] = curves_figure(trainings)
+            figures["training_curves"] = curves_figure(trained)
     if config.experiment:
         verdicts.append(matched_verdict(rows, config.match))
     tables.append(Table(f"{config.dataset}, {config.image_size} px", note, rows, by))

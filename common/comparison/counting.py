@@ -12,6 +12,7 @@ from torch import nn
 from common.comparison.imagenet import published
 from common.comparison.results import Candidate, si
 from common.comparison.sweeps import Entry
+from common.engine.errors import UserError
 from common.lessons import lesson_names, load_lesson
 from common.profiling import count_macs, count_parameters
 
@@ -65,11 +66,20 @@ def counted(
     Args:
         year: of the paper, by the model's name.
         task: what the accuracy is for, "ImageNet" or the dataset.
+
+    Raises:
+        UserError: nothing is left of so small an image in this model.
     """
     size = (3, image_size, image_size)
     with torch.device("meta"):
         model = build()
-    macs = count_macs(model, size)
+    try:
+        macs = count_macs(model, size)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--image-size {image_size}: {name} makes nothing of so small an image "
+            f"({str(error).splitlines()[0][:80]})"
+        ) from None
     by_thop, note = count_by_thop(model, size, macs)
     tensors = [*model.parameters(), *model.buffers()]
     row = published().get(name) if task == "ImageNet" else None

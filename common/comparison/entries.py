@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
 from torch import nn
 
 from common.comparison.imagenet import published
-from common.comparison.sweeps import SWEEPS, Entry
+from common.comparison.sweeps import MOST_WAYS, SHOWN_WAYS, SWEEPS, Entry
 from common.config import TrainConfig
 from common.engine.progress import Bar
 from common.lessons import get_model
@@ -72,3 +72,8 @@ def imagenet_entries(
         else:
             bar.advance(1 + SWEEPS)
     return entries
+
+
+def steps(large: Collection[str], small: Collection[str]) -> int:
+    """Units of the bar that counting and measuring take."""
+    return (1 + SWEEPS) * (len(large) + len(small)) + MOST_WAYS * len({*large} & {*SHOWN_WAYS})

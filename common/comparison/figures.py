@@ -7,10 +7,12 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from common import plotting
-from common.comparison.results import Candidate, Front, Training
+from common.comparison.results import Candidate, Front
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from common.experiments import Results
 
 # field -> words, and the unit of the axis
 COSTS: dict[str, tuple[str, float]] = {
@@ -41,19 +43,16 @@ def cost_figure(candidates: Sequence[Candidate], heading: str, front_of: Front) 
     return figure
 
 
-def curves_figure(trainings: Sequence[Training]) -> Figure:
+def curves_figure(results: Results) -> Figure:
     """Validation accuracy by epoch, one line for each model, the mean over its seeds."""
-    by_model: dict[str, list[Training]] = {}
-    for training in trainings:
-        by_model.setdefault(training.model, []).append(training)
-    means = {
-        model: [mean(values) for values in zip(*(t.val_top1 for t in runs))]
-        for model, runs in by_model.items()
-    }
-    seeds = max(map(len, by_model.values()))
+    means, seeds = {}, 0
+    for model in results.records:
+        runs = [values for values in results.values(model, "val_by_epoch") if values]
+        means |= {model: [mean(values) for values in zip(*runs)]} if runs else {}
+        seeds = max(seeds, len(runs))
     (ax,) = plotting.panels(1, size=(10, 6.4))[1]
     return plotting.curves(
-        {model: values for model, values in means.items() if values},
+        means,
         "epoch",
         "validation accuracy",
         f"Validation accuracy, mean of {seeds} seeds" if seeds > 1 else "Validation accuracy",

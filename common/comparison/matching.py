@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ from torch import nn
 from common.comparison.entries import small_build
 from common.comparison.results import parse_size
 from common.comparison.sweeps import Entry
+from common.config import TRAIN_IMAGES
 from common.engine.errors import UserError
+from common.engine.limits import check_size
 from common.engine.progress import Bar
 from common.lessons import load_lesson
 from common.profiling import count_macs, count_parameters
@@ -25,6 +28,7 @@ class Family(NamedTuple):
     lesson: str
     model: str  # "": the lesson's default
     widened: Callable[[float], dict[str, object]]  # the keywords for a net so many times as wide
+    width: float = 1.0  # at which it takes part where sizes aren't matched
 
 
 def default_model(family: Family) -> str:
@@ -75,10 +79,15 @@ def small_entries(
         build = small_build(name, config, num_classes)
         if matched and name not in families:
             raise UserError(f"matched-size can scale {', '.join(families)}, not {name}")
+        width = families[name].width if name in families else 1.0
         if matched:
             width = matched_width(build, families[name], size_of, target)
+        if width != 1:
             build = partial(build, **families[name].widened(width))
         entries.append(entry(config.dataset, name, build, config.image_size))
+        if not config.profile_only:
+            one = replace(config, model=name)
+            check_size(one, lambda _, classes, net=build: net(), count_macs, TRAIN_IMAGES)
         bar.advance(1, name)
     return entries
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.engine.errors import UserError, unknown
 from common.engine.files import write_atomically, write_csv, write_json
@@ -164,6 +164,8 @@ class Choice:
     best_of_all: Candidate | None
     tied: list[str]  # models that the seeds can't tell from the first of `ranked`, and itself
     unmeasured: list[str]  # models left out because a figure that is asked for was not measured
+    unscored: list[str]  # and because no accuracy is known
+    best_tied: bool = False  # the seeds can't tell the first of `ranked` from `best_of_all`
 
 
 def choose(candidates: Sequence[Candidate], constraints: Sequence[Constraint]) -> Choice:
@@ -177,25 +179,30 @@ def choose(candidates: Sequence[Candidate], constraints: Sequence[Constraint]) -
         return sorted(fits, key=lambda c: (-c.top1, c.macs))
 
     chosen = ranked(constraints)
-    costs = []
+    costs, best_of_all = [], next(iter(ranked([])), None)
+
+    def level(best: Candidate | None) -> bool:
+        return bool(chosen) and chosen[0] in tied_with_best([best, chosen[0]], verdicts)[1:]
+
     for i, constraint in enumerate(constraints):
         relaxed = ranked([*constraints[:i], *constraints[i + 1 :]])
         points = relaxed[0].top1 - chosen[0].top1 if chosen else None
         best = relaxed[0] if relaxed else None
-        tied = bool(chosen) and chosen[0] in tied_with_best([best, chosen[0]], verdicts)[1:]
-        costs.append(Cost(constraint.text, points, best, tied))
+        costs.append(Cost(constraint.text, points, best, level(best)))
     unmeasured = [
         c.model for c in candidates if any(getattr(c, k.field) is None for k in constraints)
     ]
     tied = [c.model for c in tied_with_best(chosen, verdicts)]
-    return Choice(chosen, costs, next(iter(ranked([])), None), tied, unmeasured)
+    unscored = [c.model for c in candidates if c.top1 is None]
+    return Choice(chosen, costs, best_of_all, tied, unmeasured, unscored, level(best_of_all))
 
 
 def describe_choice(choice: Choice, limit: int = 10) -> str:
     """The ranking and the price of each constraint, as lines to print."""
     lines = []
-    for place, c in enumerate(choice.ranked[:limit], start=1):
-        rank = 1 if c.model in choice.tied else place
+    for c in choice.ranked[:limit]:
+        better = sum(other.top1 > c.top1 for other in choice.ranked)
+        rank = 1 if c.model in choice.tied else 1 + better
         latency = "" if c.latency_ms is None else f"{c.latency_ms:9.1f} ms"
         lines.append(
             f"{rank:3}. {c.model:<22}{percent(c.top1):>8}{si(c.params):>9} params"
@@ -232,12 +239,15 @@ def describe_choice(choice: Choice, limit: int = 10) -> str:
         lines.append(f"{cost.constraint}: {told}")
     if choice.ranked and choice.best_of_all:
         lost = 100 * (choice.best_of_all.top1 - choice.ranked[0].top1)
+        price = "nothing that the seeds can tell" if choice.best_tied else f"{lost:.2f} points"
         lines.append(
-            f"All together cost {lost:.2f} points against {choice.best_of_all.model} "
+            f"All together cost {price} against {choice.best_of_all.model} "
             f"({percent(choice.best_of_all.top1)}), the best of all."
         )
     if choice.unmeasured:
         lines.append(f"Not measured, so left out: {', '.join(choice.unmeasured)}")
+    if choice.unscored:
+        lines.append(f"No accuracy is known, so left out: {', '.join(choice.unscored)}")
     return "\n".join(lines)
 
 
@@ -361,47 +371,28 @@ def write_tables(folder: Path, title: str, tables: Sequence[Table]) -> None:
     )
 
 
-# ---------------------------------------------------------------------- trainings, kept as they end
+# -------------------------------------------------------------------- trainings, and what they say
 
 
-@dataclass(frozen=True)
-class Training:
-    """One model trained once. Accuracies are fractions; test is seen once, after the last epoch."""
-
-    model: str
-    seed: int
-    epochs: int
-    params: int
-    macs: int
-    test_top1: float | None  # None where training failed
-    test_top5: float | None
-    seconds: float  # of training and validation
-    train_loss: list[float]  # by epoch
-    val_top1: list[float]
-    failure: str = ""  # why there is no accuracy
-    test_images: int = 0
-    lr: float | None = None  # peak
-
-
-def summarise(candidate: Candidate, trainings: Sequence[Training]) -> Candidate:
-    """The candidate with the mean and the standard deviation (n - 1) of its trainings; failed ones
-    have no accuracy.
+def summarise(candidate: Candidate, records: Sequence[Mapping[str, Any]]) -> Candidate:
+    """The candidate with the mean and the standard deviation (n - 1) of its trainings, records of
+    the harness.
 
     If one seed failed the model has no accuracy: the mean of the others would flatter it.
     """
-    scores = [t.test_top1 for t in trainings]
-    whole = all(s is not None for s in scores)
+    whole = not any(record["failure"] for record in records)
+    scores = [record["test_top1"] for record in records] if whole else []
     return replace(
         candidate,
-        top1=mean(scores) if whole else None,
-        top1_std=stdev(scores) if whole and len(scores) > 1 else None,
-        top5=mean(t.test_top5 for t in trainings) if whole else None,
-        seeds=len(trainings),
-        top1_by_seed=scores if whole else [],
-        test_images=trainings[0].test_images,
-        epochs=trainings[0].epochs,
-        lr=trainings[0].lr,
-        train_seconds=mean(t.seconds for t in trainings),
+        top1=mean(scores) if scores else None,
+        top1_std=stdev(scores) if len(scores) > 1 else None,
+        top5=mean(record["test_top5"] for record in records) if scores else None,
+        seeds=len(records),
+        top1_by_seed=scores,
+        test_images=records[0]["test_images"],
+        epochs=len(records[0].get("losses", [])) or None,
+        lr=records[0]["lr"],
+        train_seconds=mean(record.get("seconds", 0.0) for record in records),
     )
 
 
@@ -465,16 +456,20 @@ def parse_budget(text: str) -> Budget:
     """
     match = re.fullmatch(r"\s*(\d+\.?\d*)\s*(epochs?|s|m|min|h|)\s*", text)
     wrong = UserError(
-        f"--budget {text}: epochs (10) or time per training (90s, 2m, 1h), more than none"
+        f"--budget {text}: epochs (10) or time per training (90s, 2m, 1h), more than none; 10,000 "
+        "epochs or 1,000 hours at most"
     )
     if not match or float(match[1]) == 0:
         raise wrong
     number, unit = float(match[1]), match[2]
     if unit in ("", "epoch", "epochs"):
-        if number != int(number):
+        if number != int(number) or number > 10_000:
             raise wrong
         return Budget(epochs=int(number))
-    return Budget(seconds=number * {"s": 1, "m": 60, "min": 60, "h": 3600}[unit])
+    seconds = number * {"s": 1, "m": 60, "min": 60, "h": 3600}[unit]
+    if seconds > 3.6e6:
+        raise wrong
+    return Budget(seconds=seconds)
 
 
 def parse_size(text: str, flag: str) -> float:

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from common.engine.errors import UserError
 from common.engine.progress import Bar
 from common.engine.store import Store
 from common.profiling import fold_batchnorm, peak_memory, time_passes
+
+if TYPE_CHECKING:
+    from common.runs import Run
 
 # The fields of a candidate that depend on the machine.
 MEASURED = (
@@ -35,6 +38,7 @@ MEASURED = (
 
 SWEEPS = 4  # over all models, far apart: what disturbs a machine rarely lasts, or comes back
 MOST_WAYS = 5  # in which `Bench.all_ways` runs a network
+SHOWN_WAYS = ("resnet18", "mobilenet_v2", "vit_b_32")  # run in every format and layout
 
 FOLDED = (  # ends a sentence of a table's note
     "BatchNorm is folded into the convolution before it, and was checked, in float64, to leave the "
@@ -185,6 +189,26 @@ class Bench(NamedTuple):
     seconds: float = 0.15  # of one measurement
     fold: bool = False  # time networks with BatchNorm folded into the convolutions
 
+    @classmethod
+    def open(cls, config: Any, device: torch.device, run: Run, bar: Bar) -> Bench:
+        """With what was measured in the run's folder before, on this machine.
+
+        Args:
+            config: with `pass_limit`, in GMACs, and `fold`.
+        """
+        cpu = device.type == "cpu"
+        setup = {"device": describe(device), "threads": torch.get_num_threads()}
+        setup |= {"torch": torch.__version__, "amp": config.amp, "compile": config.compile}
+        setup |= {"pass_limit": config.pass_limit}
+        limit = config.pass_limit if config.pass_limit is not None else 5.0 if cpu else 0.0
+        limit = 1e7 if config.smoke else 1e9 * limit or math.inf
+        store = Store(run.folder / "profiles.json", setup, run.resumed)
+        return cls(config, device, store, bar, 8 if cpu else 64, limit, fold=config.fold)
+
+    def for_small(self) -> Bench:
+        """The same for small images, of which more fit into a batch."""
+        return self._replace(large_batch=128, limit=4 * self.limit)
+
     def measure(self, entry: Entry, sweep: str, way: Way, more: bool = True) -> Candidate:
         """The candidate with its times, from the store if they are there.
 
@@ -240,9 +264,9 @@ class Bench(NamedTuple):
         return ways
 
     def all_ways(self, entries: Sequence[Entry]) -> list[Candidate]:
-        """Each network in every way."""
+        """Of the networks those in SHOWN_WAYS, each in every way."""
         rows = []
-        for entry in entries:
+        for entry in (e for e in entries if e.candidate.model in SHOWN_WAYS):
             ways = self.ways(entry)
             for way in ways:
                 row = self.measure(entry, str(way), way)
