@@ -21,6 +21,7 @@ from common.cli import exit_codes
 from common.engine import checkpoint, weights
 from common.engine.errors import UserError
 from common.engine.files import write_json
+from common.engine.flags import OneLineParser
 from common.engine.weights import Bundle
 from common.profiling import count_parameters
 
@@ -153,7 +154,7 @@ def _read(folder: Path, name: str, otherwise: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m common.bundle", description=__doc__)
+    parser = OneLineParser(prog="python -m common.bundle", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", help="folder of a finished run of lessons 1 to 6")
     parser.add_argument("--trained-on", default="", help="its data in words, for the record")

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.engine.flags import OneLineParser
 from common.grading import confinement, variants
 from common.grading.class_page import class_page
 from common.grading.exercises import (
@@ -448,7 +449,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 marked, with whatever score; 2 bad input; 3 the grader itself can't work here;
     130 Ctrl-C.
     """
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m common.grade",
         description=__doc__.split("\n\n")[0],
         epilog="\n\n".join(__doc__.split("\n\n")[1:]),
@@ -513,9 +514,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"no such file or folder: {options.submission}")
         if options.variant is not None and not 0 <= options.variant < 2**31:
             raise ValueError(f"--variant {options.variant}: a number from 0 to {2**31 - 1}")
-        if options.jobs < 1 or options.time_limit <= 0 or options.memory_limit < 100:
+        in_bounds = 1 <= options.jobs <= 1000 and 100 <= options.memory_limit <= 10**7
+        if not in_bounds or not 0 < options.time_limit <= 86400:
             raise ValueError(
-                "--jobs must be at least 1, --time-limit positive, --memory-limit at least 100"
+                "--jobs is 1 to 1000, --time-limit up to 86400 (a day), --memory-limit 100 to 10^7"
             )
         if options.out:
             if not options.submission.is_dir():

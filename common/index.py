@@ -5,17 +5,15 @@ Every run that ends writes it too. It is for what came from elsewhere, or was st
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from common.cli import exit_codes
+from common.engine.flags import OneLineParser
 from common.engine.overview import write_index
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m common.index", description=__doc__.split("\n\n")[0]
-    )
+    parser = OneLineParser(prog="python -m common.index", description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="default: runs")
     options = parser.parse_args(argv)
     with exit_codes():

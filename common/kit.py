@@ -20,6 +20,7 @@ from pathlib import Path
 from common.cli import exit_codes
 from common.engine.errors import UserError
 from common.engine.files import write_atomically
+from common.engine.flags import OneLineParser
 from common.grade import parse_lessons
 from common.grading.exercises import file_name
 from common.grading.variants import course_files
@@ -135,7 +136,7 @@ def packed(files: dict[str, bytes]) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m common.kit",
         description=__doc__.split("\n\n")[0],
         epilog="\n\n".join(__doc__.split("\n\n")[1:]),

@@ -6,7 +6,6 @@ and the settings are one line of a cell of their own, since a notebook has no co
 
 from __future__ import annotations
 
-import argparse
 import ast
 import os
 import re
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from common.cli import exit_codes
 from common.engine.errors import UserError, unknown
 from common.engine.files import write_atomically
+from common.engine.flags import OneLineParser
 from common.lessons import ROOT, lesson_names
 
 if TYPE_CHECKING:
@@ -86,9 +86,7 @@ def _cell(kind: str, source: str) -> NotebookNode:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m common.notebook", description=__doc__.split("\n\n")[0]
-    )
+    parser = OneLineParser(prog="python -m common.notebook", description=__doc__.split("\n\n")[0])
     parser.add_argument("lesson", nargs="+", help="number of a lesson, 01 to 08, or all")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="default: here")
     parser.add_argument("--force", action="store_true", help="overwrite a notebook that is there")

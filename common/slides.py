@@ -6,7 +6,6 @@ lesson's newest runs. Arrow keys turn the page, F fills the screen, printing giv
 
 from __future__ import annotations
 
-import argparse
 import ast
 import itertools
 import math
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common.cli import exit_codes
 from common.engine.errors import UserError
 from common.engine.files import write_atomically
+from common.engine.flags import OneLineParser
 from common.engine.report import figure_html, page
 from common.notebook import lesson_file, read_cells
 
@@ -290,9 +290,7 @@ addEventListener('keydown', event => {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m common.slides", description=__doc__.split("\n\n")[0]
-    )
+    parser = OneLineParser(prog="python -m common.slides", description=__doc__.split("\n\n")[0])
     parser.add_argument("lesson", nargs="+", help="number of a lesson, 01 to 08")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="default: here")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")

@@ -7,7 +7,6 @@ can't drift away from it.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import os
 import sys
@@ -15,6 +14,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.engine.flags import OneLineParser
 from common.grading import variants
 from common.grading.exercises import ROOT, exercises, file_name, lesson_path, manifests, worth
 from common.grading.holes import take_out
@@ -121,9 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0; 2 for a lesson that has no exercises, a folder that can't be written, a file
     in the way.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m common.starter", description=__doc__.split("\n\n")[0]
-    )
+    parser = OneLineParser(prog="python -m common.starter", description=__doc__.split("\n\n")[0])
     parser.add_argument("lesson", nargs="+", help="number of a lesson, 01 to 08, or all")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write the starters to"

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from common.cli import exit_codes
 from common.config import TrainConfig
 from common.data import IMAGENET_MEAN, IMAGENET_STD, Data, load_data, make_data, read_once
 from common.engine.device import (
@@ -38,6 +40,8 @@ from common.engine.device import (
     pick_device,
     set_up_torch,
 )
+from common.engine.errors import UserError, unknown
+from common.engine.flags import OneLineParser
 from common.engine.guard import Guard
 from common.engine.keeper import Keeper
 from common.engine.meter import Meter
@@ -470,6 +474,8 @@ class Contestant:
     def parse(cls, text: str) -> Contestant:
         rest, _, epochs = text.partition("@")
         model = rest.removeprefix("plain:")
+        if not (epochs or "10").isdecimal() or epochs == "0":
+            raise UserError(f"--sides {text}: [plain:]MODEL[@EPOCHS], such as plain:resnet18@10")
         return cls(model != rest, model, int(epochs or 10))
 
     def __str__(self) -> str:
@@ -540,22 +546,27 @@ def synthetic(count: int, side: int) -> Source:
     return Source("synthetic", [str(c) for c in range(10)], every, every.take(torch.arange(100)))
 
 
+def count(text: str, least: int = 1) -> int:
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"at least {least}")
+    return int(text)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = ("input", "parts", "epoch", "files", "utilisation", "profile", "accuracy")
-    parser.add_argument(
-        "what", nargs="*", default=["input", "parts", "epoch", "files"], choices=[*parts, []]
-    )
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=", ".join(parts))
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument(
-        "--steps", type=int, help="of each side in each round; default: 20 on a GPU, 2 on a CPU"
+        "--steps", type=count, help="of each side in each round; default: 20 on a GPU, 2 on a CPU"
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2, help="of the plain DataLoader")
+    parser.add_argument("--rounds", type=count, default=3)
+    several = partial(count, least=0)
+    parser.add_argument("--workers", type=several, default=2, help="of the plain DataLoader")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.85, 0.9])
     parser.add_argument(
@@ -571,13 +582,19 @@ def main() -> None:
         help="of `accuracy`: [plain:]MODEL[@EPOCHS]",
     )
     parser.add_argument(
-        "--dataset", default="digits", help="for `accuracy`: digits, cifar10, folder"
+        "--dataset", default="digits", choices=("digits", "cifar10", "folder"), help="of `accuracy`"
     )
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
+    if wrong := [what for what in args.what if what not in parts]:
+        parser.error(f"no benchmark {wrong[0]!r}; there are {', '.join(parts)}")
 
+    models = load_lesson("01").MODELS
+    for model in (args.model, *(Contestant.parse(side).model for side in args.sides)):
+        if model not in models:
+            raise unknown("model", model, models)
     device = pick_device(args.device)
     args.steps = args.steps or (20 if device.type == "cuda" else 2)
     set_up_torch(device, 0)
@@ -602,7 +619,7 @@ def main() -> None:
         "utilisation": bench_utilisation,
         "profile": bench_profile,
     }
-    for what in args.what:
+    for what in args.what or ["input", "parts", "epoch", "files"]:
         if what in benches:
             benches[what](Case(source.train, data, config, args, device))
         else:
@@ -614,4 +631,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

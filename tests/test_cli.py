@@ -4,6 +4,7 @@ one line, exit codes, help at once, no side effects.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -321,6 +322,35 @@ def test_class_names_in_other_scripts(image_folder: Callable, tmp_path: Path) ->
         LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0", PYTHONIOENCODING="ascii",
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "tool", "bundle grade index kit notebook slides starter tests.bench".split()
+)
+def test_a_flag_that_a_tool_does_not_know_is_one_line(
+    tool: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    module = importlib.import_module(tool if "." in tool else f"common.{tool}")
+    flags = {"kit": ["gradescope", "--lessons", "01"], "starter": ["01", "--out", "x"]}
+    argv = [*flags.get(tool, ["input"]), "--nonsense"]
+    monkeypatch.setattr(sys, "argv", [tool, *argv])
+    with pytest.raises(SystemExit) as stopped:
+        module.main(*[argv] * (tool != "tests.bench"))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --nonsense (see --help)\n"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    "nonsense|input --rounds 0|input --model resnet81|accuracy --sides resnet18@0".split("|"),
+)
+def test_a_benchmark_that_there_is_not_ends_before_it_begins(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *flags.split()])
+    with pytest.raises((SystemExit, UserError)):
+        importlib.import_module("tests.bench").main()
+    assert not capsys.readouterr().out
 
 
 def test_help_is_in_groups_the_lessons_own_first(cli: Callable) -> None:

@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # No BatchNorm: each process has its own batch, and gloo no SyncBatchNorm.
 SCRIPT = """
-import dataclasses, json, sys
+import dataclasses, functools, json, sys
 sys.path.insert(0, {root!r})
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from common.engine import processes
 from common.config import TrainConfig
 from common.data import load_data
@@ -76,6 +77,23 @@ for ema in (0.0, 0.5):
     there = processes.from_all(seen.pop())
     for one in there:
         assert all(map(torch.equal, one, there[0])), "another model was validated"
+
+# The batches of one step exchange their gradients once, compiled or not.
+exchanges, steps, parallel = [], [], processes.parallel
+def counted(state, bucket):
+    exchanges.append(bucket.index())
+    return allreduce_hook(state, bucket)
+def hooked(*arguments):
+    wrapped = parallel(*arguments)
+    wrapped.register_comm_hook(None, counted)
+    return wrapped
+if processes.world_size() > 1:
+    processes.parallel, torch.compile = hooked, functools.partial(torch.compile, backend="eager")
+    several = dataclasses.replace(config, epochs=1, accumulate=3, compile=True)
+    optimizer, data = make_optimizer(model, several), load_data(several, device)
+    rest = optimizer, make_schedule(optimizer, several, data.train), several
+    fit(model, data, loss_fn, *rest, on_step=steps.append)
+    assert len(exchanges) == len(steps) < data.train.images_per_epoch / 64 / 2, exchanges
 processes.leave_processes()
 """
 

@@ -281,7 +281,7 @@ def test_files_and_workers_resume_within_an_epoch(
     assert_same(outcome(stopped), outcome(whole), "resumed")
 
 
-# SWEEP=0.05 pytest tests/test_resume.py -k any_instant: a signal every 50 ms.
+# SWEEP=0.05 pytest -s tests/test_resume.py -k any_instant: a signal every 50 ms, and the counts.
 EVERY = float(os.environ.get("SWEEP", 0))
 SAMPLE = [(0.1, signal.SIGINT), (1.2, signal.SIGTERM), (4.5, signal.SIGHUP)]
 
@@ -291,7 +291,7 @@ def test_a_signal_at_any_instant_is_one_true_line(tmp_path: Path) -> None:
     """From the imports to the report: the exit code, one line, and a command that does go on."""
     numbers = itertools.cycle([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     moments = zip(itertools.count(0.05, EVERY), numbers) if EVERY else SAMPLE
-    ended, told = 0, []
+    ended, told, again = 0, [], 0
     for after, number in moments:
         with subprocess.Popen(
             [sys.executable, "01_resnet_beginner.py", "--dataset", "digits", "--model", "resnet20",
@@ -313,11 +313,14 @@ def test_a_signal_at_any_instant_is_one_true_line(tmp_path: Path) -> None:
         assert len(err.splitlines()) == 1 and err.startswith("stopped"), (after, number, err)
         told.append(err)
         if "Go on with: " in err and (not EVERY or len(told) % 5 == 0):
-            again = subprocess.run(
+            went_on = subprocess.run(
                 err.split("Go on with: ")[1], shell=True, cwd=ROOT, capture_output=True, text=True
             )
-            assert again.returncode == 0 and "report " in again.stdout, (after, again.stderr)
-    print(f"{len(told)} signals, {sum('Go on' in t for t in told)} with a command")
+            assert went_on.returncode == 0 and "report " in went_on.stdout, (after, went_on.stderr)
+            again += 1
+    commands = sum("Go on" in line for line in told)
+    print(f"\n{len(told)} signals, each one line and its exit code; {commands} gave a command, of "
+          f"which {again} were run and went on")  # fmt: skip
     assert told
 
 
