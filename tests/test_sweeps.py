@@ -151,6 +151,7 @@ def test_times_of_folded_nets_are_kept_apart(
         return candidate("resnet20", latency_ms=norms)
 
     monkeypatch.setattr(sweeps, "measure", norms_as_ms)
+    monkeypatch.setattr(sweeps, "SHOWN_WAYS", ("resnet20",))
     monkeypatch.setattr(sweeps, "agreement", lambda *_: "alike")  # zeros have no logarithm
     for _ in range(2):  # measured, then read back
         for fold, norms in ((False, 19), (True, 0)):
@@ -162,7 +163,8 @@ def test_times_of_folded_nets_are_kept_apart(
         assert rows["resnet20: float32, folded, channels_last"] == 0
 
 
-def test_no_folded_row_without_batchnorm(tmp_path: Path) -> None:
+def test_no_folded_row_without_batchnorm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sweeps, "SHOWN_WAYS", ("vit_xs_16", "resnet20"))
     bar, counted = Bar(100, "test", show=False), []
     store = Store(tmp_path / "profiles.json", {})
     for name in ("vit_xs_16", "resnet20"):
