@@ -47,7 +47,7 @@ def test_torchvision_has_all_but_the_first() -> None:
     assert [*IN_TORCHVISION] == ["mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"]
 
 
-@pytest.mark.parametrize("width_mult", [0.5, 1.4])
+@pytest.mark.parametrize("width_mult", [0.5, 1.0, 1.4])
 @pytest.mark.parametrize("name", IN_TORCHVISION)
 def test_other_widths_cost_what_torchvisions_cost(name: str, width_mult: float) -> None:
     ours = on_meta(name, width_mult=width_mult, num_classes=10)

@@ -197,19 +197,6 @@ def test_published_figures_are_those_of_the_reference() -> None:
         assert image.shape == (3, row.crop, row.crop)
 
 
-def test_every_row_of_the_reference_is_counted_right() -> None:
-    """All published models of all lessons, found by name; the reference gives three decimals."""
-    for name, row in PUBLISHED.items():
-        px = int(row["input_px"])
-        with torch.device("meta"):
-            model = get_model(name)()
-        auxiliary = int(row["params_aux_heads"])  # the reference counts them apart
-        assert count_parameters(model) - auxiliary == int(row["params"]), name
-        assert count_macs(model, (3, px, px)) / 1e9 == pytest.approx(
-            float(row["gmacs"]), rel=0.005, abs=0.0005
-        ), name
-
-
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "mobilenet_v2", "googlenet", "vit_b_32"])
 def test_a_row_of_the_table(name: str) -> None:
     row = PUBLISHED[name]

@@ -141,7 +141,7 @@ def test_two_processes_train_and_count_like_one(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what goes wrong in one of several
 
 FAULTY = """
-import os, signal, sys, time
+import json, os, signal, sys, time
 sys.path.insert(0, {root!r})
 import torch
 from torch import nn
@@ -154,7 +154,27 @@ from common.runs import Run, prepare
 from common.training import fit, make_optimizer, make_schedule
 
 torch.set_num_threads(1)
-fault, again = sys.argv[1], int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+def born(families):
+    # Returns in each child, with its fault and folder. Their parent tells the exit codes.
+    children = {{}}
+    for fault, folder, port, number in families:
+        for rank in range(number):
+            child = os.fork()  # one import of torch for all
+            if not child:
+                os.environ.update(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                )
+                os.dup2(os.open(f"{{folder}}/err{{rank}}", os.O_WRONLY | os.O_CREAT), 2)
+                return fault, folder
+            children.setdefault(fault, []).append(child)
+    wait = lambda child: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps({{fault: [*map(wait, some)] for fault, some in children.items()}}), flush=True)
+    os._exit(0)
+
+fault, folder = sys.argv[1:] if len(sys.argv) == 3 else born(json.loads(sys.argv[1]))
+again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 def on_step(loss):
     step = schedule.taken
@@ -184,74 +204,65 @@ def run(config):
     print("done", processes.rank(), again, flush=True)
 
 config = TrainConfig(
-    model="net", dataset="digits", epochs=2, batch_size=32, device="cpu", run_dir=sys.argv[2],
+    model="net", dataset="digits", epochs=2, batch_size=32, device="cpu", run_dir=folder,
     save_every=0.0,
 )
 main(config, {{"net": None}}, None, run, {{}})
 """
 
 
-def start(
-    folder: Path, fault: str, *torchrun: str, number: int = 2, **more: str
-) -> list[subprocess.Popen]:
-    """`number` processes that find each other, or those that torchrun starts."""
+def faulty(folder: Path) -> Path:
     script = folder / "faulty.py"
     script.write_text(FAULTY.format(root=str(ROOT)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, str(script), fault, str(folder)]
-    environments = [
-        {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for r in range(number)
-    ]  # fmt: skip
-    if torchrun:
-        command[1:1] = ["-m", "torch.distributed.run", "--nproc-per-node=2", *torchrun]
-        environments = [{}]
-    return [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **more, **environment},
-        )
-        for environment in environments
-    ]
+    return script
 
 
-def end(started: list[subprocess.Popen], seconds: float = 200) -> tuple[list[int], str]:
-    errors = [process.communicate(timeout=seconds)[1] for process in started]
-    return [process.returncode for process in started], "".join(errors)
+def under_torchrun(folder: Path, fault: str, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+         *flags, str(faulty(folder)), fault, str(folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("fault", "codes", "message"),
-    [
-        ("error", [2, 2], "error: the disk of process 1 is gone"),
-        ("killed", [2, -signal.SIGKILL], "error: another process of this run died"),
-        ("first killed", [-signal.SIGKILL, 2], "error: the first process of this run died"),
-        ("bug", [1, 1], "KeyError: 'a bug'"),
-    ],
-)
-def test_a_fault_in_one_process_ends_all_with_one_line(
-    tmp_path: Path, fault: str, codes: list[int], message: str
-) -> None:
-    returned, err = end(start(tmp_path, fault))
-    assert returned == codes, err
-    assert message in err
-    if fault != "bug":
-        assert len(err.splitlines()) == 1, err
-    assert err.count("Traceback") == (fault == "bug")
-    if "killed" in fault:
-        assert "--resume" in err
+FAULTS = {
+    "error": ([2, 2], "error: the disk of process 1 is gone"),
+    "killed": ([2, -signal.SIGKILL], "error: another process of this run died"),
+    "first killed": ([-signal.SIGKILL, 2], "error: the first process of this run died"),
+    "bug": ([1, 1], "KeyError: 'a bug'"),
+    "alone": ([2], "processes of this run did not find each other within 10 s"),
+}
 
 
-def test_processes_that_do_not_come_are_not_waited_for_long(tmp_path: Path) -> None:
-    returned, err = end(start(tmp_path, "none", number=1, JOIN_SECONDS="8"))
-    assert returned == [2] and "did not find each other within 8 s" in err
-    assert len(err.splitlines()) == 1
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_fault_in_one_process_ends_all_with_one_line(tmp_path: Path) -> None:
+    """Five runs at once, each of two processes that find each other; of "alone" one never comes."""
+    families, ports = [], [socket.socket() for _ in FAULTS]
+    for fault, port in zip(FAULTS, ports):
+        (tmp_path / fault).mkdir()
+        port.bind(("127.0.0.1", 0))
+        number = len(FAULTS[fault][0])
+        families.append((fault, str(tmp_path / fault), port.getsockname()[1], number))
+    for port in ports:
+        port.close()
+    done = subprocess.run(
+        [sys.executable, faulty(tmp_path), json.dumps(families)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "JOIN_SECONDS": "10"},
+    )
+    returned = json.loads(done.stdout.splitlines()[-1])
+    for fault, (codes, message) in FAULTS.items():
+        err = "".join(path.read_text() for path in sorted((tmp_path / fault).glob("err*")))
+        assert returned[fault] == codes, err
+        assert message in err
+        if fault != "bug":
+            assert len(err.splitlines()) == 1, err
+        assert err.count("Traceback") == (fault == "bug")
+        if "killed" in fault:
+            assert "--resume" in err
 
 
 def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
@@ -259,7 +270,7 @@ def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
 
     It hung as long as the new workers found the addresses of the old ones in torchrun's store.
     """
-    (process,) = start(tmp_path, "killed", "--standalone", "--max-restarts=1")
+    process = under_torchrun(tmp_path, "killed", "--max-restarts=1")
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "resume     after" in out and "done 0 1" in out and "done 1 1" in out
@@ -267,7 +278,7 @@ def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
 
 
 def test_a_signal_under_torchrun_is_one_farewell_that_goes_on(tmp_path: Path) -> None:
-    (process,) = start(tmp_path, "slow", "--standalone")
+    process = under_torchrun(tmp_path, "slow")
     for line in process.stdout:
         if line.startswith("step 12"):
             break

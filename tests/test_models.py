@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.profiling import count_macs, count_parameters
+from common.profiling import count_parameters
 from tests.conftest import LESSONS, ROOT, lesson
 
 ENTRIES = [
@@ -52,9 +52,8 @@ def test_classifier_is_reached_and_replaced_alike(number: str, model: str) -> No
     in_features = net.get_classifier().in_features
     net.reset_classifier(11)
     assert net.get_classifier().out_features == 11
-    net.eval()
-    macs = count_macs(net, (3, 224, 224))
-    assert macs > 0
+    image = torch.empty(1, 3, 224, 224, device="meta")
+    assert net.eval().to("meta")(image).shape == (1, 11)
     # Only the classifiers grow with the classes: (in_features + 1) parameters per class and head.
     grown = count_parameters(net) - before
     assert grown % 4 == 0 and grown >= 4 * (in_features + 1)
