@@ -277,7 +277,7 @@ MISTAKES: tuple[Edit, ...] = (
     M("4.4", "activation at the end", ", activation=nn.Identity", ""),
     M("4.4", "expansion of 1", "if expansion > 1:", "if True:"),
     M("4.4", "no groups", "groups=wide, ", ""),
-    M("4.4", "se by the middle", "max(1, in_channels // 4)", "max(1, wide // 4)"),
+    M("4.4", "se by the middle", "4 * expansion", "4"),
     M("4.4", "norm not handed on", "kernel_size, stride, groups=wide, norm=norm", "kernel_size, stride, groups=wide"),
     M("4.4", "se forgotten", "        steps.append(SqueezeExcitation(wide, 4 * expansion))\n", ""),
     # -------------------------------------------------------------------------------- lesson 5

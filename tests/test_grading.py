@@ -4,6 +4,7 @@ wrong solutions.
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
@@ -31,6 +32,7 @@ from common.grading.exercises import (
 from common.grading.holes import functions_of, put_in
 from common.grading.sandbox import Limits
 from tests import grading_cases
+from tests.grading_solutions import SOLUTIONS
 
 LESSONS = tuple(manifests())
 NUMBERS = [number for lesson in LESSONS for number in exercises(lesson)]
@@ -170,6 +172,13 @@ def some(cases: tuple, every: int) -> list:
     return [
         case for number in SAMPLE for case in [c for c in cases if c.exercise == number][::every]
     ]
+
+
+def test_every_case_fits_the_solution_that_it_changes() -> None:
+    """Those that the sample leaves out, too: a solution that is put otherwise breaks none."""
+    for case in (*grading_cases.MISTAKES, *grading_cases.RIGHT):
+        assert ast.parse(case.code()), case
+        assert (case.code() != SOLUTIONS[case.exercise]) == bool(case.old), case
 
 
 @pytest.mark.parametrize(

@@ -289,8 +289,9 @@ SAMPLE = [(0.1, signal.SIGINT), (1.2, signal.SIGTERM), (4.5, signal.SIGHUP)]
 @pytest.mark.timeout(3600 if EVERY else 240)
 def test_a_signal_at_any_instant_is_one_true_line(tmp_path: Path) -> None:
     """From the imports to the report: the exit code, one line, and a command that does go on."""
-    numbers = itertools.cycle([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-    moments = zip(itertools.count(0.05, EVERY), numbers) if EVERY else SAMPLE
+    heard = {n for _, n in SAMPLE if signal.getsignal(n) != signal.SIG_IGN}  # under nohup: not all
+    every = zip(itertools.count(0.05, EVERY), itertools.cycle(sorted(heard)))
+    moments = every if EVERY else [moment for moment in SAMPLE if moment[1] in heard]
     ended, told, again = 0, [], 0
     for after, number in moments:
         with subprocess.Popen(
