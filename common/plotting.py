@@ -59,14 +59,17 @@ def save(figure: Figure, path: Path | str) -> Path:
     return path
 
 
-def _enlarge_small_text(figure: Figure) -> None:
-    """No text below 1/60 of the height of a 16:9 screen that the figure fills: it's to be read from
-    the last row.
+def _smallest_text(width: float, height: float) -> float:
+    """1/60 of the height of a 16:9 screen that a figure of so many inches fills, in points: it's to
+    be read from the last row.
     """
+    return max(height, width * 9 / 16) * 72 / 60
+
+
+def _enlarge_small_text(figure: Figure) -> None:
     from matplotlib.text import Text
 
-    width, height = figure.get_size_inches()
-    smallest = max(height, width * 9 / 16) * 72 / 60
+    smallest = _smallest_text(*figure.get_size_inches())
     for ax in figure.axes:
         for axis in (ax.xaxis, ax.yaxis):
             labels = axis.get_ticklabels()
@@ -793,20 +796,27 @@ def _colorbar(ax: Axes, label: str, percent: bool = False) -> None:
 def _grid(
     images: Sequence[np.ndarray], titles: Sequence[str], heading: str, columns: int, width: float
 ) -> Figure:
-    """Images in rows, each under its title."""
+    """Images in rows, each under its title; measured in inches, on the axes of one panel, since
+    axes for each take three times as long to draw.
+    """
     if len(titles) != len(images):
         raise ValueError(f"{len(titles)} titles for {len(images)} images")
-    texts = [_wrap(title, max(width, 5.5 / columns), SMALL_SIZE) for title in titles]
-    lines = max(text.count("\n") + 1 for text in texts)
+    rows, cell = -(-len(images) // columns), max(width + 0.25, 6.2 / columns)  # for the heading
     shape = max(image.shape[0] / image.shape[1] for image in images)
-    height = width * shape + 0.3 + 0.18 * lines
-    rows = -(-len(images) // columns)
-    width = max(width + 0.25, 6.2 / columns)  # room for the heading
-    figure, axes = panels(len(images), columns=columns, size=(width, height + 0.6 / rows))
-    for ax, image, text in zip(axes, images, texts):
-        ax.imshow(image, interpolation="nearest")
-        ax.set_title(text, size=SMALL_SIZE, color=INK, pad=4, parse_math=False)
-        _bare(ax)
+    size = max(SMALL_SIZE, _smallest_text(columns * cell, rows * (width * shape + 0.6) + 0.6))
+    texts = [_wrap(title, cell - 0.15, size) for title in titles]
+    above = 0.1 + 1.25 * size / 72 * max(text.count("\n") + 1 for text in texts)
+    height = above + width * shape + 0.1
+    figure, (ax,) = panels(1, size=(columns * cell, rows * height + 0.6))
+    for i, (image, text) in enumerate(zip(images, texts)):
+        left, top = i % columns * cell + (cell - width) / 2, i // columns * height + above
+        bottom = top + width * image.shape[0] / image.shape[1]
+        place = (left, left + width, bottom, top)
+        ax.imshow(image, interpolation="nearest", extent=place)
+        style = {"size": size, "color": INK, "ha": "center", "va": "bottom", "parse_math": False}
+        ax.text(left + width / 2, top - 0.05, text, **style)
+    ax.set(xlim=(0, columns * cell), ylim=(rows * height, 0))
+    _bare(ax)
     _heading(figure, heading)
     return figure
 
