@@ -96,7 +96,7 @@ def counted_once() -> Iterator[None]:
     print(f"\n{CODES.total():,} values: {CODES[0]:,} taken, {CODES[2]:,} refused in one line")
 
 
-@pytest.mark.parametrize(("number", "knob"), knobs())
+@pytest.mark.parametrize(("number", "knob"), list(knobs()))
 @pytest.mark.timeout(3600 if DRAWS > 10 else 60)
 def test_any_value_is_taken_or_refused_in_one_line(number: str, knob: str, tmp_path: Path) -> None:
     flag = "--" + knob.replace("_", "-")
