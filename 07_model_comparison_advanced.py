@@ -113,12 +113,13 @@ from common.comparison.counting import count_by_thop, counted
 from common.comparison.entries import chosen_names, imagenet_entries, steps
 from common.comparison.matching import Family, default_model, small_entries
 from common.comparison.results import Candidate, Table
-from common.comparison.setup import going_on_later, settled
+from common.comparison.setup import settled
 from common.comparison.sweeps import Bench, Entry
 from common.comparison.training import train_all
 from common.engine.device import describe
 from common.engine.errors import UserError
 from common.engine.progress import Bar
+from common.engine.signals import stop_says
 from common.engine.sources import Source, load_source
 from common.experiments import Arm, open_store
 from common.lessons import all_models, get_model
@@ -710,7 +711,7 @@ def run(config: Config) -> list[Table]:
     run = Run.open(config, LESSON)
     print(f"device     {device.type}: {describe(device)}")
     print(f"folder     {run.folder}", flush=True)
-    with going_on_later(run):
+    with stop_says(run.farewell):
         if config.eval_imagenet:
             return reproduce(config, device, run, entry, pareto_front)
         return compare(config, device, source, run)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -34,10 +33,11 @@ from common.config import TrainConfig
 from common.data import Data, make_data, read_once
 from common.engine import processes, report
 from common.engine.device import describe, memory_format, pick_device, set_up_torch
-from common.engine.errors import Diverged, Interrupted
+from common.engine.errors import Diverged
 from common.engine.files import lock, write_json
 from common.engine.overview import write_index
 from common.engine.records import EpochRecord
+from common.engine.signals import stop_says
 from common.engine.sources import Source, load_source
 from common.engine.store import Store
 from common.engine.surroundings import command
@@ -357,13 +357,13 @@ def run_experiment(
         config = replace(config, resume=config.resume or processes.from_main(_left(config, lesson)))
         run = Run.open(config, lesson)
     store = open_store(run, lesson, source.fingerprint, device)
-    try:
+
+    def kept() -> str:
+        here = command("--resume", str(run.folder))
+        return f"stopped; {len(store.results)} finished trainings are kept. Go on with: {here}"
+
+    with stop_says(kept):
         return _outcome(run, train_arms(experiment, config, device, source, store), seeds)
-    except KeyboardInterrupt as stop:
-        signum = getattr(stop, "signum", signal.SIGINT)
-        here = "--resume", str(run.folder)
-        kept = f"stopped; {len(store.results)} finished trainings are kept"
-        raise Interrupted(signum, f"{kept}. Go on with: {command(*here)}") from None
 
 
 def train_arms(

@@ -347,6 +347,13 @@ KEEP_POINTS = {  # who does no harm to the other exercises keeps their points
 }
 
 
+def mark_all(
+    folder: Path, out: Path, limits: Limits | None = None, **options: object
+) -> list[grade.Grade]:
+    found, limits = grade.find_submissions(folder, out), limits or Limits()
+    return grade.mark_class(found, out, ("05",), jobs=2, limits=limits, quiet=True, **options)
+
+
 def test_a_class_with_hostile_ones(
     grader: grade.Grader, references: grade.References, tmp_path: Path
 ) -> None:
@@ -375,9 +382,7 @@ def test_a_class_with_hostile_ones(
     limits = replace(Limits(), import_seconds=1.5, case_seconds=1.5, patience=20)
 
     started = time.monotonic()
-    grades = grade.mark_class(
-        grade.find_submissions(folder, out), out, ("05",), jobs=2, limits=limits, quiet=True
-    )
+    grades = mark_all(folder, out, limits)
     print(f"{students} students in {time.monotonic() - started:.1f} s")
 
     total = sum(row.points for row in worth(("05",)))
@@ -407,9 +412,7 @@ def test_a_class_with_hostile_ones(
         if not line.startswith("good_04,")
     ]
     out.write_text("".join(kept))
-    second = grade.mark_class(
-        grade.find_submissions(folder, out), out, ("05",), jobs=2, limits=limits, quiet=True
-    )
+    second = mark_all(folder, out, limits)
     assert {line.student for line in set(second) - set(grades)} == {"good_01", "good_04"}
     assert len(second) == len(grades)
     assert sum(line.score for line in second if line.student == "good_01") == 0
@@ -547,12 +550,8 @@ def test_a_fault_of_the_grader_costs_one_student_and_only_until_the_next_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(grade.Grader, "mark", fail)
-        first = grade.mark_class(
-            grade.find_submissions(folder, out), out, ("05",), jobs=2, limits=Limits(), quiet=True
-        )
-    second = grade.mark_class(
-        grade.find_submissions(folder, out), out, ("05",), jobs=2, limits=Limits(), quiet=True
-    )
+        first = mark_all(folder, out)
+    second = mark_all(folder, out)
     for grades, says in ((first, "the grader failed: KeyError('a bug')"), (second, "missing file")):
         messages = {line.student: line.message for line in grades}
         assert set(messages) == {"beta", "caf\\xe9", "gamma"}
@@ -586,9 +585,7 @@ def test_notebooks_archives_and_namesakes_have_lines(
     roster = tmp_path / "names.csv"
     roster.write_text("student,group\nann,1\nbob,1\ncy,2\n")
     names = grade.read_roster(roster)
-    grades = grade.mark_class(
-        grade.find_submissions(folder, out), out, ("05",), 1, Limits(), quiet=True, roster=names
-    )
+    grades = mark_all(folder, out, roster=names)
     points_of = {line.student: 0.0 for line in grades}
     for line in grades:
         points_of[line.student] += line.score

@@ -2,7 +2,7 @@
 
 entries      which models take part, and in which form
 sweeps       their times, taken so that the order holds
-setup        flags, and the line of a stopped comparison
+setup        its flags, before it starts
 training     their accuracies, from arms of the harness
 imagenet     the published accuracies, and what reproduces them
 results      all of it as plain records: Pareto front, constraints, tables

@@ -12,7 +12,7 @@ from torch import nn
 from common.comparison.imagenet import published
 from common.comparison.results import Candidate, si
 from common.comparison.sweeps import Entry
-from common.engine.errors import UserError
+from common.engine.limits import too_small
 from common.lessons import lesson_names, load_lesson
 from common.profiling import count_macs, count_parameters
 
@@ -76,10 +76,7 @@ def counted(
     try:
         macs = count_macs(model, size)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"--image-size {image_size}: {name} makes nothing of so small an image "
-            f"({str(error).splitlines()[0][:80]})"
-        ) from None
+        raise too_small(name, image_size, error) from None
     by_thop, note = count_by_thop(model, size, macs)
     tensors = [*model.parameters(), *model.buffers()]
     row = published().get(name) if task == "ImageNet" else None

@@ -45,11 +45,12 @@ def cost_figure(candidates: Sequence[Candidate], heading: str, front_of: Front) 
 
 def curves_figure(results: Results) -> Figure:
     """Validation accuracy by epoch, one line for each model, the mean over its seeds."""
-    means, seeds = {}, 0
-    for model in results.records:
-        runs = [values for values in results.values(model, "val_by_epoch") if values]
-        means |= {model: [mean(values) for values in zip(*runs)]} if runs else {}
-        seeds = max(seeds, len(runs))
+    runs = {
+        model: [values for values in results.values(model, "val_by_epoch") if values]
+        for model in results.records
+    }
+    seeds = max(map(len, runs.values()))
+    means = {model: [mean(epoch) for epoch in zip(*of)] for model, of in runs.items() if of}
     (ax,) = plotting.panels(1, size=(10, 6.4))[1]
     return plotting.curves(
         means,

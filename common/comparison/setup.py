@@ -1,10 +1,7 @@
-"""A comparison before it starts: its flags, its folder, and how it says goodbye."""
+"""The flags of a comparison, before it starts."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +10,8 @@ import torch
 from common.comparison.entries import chosen_names
 from common.comparison.results import parse_budget, parse_constraints, parse_size
 from common.engine import processes
-from common.engine.errors import Interrupted, UserError
-from common.runs import Run, prepare
+from common.engine.errors import UserError
+from common.runs import prepare
 
 
 def settled(config: Any) -> tuple[Any, torch.device]:
@@ -27,8 +24,8 @@ def settled(config: Any) -> tuple[Any, torch.device]:
     chosen_names(config.model, [])
     if config.match_to:
         parse_size(config.match_to, "--match-to")
-    if config.budget and parse_budget(config.budget).epochs:
-        config = replace(config, epochs=parse_budget(config.budget).epochs)
+    if config.budget and (epochs := parse_budget(config.budget).epochs):
+        config = replace(config, epochs=epochs)
     if config.pretrained != bool(config.eval_imagenet):
         raise UserError(
             "--eval-imagenet DIR and --pretrained go together: random weights are right once in "
@@ -43,16 +40,3 @@ def settled(config: Any) -> tuple[Any, torch.device]:
     if processes.world_size() > 1:
         raise UserError("the comparison runs in one process: start it with python, not torchrun")
     return config, device
-
-
-@contextmanager
-def going_on_later(run: Run) -> Iterator[None]:
-    """A signal inside ends with the command that goes on: what was finished is kept.
-
-    Raises:
-        Interrupted: Ctrl-C or a signal.
-    """
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        raise Interrupted(getattr(stop, "signum", signal.SIGINT), run.farewell()) from None

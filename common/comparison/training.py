@@ -46,14 +46,14 @@ def within_seconds(
     The time is kept: on resume the epochs are the same, however busy the machine.
     """
     data = make_data(source.redrawn(config.seed), config, device)
-    timed = []
+    timed, seconds = [], parse_budget(config.budget).seconds
     for arm in arms:
         key = f"{arm.name}, one epoch"
         if store.get(key) is None:
             one = replace(config, **{**arm.changes, "lr": min(arm.rates), "epochs": 1, "warmup": 0})
             build = partial(arm.build, num_classes=data.num_classes)
             store.put(key, {"seconds": train_trial(key, build, data, one, device).seconds})
-        fit = parse_budget(config.budget).seconds / store.get(key)["seconds"]
+        fit = seconds / store.get(key)["seconds"]
         epochs = min(max(1, int(fit)), 10_000)  # what --epochs may be at most
         warmup = min(config.warmup, epochs / 5)  # a short training must not be all warm-up
         timed.append(replace(arm, changes={**arm.changes, "epochs": epochs, "warmup": warmup}))

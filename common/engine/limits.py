@@ -50,10 +50,7 @@ def check_size(
     except (RuntimeError, ValueError) as error:
         if "must match" not in str(error) and "size" not in str(error):
             raise
-        raise UserError(
-            f"--image-size {config.image_size}: {config.model} makes nothing of so small an image "
-            f"({str(error).splitlines()[0][:80]})"
-        ) from None
+        raise too_small(config.model, config.image_size, error) from None
     for hook in hooks:
         hook.remove()
     # Weights, gradients, momentum, and what backward needs of one batch: not every layer's output
@@ -80,6 +77,14 @@ def check_size(
             f"very least, for {config.epochs} epochs: try fewer --epochs, a smaller --image-size "
             "or a smaller model"
         )
+
+
+def too_small(model: str, image_size: int, error: Exception) -> UserError:
+    """What to raise where a model's layers have failed with `error` on so small an image."""
+    return UserError(
+        f"--image-size {image_size}: {model} makes nothing of so small an image "
+        f"({str(error).splitlines()[0][:80]})"
+    )
 
 
 def memory(device: str) -> int:

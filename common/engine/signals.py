@@ -139,6 +139,20 @@ def caught() -> Iterator[None]:
         release(before)
 
 
+@contextmanager
+def stop_says(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """A stop inside says this line instead of those of `on_leave`.
+
+    Raises:
+        Interrupted: Ctrl-C or a signal.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        raise Interrupted(signum, how_to_go_on()) from None
+
+
 def raise_if_stopped() -> None:
     if _came and not _held:
         raise Interrupted(_came)
