@@ -1,11 +1,10 @@
 """Lesson 3, intermediate: Inception, several filter sizes side by side.
 
-Szegedy et al., "Going deeper with convolutions", 2014 (arXiv 1409.4842), here "GoogLeNet"; Szegedy
-et al., "Rethinking the Inception architecture for computer vision", 2015 (arXiv 1512.00567), here
-"Inception-v3".
+Szegedy et al., "Going deeper with convolutions", 2014 (arXiv 1409.4842), here "GoogLeNet", and
+"Rethinking the Inception architecture for computer vision", 2015 (1512.00567): "Inception-v3".
 
 The idea in one sentence: do not choose a filter size, use them all at once and let the next layer
-choose, and pay for it with 1x1 convolutions that first narrow what the large filters read.
+choose; 1x1 convolutions narrow what the large filters read, and so make it affordable.
 
     python 03_inception_intermediate.py                            # trains: digits on a CPU
     python 03_inception_intermediate.py --experiment auxiliary     # do side classifiers help?
@@ -14,33 +13,31 @@ choose, and pay for it with 1x1 convolutions that first narrow what the large fi
     python 03_inception_intermediate.py --model inception_v3 --summary
 
 Measured on one thread of an AMD EPYC that others used too, torch 2.14: googlenet on digits (8 px,
-10 epochs, seeds 0 to 2) tests at 99.16, 98.61 and 98.89%, 147 s of training.
-
-What the experiments gave stands at the end of the file, so that you can guess first.
+10 epochs, seeds 0 to 2) tests at 99.16, 98.61 and 98.89%, 147 s of training. What the experiments
+gave stands at the end of the file, so that you can guess first.
 """
 
 # %% [markdown]
 # **You will** write the Inception module and the loss of a net with several classifiers, and test
-# what the reductions, the branches and the side classifiers are worth. **You need** lesson 1's loop
-# and lesson 2's BatchNorm. **Time**: 30 minutes to read, 2 to run, 8 for the experiments, about 90
-# minutes for the exercises.
+# what reductions, branches and side classifiers are worth. **You need** lessons 1 and 2. **Time**:
+# 30 minutes to read, 3 to run, 11 for the experiments, about 90 for the exercises.
 #
-# <details><summary>1. What does a 1x1 convolution compute?</summary>At each place a weighted sum
-# over the channels; it sees no neighbours.</details>
-# <details><summary>2. Why does one stand in front of the 5x5?</summary>It narrows what the 5x5
-# reads, and with it the multiply-adds.</details>
-# <details><summary>3. Two 3x3 see as much as one 5x5. What do they cost?</summary>18 parts of 25,
-# at equal channels.</details>
-# <details><summary>4. What becomes of the auxiliary classifiers in a test?</summary>They are not
-# used: they only add to the loss in training.</details>
-# <details><summary>5. Which targets has label smoothing of 0.1 for ten classes?</summary>0.91 for
-# the right class, 0.01 for each of the others.</details>
+# <details><summary>1. What is a 1x1 convolution?</summary>A linear layer at each place.</details>
+# <details><summary>2. Why a 1x1 before the 5x5?</summary>It narrows what the 5x5 reads.</details>
+# <details><summary>3. Two 3x3 see as much as one 5x5. What do they cost?</summary>18/25.</details>
+# <details><summary>4. And the auxiliary classifiers in a test?</summary>Not used.</details>
+# <details><summary>5. Targets for ten classes, smoothed by 0.1?</summary>0.91 and 0.01.</details>
 
 # %% [markdown]
 # ## The problem, and the one equation
 #
-# A dog may fill the image or a corner of it: which filter size is right? VGG stacks 3x3 and pays
-# 138 million parameters. Inception runs 1x1, 3x3, 5x5 and a pool side by side and concatenates:
+# A $k \times k$ convolution from $C$ to $D$ channels is a linear layer that reads the $k \times k$
+# places around each place of a map. Its $k^2 C D$ weights are the same at all places, so each place
+# takes $k^2 C D$ multiply-adds. A max-pool gives the largest value that it reads.
+#
+# A dog may fill the image or a corner of it: which filter size is right? VGG-16 stacks 3x3 and pays
+# 15.5 billion multiply-adds an image. GoogLeNet runs 1x1, 3x3, 5x5 and a pool side by side,
+# concatenates what they give, and pays 1.5 billion:
 #
 #         input ─┬─ 1x1 ─────────────────┬─ concatenate ── output
 #                ├─ 1x1 reduce ── 3x3 ───┤
@@ -48,10 +45,9 @@ What the experiments gave stands at the end of the file, so that you can guess f
 #                └─ 3x3 max-pool ── 1x1 ─┘
 #
 #         image ─ stem ─ [3a 3b] ─ pool ─ [4a 4b 4c 4d 4e] ─ pool ─ [5a 5b] ─ head
-#                  H/8     H/8             H/16 └ aux   └ aux        H/32
+#                 H/8              H/16    └ aux    └ aux    H/32
 #
-# That is affordable only because a 1x1 convolution first reduces $C$ channels to $r$. At each place
-# a $k \times k$ convolution with $D$ outputs then takes, in multiply-adds,
+# For that a 1x1 first reduces $C$ channels to $r$. The two take, in multiply-adds at each place,
 #
 # $$C r + k^2 r D \quad\text{instead of}\quad k^2 C D$$
 #
@@ -86,25 +82,22 @@ class Config(TrainConfig):
 config = parse_flags(Config) if __name__ == "__main__" else Config()
 
 # %%
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from itertools import groupby
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import plotting
-from common.branches import draw_branches, look_at_branches
+from common.branches import draw_branches, gradients, look_at_branches
 from common.classifier import SideClassifiers  # nn.Module; last layers are replaceable
-from common.data import Data, load_data
+from common.data import load_data
 from common.engine.device import memory_format
 from common.engine.errors import UserError
 from common.evaluation import evaluate
-from common.experiments import Arm, Claim, Experiment, Trial, conclude, run_experiment
+from common.experiments import Arm, Claim, Experiment, conclude, run_experiment
 from common.live import digits, live, show
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, count_parameters, profile
@@ -113,6 +106,9 @@ from common.training import fit, make_optimizer, make_schedule, train_one_epoch
 
 # %% [markdown]
 # ## The convolution: every one is followed by BatchNorm and ReLU
+#
+# BatchNorm gives each channel mean 0 and deviation 1 over the batch, then a scale and a shift that
+# are learned. ReLU replaces what is negative by zero.
 
 
 # %%
@@ -120,8 +116,8 @@ class ConvBnReLU(nn.Sequential):
     """Convolution, BatchNorm, ReLU; the resolution stays unless stride or padding change it.
     (N, C_in, H, W) -> (N, C_out, H/stride, W/stride)
 
-    NOTE: GoogLeNet predates BatchNorm and had a bias instead: `batch_norm=False`. torchvision
-    trains it with BatchNorm (Ioffe and Szegedy 2015); epsilon 0.001 is the authors'.
+    NOTE: GoogLeNet predates BatchNorm and has a bias instead: `batch_norm=False`. The weights that
+    were published later have BatchNorm (Ioffe and Szegedy 2015), with an epsilon of 0.001.
 
     >>> ConvBnReLU(64, 96, (1, 7))(torch.zeros(2, 64, 8, 8)).shape
     torch.Size([2, 96, 8, 8])
@@ -131,13 +127,10 @@ class ConvBnReLU(nn.Sequential):
                  stride: int = 1, padding: int | None = None,
                  batch_norm: bool = True) -> None:  # fmt: skip
         kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        same = (kernel[0] // 2, kernel[1] // 2)  # the padding that keeps height and width
-        padding = same if padding is None else padding
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=not batch_norm),
-            nn.BatchNorm2d(out_channels, eps=0.001) if batch_norm else nn.Identity(),
-            nn.ReLU(),
-        )
+        padding = tuple(k // 2 for k in kernel) if padding is None else padding  # keeps H and W
+        conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=not batch_norm)
+        norm = nn.BatchNorm2d(out_channels, eps=0.001) if batch_norm else nn.Identity()
+        super().__init__(conv, norm, nn.ReLU())
 
 
 # %% [markdown]
@@ -151,12 +144,15 @@ if live():
 
 # %% [markdown]
 # ## The idea: do not choose a filter size, use them all
+#
+# First without reductions: the large filters read all channels. The paper calls this naive: a 5x5
+# on many channels is expensive, and the pool passes on all that it reads, so that each module is
+# wider than the one before. Then with them, the module of GoogLeNet.
 
 
 # %%
 class Branches(nn.Module):
-    """Run every branch on the same input and concatenate what they give along the channels.
-    (N, C_in, H, W) -> (N, sum of the branches' C_out, h, w)
+    """Concatenate what each branch makes of x: (N, C_in, H, W) -> (N, sum of their C_out, h, w).
 
     >>> Branches(ConvBnReLU(16, 8, 1), ConvBnReLU(16, 24, 3))(torch.zeros(2, 16, 8, 8)).shape
     torch.Size([2, 32, 8, 8])
@@ -180,43 +176,27 @@ class Widths(NamedTuple):
     conv5x5: int
     pool_proj: int
 
-    @property
-    def out_channels(self) -> int:
-        return self.conv1x1 + self.conv3x3 + self.conv5x5 + self.pool_proj
 
-    def times(self, width_mult: float) -> "Widths":
-        return Widths(*(round(width * width_mult) for width in self))
-
-
-# %% [markdown]
-# First without reductions: the large filters read all channels. The paper calls it naive, since a
-# pool can't narrow anything: each module passes on all that it read, and adds to it. Then with
-# them, the module of GoogLeNet.
-
-
-# %%
 class Direct(Branches):
-    """The module without reductions.  GoogLeNet, fig. 2(a), if not `project_pool`.
-    (N, C_in, H, W) -> (N, widths.out_channels, H, W); unprojected, the pool gives C_in of them.
+    """The module without reductions; if not `project_pool`, the naive one of GoogLeNet, fig. 2(a).
+    (N, C_in, H, W) -> (N, C_out, H, W), of which the unprojected pool gives C_in.
 
-    >>> widths = Widths(64, 96, 128, 16, 32, 32)
-    >>> Direct(192, widths, project_pool=False)(torch.zeros(2, 192, 28, 28)).shape
-    torch.Size([2, 416, 28, 28])
+    >>> Direct(192, Widths(64, 96, 128, 16, 32, 32), False)(torch.zeros(2, 192, 8, 8)).shape
+    torch.Size([2, 416, 8, 8])
     """
 
     def __init__(self, in_channels: int, widths: Widths, project_pool: bool = True) -> None:
-        conv, pool = partial(ConvBnReLU, in_channels), [nn.MaxPool2d(3, stride=1, padding=1)]
-        pool += [conv(widths.pool_proj, 1)] if project_pool else []
-        rows = (widths.conv1x1, 1), (widths.conv3x3, 3), (widths.conv5x5, 5)
-        super().__init__(*(conv(*row) for row in rows), nn.Sequential(*pool))
+        ones, _, threes, _, fives, project = widths
+        conv, pool = partial(ConvBnReLU, in_channels), nn.MaxPool2d(3, stride=1, padding=1)
+        last = nn.Sequential(pool, conv(project, 1)) if project_pool else pool
+        super().__init__(conv(ones, 1), conv(threes, 3), conv(fives, 5), last)
 
 
 class Inception(Branches):
-    """GoogLeNet's module.  GoogLeNet, fig. 2(b).
-    (N, C_in, H, W) -> (N, widths.out_channels, H, W)
+    """GoogLeNet, fig. 2(b): (N, C_in, H, W) -> (N, conv1x1 + conv3x3 + conv5x5 + pool_proj, H, W).
 
-    NOTE: torchvision's third branch has a 3x3 where the paper has a 5x5, a slip that its published
-    weights have made permanent. The default matches it; `five_by_five=True` builds the paper's.
+    NOTE: the published weights, torchvision's too, have by a slip a 3x3 where the paper has a 5x5.
+    The default matches them; `five_by_five=True` builds the paper's.
 
     >>> module = Inception(192, Widths(64, 96, 128, 16, 32, 32), five_by_five=True)
     >>> module(torch.zeros(2, 192, 28, 28)).shape
@@ -245,32 +225,24 @@ class Inception(Branches):
 if live():
     x, widths = torch.zeros(1, 192, 28, 28), Widths(64, 96, 128, 16, 32, 32)
     for module in (Inception(192, widths), Direct(192, widths, project_pool=False)):
-        macs = count_macs(module, (192, 28, 28)) / 1e6
-        print([branch(x).shape[1] for branch in module.branches], f"{macs:.0f} M multiply-adds")
+        print([branch(x).shape[1] for branch in module.branches], count_macs(module, (192, 28, 28)))
 
 # %% [markdown]
 # ## Inception-v3: the same idea with factorised filters
 #
 # Two 3x3 convolutions see as much as one 5x5 and cost 18/25 of it; a 1x7 and a 7x1 see as much as a
-# 7x7 and cost 14/49. Each resolution has its own module (A, C, E), and between them a reduction
-# halves the resolution without losing channels (B, D). The letters are torchvision's.
+# 7x7 and cost 14/49. Each resolution has its own module: A, C, or E, with the most channels.
+# Between them a reduction (B, D) halves the map and adds channels. Letters are torchvision's.
 
 
 # %%
-def chain(in_channels: int, *rows: tuple) -> nn.Sequential:
-    """Convolutions in a row, each told (out_channels, kernel_size, stride, padding).
-
-    >>> chain(192, (48, 1), (64, 5), (96, 3, 2, 0))(torch.zeros(2, 192, 9, 9)).shape
-    torch.Size([2, 96, 4, 4])
-    """
-    widths = [in_channels, *(row[0] for row in rows)]
-    return nn.Sequential(*(ConvBnReLU(width, *row) for width, row in zip(widths, rows)))
-
-
-def average_pool(in_channels: int, out_channels: int) -> nn.Sequential:
-    """The branch that A, C and E have: (N, C_in, H, W) -> (N, C_out, H, W)."""
-    pool = nn.AvgPool2d(3, stride=1, padding=1)
-    return nn.Sequential(pool, *chain(in_channels, (out_channels, 1)))
+def chain(in_channels: int, *rows: tuple | nn.Module) -> nn.Sequential:
+    """Layers in a row; a tuple is a convolution: (out_channels, kernel_size, stride, padding)."""
+    layers = nn.Sequential()
+    for row in rows:
+        layers.append(ConvBnReLU(in_channels, *row) if isinstance(row, tuple) else row)
+        in_channels = row[0] if isinstance(row, tuple) else in_channels
+    return layers
 
 
 class Reduction(Branches):
@@ -282,25 +254,18 @@ class Reduction(Branches):
     """
 
     def __init__(self, in_channels: int, short: list[tuple], long: list[tuple]) -> None:
-        pool = nn.MaxPool2d(3, stride=2)
-        super().__init__(chain(in_channels, *short), chain(in_channels, *long), pool)
+        branches = short, long, [nn.MaxPool2d(3, stride=2)]
+        super().__init__(*(chain(in_channels, *branch) for branch in branches))
 
 
 class InceptionA(Branches):
-    """35x35: 1x1, 5x5, two 3x3, pool.  Inception-v3, fig. 5.
-    (N, C_in, H, W) -> (N, 224 + pool_proj, H, W)
-
-    NOTE: the paper's figure replaces every 5x5 by two 3x3; the authors' code kept one 5x5 branch
-    beside them.
-    """
+    """35x35.  Inception-v3, fig. 5.  (N, C_in, H, W) -> (N, 224 + pool_proj, H, W)"""
 
     def __init__(self, in_channels: int, pool_proj: int) -> None:
-        super().__init__(
-            chain(in_channels, (64, 1)),
-            chain(in_channels, (48, 1), (64, 5)),
-            chain(in_channels, (64, 1), (96, 3), (96, 3)),
-            average_pool(in_channels, pool_proj),
-        )
+        five = [(48, 1), (64, 5)]  # NOTE: as in the authors' code; the figure has a 3x3
+        pool = [nn.AvgPool2d(3, stride=1, padding=1), (pool_proj, 1)]
+        branches = [(64, 1)], five, [(64, 1), (96, 3), (96, 3)], pool
+        super().__init__(*(chain(in_channels, *branch) for branch in branches))
 
 
 class InceptionC(Branches):
@@ -312,30 +277,20 @@ class InceptionC(Branches):
     """
 
     def __init__(self, in_channels: int, width: int) -> None:
-        wide, tall = (width, (1, 7)), (width, (7, 1))
-        super().__init__(
-            chain(in_channels, (192, 1)),
-            chain(in_channels, (width, 1), wide, (192, (7, 1))),
-            chain(in_channels, (width, 1), tall, wide, tall, (192, (1, 7))),
-            average_pool(in_channels, 192),
-        )
+        first, wide, tall = (width, 1), (width, (1, 7)), (width, (7, 1))
+        once, twice = [first, wide, (192, (7, 1))], [first, tall, wide, tall, (192, (1, 7))]
+        branches = [(192, 1)], once, twice, [nn.AvgPool2d(3, stride=1, padding=1), (192, 1)]
+        super().__init__(*(chain(in_channels, *branch) for branch in branches))
 
 
 class InceptionE(Branches):
-    """8x8: branches that split once more; a small map affords it.  Inception-v3, fig. 7.
-    (N, C_in, H, W) -> (N, 2048, H, W)
-    """
+    """8x8: two branches split.  Inception-v3, fig. 7.  (N, C_in, H, W) -> (N, 2048, H, W)"""
 
     def __init__(self, in_channels: int) -> None:
-        def split() -> Branches:
-            return Branches(ConvBnReLU(384, 384, (1, 3)), ConvBnReLU(384, 384, (3, 1)))
-
-        super().__init__(
-            chain(in_channels, (320, 1)),
-            nn.Sequential(*chain(in_channels, (384, 1)), split()),
-            nn.Sequential(*chain(in_channels, (448, 1), (384, 3)), split()),
-            average_pool(in_channels, 192),
-        )
+        conv, pool = partial(ConvBnReLU, 384, 384), nn.AvgPool2d(3, stride=1, padding=1)
+        split, again = (Branches(conv((1, 3)), conv((3, 1))) for _ in range(2))
+        branches = [(320, 1)], [(384, 1), split], [(448, 1), (384, 3), again], [pool, (192, 1)]
+        super().__init__(*(chain(in_channels, *branch) for branch in branches))
 
 
 # %% [markdown]
@@ -353,17 +308,15 @@ if live():
 # ## Auxiliary classifiers: let the middle of the net feel the loss too
 #
 # Before BatchNorm it was in doubt whether enough gradient reaches the first of 22 layers. The
-# remedy of 2014: a small classifier half-way, whose loss is added during training and which is
-# thrown away afterwards. The experiment `auxiliary` asks whether it helps.
+# remedy of 2014: two small classifiers on the way, whose losses, times 0.3, are added in training
+# only. A loss is the cross-entropy $-\ln p$, with $p$ the probability given to the right class.
 
 
 # %%
 class AuxiliaryHead(nn.Sequential):
-    """GoogLeNet's side classifier.  GoogLeNet, sec. 5.
-    (N, C_in, H, W) -> (N, num_classes), from a map of any size.
+    """GoogLeNet's side classifier, sec. 5: (N, C_in, H, W) -> (N, num_classes), of any H and W.
 
-    NOTE: the paper pools 14x14 to 4x4 with windows of 5 and stride 3, which only fits that map.
-    Adaptive pooling, torchvision's choice, gives 4x4 from every size.
+    NOTE: the paper makes 4x4 of 14x14, by windows of 5; here, as in torchvision, of any size.
 
     >>> AuxiliaryHead(512, 10)(torch.zeros(2, 512, 14, 14)).shape
     torch.Size([2, 10])
@@ -378,8 +331,7 @@ class AuxiliaryHead(nn.Sequential):
 
 
 class AuxiliaryHeadV3(nn.Sequential):
-    """Inception-v3's side classifier.  Inception-v3, fig. 8.
-    (N, C_in, H, W) -> (N, num_classes), from a map of any size.
+    """Inception-v3's side classifier, fig. 8: (N, C_in, H, W) -> (N, num_classes), of any size.
 
     >>> AuxiliaryHeadV3(768, 10)(torch.zeros(2, 768, 17, 17)).shape
     torch.Size([2, 10])
@@ -387,14 +339,12 @@ class AuxiliaryHeadV3(nn.Sequential):
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         convs = chain(in_channels, (128, 1), (768, 5, 1, 0))  # a 5x5 map becomes 1x1
-        classifier = nn.Linear(768, num_classes)
-        super().__init__(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
+        super().__init__(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(768, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        if min(x.shape[2:]) >= 17:
-            return super().forward(F.avg_pool2d(x, 5, stride=3))  # 17x17 -> 5x5, as published
-        # NOTE: images below 299 pixels leave too small a map for that; pool it to the same 5x5.
-        return super().forward(F.adaptive_avg_pool2d(x, 5))
+        # NOTE: the published pooling makes 5x5 of 17x17. Images below 299 pixels have smaller maps.
+        large = min(x.shape[2:]) >= 17
+        return super().forward(F.avg_pool2d(x, 5, 3) if large else F.adaptive_avg_pool2d(x, 5))
 
 
 class AuxiliaryLoss(nn.Module):
@@ -430,33 +380,29 @@ if live():
 # %% [markdown]
 # ## Label smoothing: not quite so sure
 #
-# It came with Inception-v3 (sec. 7). A target of exactly 1 can only be reached by a logit that
-# grows without end. So a share $\epsilon$ of each label is spread evenly over all $K$ classes:
+# It came with Inception-v3 (sec. 7). For a probability of 1 the logit, what the last layer gives,
+# must grow without end. So a share $\epsilon$ of the label is spread evenly over all $K$ classes:
 #
-# $$q_k = (1 - \epsilon)\,[k = y] + \epsilon / K$$
+# $$\text{loss} = -\sum_k q_k \ln p_k \qquad q_k = (1 - \epsilon)\,[k = y] + \epsilon / K$$
 #
 # By hand, $\epsilon = 0.1$ and $K = 10$: the right class has the target 0.91, each other 0.01. A
 # net that answers just so pays the least, $-0.91 \ln 0.91 - 9 \cdot 0.01 \ln 0.01 = 0.50$. One that
 # is far surer, 0.9991 and nine times 0.0001, pays 0.83; without smoothing it would pay 0.001. The
-# paper gained 0.2 points with it; try `--label-smoothing 0.1`.
-#
-# **Say it first**: what does the net that answers 0.91 pay without smoothing?
+# paper gained 0.2 points with it; try `--label-smoothing 0.1`. **Say it first**: what does the net
+# that answers 0.91 pay without smoothing?
 
 # %%
 if live():
     for others in (0.01, 0.0001):
         answer = torch.full((1, 10), others)
-        answer[0, 3] = 1 - 9 * others
-        print([F.cross_entropy(answer.log(), torch.tensor([3]), label_smoothing=e).item()
-               for e in (0.1, 0)])  # fmt: skip
+        answer[0, 3], target = 1 - 9 * others, torch.tensor([3])
+        print([F.cross_entropy(answer.log(), target, label_smoothing=e).item() for e in (0.1, 0)])
 
 # %% [markdown]
 # ## The papers' tables as data
 
 # %%
-Row = Widths | Callable[[], nn.Module]  # a module; the digit of its name is that of its stage
-
-TABLE: dict[str, dict[str, Row]] = {
+TABLE: dict[str, dict[str, Widths | Callable[[], nn.Module]]] = {
     # GoogLeNet, table 1:  #1x1, #3x3 reduce, #3x3, #5x5 reduce, #5x5, pool proj
     "googlenet": {
         "3a": Widths(64, 96, 128, 16, 32, 32),  # 28x28 on 224x224 images
@@ -474,16 +420,14 @@ TABLE: dict[str, dict[str, Row]] = {
         "5b": partial(InceptionA, 192, pool_proj=32),  # 35x35 on 299x299 images
         "5c": partial(InceptionA, 256, pool_proj=64),
         "5d": partial(InceptionA, 288, pool_proj=64),
-        # B, from here on 17x17
-        "6a": partial(Reduction, 288, [(384, 3, 2, 0)], [(64, 1), (96, 3), (96, 3, 2, 0)]),
-        "6b": partial(InceptionC, 768, width=128),
+        "6a": partial(Reduction, 288, [(384, 3, 2, 0)], [(64, 1), (96, 3), (96, 3, 2, 0)]),  # B
+        "6b": partial(InceptionC, 768, width=128),  # 17x17
         "6c": partial(InceptionC, 768, width=160),
         "6d": partial(InceptionC, 768, width=160),
         "6e": partial(InceptionC, 768, width=192),
-        # D, from here on 8x8
         "7a": partial(Reduction, 768, [(192, 1), (320, 3, 2, 0)],
-                      [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)]),
-        "7b": partial(InceptionE, 1280),
+                      [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)]),  # D
+        "7b": partial(InceptionE, 1280),  # 8x8
         "7c": partial(InceptionE, 2048),
     },
 }  # fmt: skip
@@ -491,44 +435,35 @@ TABLE: dict[str, dict[str, Row]] = {
 # %% [markdown]
 # ## The model: stem, stages, head, and auxiliary heads on the side
 #
-# `small_input` is for images of 32 pixels and less: it keeps the layers of the stem, but drops its
-# strides and pools. NOTE: the papers have no such form; for 79 pixels that of 2015 (sec. 9) drops
-# one stride and one pool.
+# `small_input`, for 32 pixels and less: the stem has no strides and no pools, GoogLeNet's 7x7 is a
+# 3x3. NOTE: ours; for 79 pixels Inception-v3 (sec. 9) drops one stride and one pool.
 
 
 # %%
 class InceptionNet(SideClassifiers):
     """(N, 3, H, W) -> (N, num_classes); in training with auxiliary heads (logits, aux logits, ...).
 
-    Args:
-        stem: the plain convolutions that come first.
-        modules: by name ("3a", "3b", ...), whose digit tells the stage; a pool may be among them.
-        features: channels of the last map; `dropout` is the share of them that is dropped.
-        aux_heads: auxiliary heads by the name of the module whose output they read; empty for none.
-        aux_weight: what an auxiliary loss counts beside the main one, see `AuxiliaryLoss`.
-        transform_input: `rescale` the image to -1 ... 1, as the official checkpoints need it.
+    The digit of a module's name ("3a", "3b", ...) is that of its stage, and an auxiliary head has
+    the name of the module that it reads. `dropout` is the share of the last `features` that is
+    dropped; `transform_input` rescales images to -1 ... 1, as the official checkpoints need it.
     """
 
     def __init__(self, stem: nn.Module, modules: dict[str, nn.Module], features: int,
                  num_classes: int, dropout: float, aux_heads: dict[str, nn.Sequential],
                  aux_weight: float, transform_input: bool) -> None:  # fmt: skip
         super().__init__()
-        self.stem, self.stages = stem, nn.Sequential()
-        for _, stage in groupby(modules.items(), key=lambda item: item[0][0]):
-            self.stages.append(nn.Sequential(OrderedDict(stage)))
+        stages = {name[0]: nn.Sequential() for name in modules}
+        for name, module in modules.items():
+            stages[name[0]].add_module(name, module)
+        self.stem, self.stages = stem, nn.Sequential(*stages.values())
         pool, classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(features, num_classes)
         self.head = nn.Sequential(pool, nn.Flatten(), nn.Dropout(dropout), classifier)
         self.aux_heads, self.aux_weight = nn.ModuleDict(aux_heads), aux_weight
         self.transform_input = transform_input
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """He initialisation by fan-in, so that a reduction keeps the scale of what it reads."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):  # He et al. 2015
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")  # fan-in keeps the scale
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C, h, w), the last map: 1/32 of the resolution, 1/4 if small."""
@@ -545,14 +480,12 @@ class InceptionNet(SideClassifiers):
         return self.head(x), *aux_logits
 
 
-# %%
 def googlenet(num_classes: int = 1000, small_input: bool = False, aux: bool = True,
               transform_input: bool = False, five_by_five: bool = False, batch_norm: bool = True,
               width_mult: float = 1.0, dropout: float = 0.4) -> InceptionNet:  # fmt: skip
     """GoogLeNet, table 1. `width_mult` thins the stem and the modules, not the auxiliary heads.
 
-    NOTE: the response normalisation is left out, as in torchvision, whose last pool has a window of
-    2; the paper's has 3.
+    NOTE: as torchvision's, no response normalisation, and a last pool of 2x2; the paper's is 3x3.
 
     >>> googlenet(aux=False).stages[1](torch.zeros(1, 480, 28, 28)).shape
     torch.Size([1, 832, 14, 14])
@@ -560,44 +493,38 @@ def googlenet(num_classes: int = 1000, small_input: bool = False, aux: bool = Tr
     conv = partial(ConvBnReLU, batch_norm=batch_norm)
     pool = partial(nn.MaxPool2d, stride=2, ceil_mode=True)
     width, in_channels = round(64 * width_mult), round(192 * width_mult)
-    layers = [conv(3, width, 3 if small_input else 7, stride=1 if small_input else 2)]
-    layers += [] if small_input else [pool(3)]  # 224x224 pixels are 112x112 before it, 56x56 after
-    layers += [conv(width, width, 1), conv(width, in_channels, 3)]
-    layers += [] if small_input else [pool(3)]  # 28x28
+    stem = [conv(3, width, 3)] if small_input else [conv(3, width, 7, 2), pool(3)]  # 112x112, 56x56
+    stem += [conv(width, width, 1), conv(width, in_channels, 3)]
+    stem += [] if small_input else [pool(3)]  # 28x28
     modules, aux_heads = {}, {}
     for name, row in TABLE["googlenet"].items():
         if name in ("4a", "5a"):
             modules[f"{name[0]}pool"] = pool(3 if name == "4a" else 2)
-        widths = row.times(width_mult)
+        widths = Widths(*(round(width * width_mult) for width in row))
         modules[name] = Inception(in_channels, widths, five_by_five, conv)
-        in_channels = widths.out_channels
+        in_channels = widths.conv1x1 + widths.conv3x3 + widths.conv5x5 + widths.pool_proj
         if aux and name in ("4a", "4d"):
             aux_heads[name] = AuxiliaryHead(in_channels, num_classes, conv)
     head = in_channels, num_classes, dropout
-    return InceptionNet(nn.Sequential(*layers), modules, *head, aux_heads, 0.3, transform_input)
+    return InceptionNet(nn.Sequential(*stem), modules, *head, aux_heads, 0.3, transform_input)
 
 
 def inception_v3(num_classes: int = 1000, small_input: bool = False, aux: bool = True,
                  transform_input: bool = False, dropout: float = 0.2) -> InceptionNet:  # fmt: skip
-    """Inception-v3, table 1 and sec. 6, as in the authors' code.
-
-    The auxiliary loss counts 0.4 and a fifth of the last features is dropped: the paper says
-    neither, its authors' training code (TensorFlow models, inception_model.py) both.
+    """Inception-v3, table 1 and sec. 6, as in the authors' code (TensorFlow models). Only the code
+    says that the auxiliary loss counts 0.4 and that a fifth of the last features is dropped.
 
     >>> inception_v3(aux=False).forward_features(torch.zeros(1, 3, 107, 107)).shape
     torch.Size([1, 2048, 2, 2])
     """
     if small_input:
         stem = chain(3, (32, 3), (32, 3), (64, 3), (80, 1), (192, 3))
-    else:
-        first = chain(3, (32, 3, 2, 0), (32, 3, 1, 0), (64, 3))  # 299x299 -> 149, 147, 147
-        second = chain(64, (80, 1), (192, 3, 1, 0))  # 73x73 -> 73, 71
-        pools = nn.MaxPool2d(3, stride=2), nn.MaxPool2d(3, stride=2)
-        stem = nn.Sequential(*first, pools[0], *second, pools[1])  # 35x35
+    else:  # 299x299 -> 149, 147, 147, 73; 73, 71, 35
+        stem = chain(3, (32, 3, 2, 0), (32, 3, 1, 0), (64, 3), nn.MaxPool2d(3, stride=2),
+                     (80, 1), (192, 3, 1, 0), nn.MaxPool2d(3, stride=2))  # fmt: skip
     modules = {name: module() for name, module in TABLE["inception_v3"].items()}
     aux_heads = {"6e": AuxiliaryHeadV3(768, num_classes)} if aux else {}
-    head = 2048, num_classes, dropout
-    return InceptionNet(stem, modules, *head, aux_heads, 0.4, transform_input)
+    return InceptionNet(stem, modules, 2048, num_classes, dropout, aux_heads, 0.4, transform_input)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"googlenet": googlenet, "inception_v3": inception_v3}
@@ -618,21 +545,20 @@ if live():
 # %% [markdown]
 # ## One run, from data to report
 #
-# Flat and explicit: this is the whole recipe. What is new to this lesson is the loss: in training
-# the model returns a tuple, and `AuxiliaryLoss` adds it up.
+# Flat and explicit: this is the whole recipe. New is the loss: in training the model returns a
+# tuple, and `AuxiliaryLoss` adds it up. `fit` repeats the loop of lesson 1 once an epoch.
+#
+# **Say it first**: at which line of that loop does the tuple of logits become one number?
 
 
 # %%
 def build(config: Config, num_classes: int) -> InceptionNet:
     """The model that the flags ask for; a UserError if they are GoogLeNet's and the model isn't."""
-    names = ("five_by_five", "batch_norm", "width_mult")
-    own = {name: getattr(config, name) for name in names}
-    if config.model != "googlenet":
-        if wrong := [name for name in names if own[name] != getattr(Config, name)]:
-            raise UserError(f"--{wrong[0].replace('_', '-')}: only googlenet has it")
-        own = {}
-    net = partial(MODELS[config.model], num_classes, config.small_input, config.aux)
-    return net(**own)
+    own = {name: getattr(config, name) for name in ("five_by_five", "batch_norm", "width_mult")}
+    own = {name: value for name, value in own.items() if value != getattr(Config, name)}
+    if own and config.model != "googlenet":
+        raise UserError(f"--{next(iter(own)).replace('_', '-')}: only googlenet has it")
+    return MODELS[config.model](num_classes, config.small_input, config.aux, **own)
 
 
 def run(config: Config) -> dict[str, object]:
@@ -661,27 +587,33 @@ def run(config: Config) -> dict[str, object]:
     return run.finish(model, data, history, test, cost)
 
 
-# %% [markdown]
-# `fit` repeats the loop of lesson 1 once an epoch: forward, loss, backward, step.
-#
-# **Say it first**: at which line does the tuple of logits become one number?
-
 # %%
 if live():
     show(train_one_epoch)
 
 # %% [markdown]
-# ## Experiment: do the auxiliary classifiers help?
+# ## Three experiments
 #
-# The paper of 2014 adds them against vanishing gradients; that of 2015 (sec. 4) finds that they
-# change little early in training, and supposes that they regularise. Between the two came
-# BatchNorm. So train four thin nets: with and without it, with and without auxiliary classifiers,
-# each at its own best of three rates, since without BatchNorm a net needs a far lower one.
+# **`auxiliary`: do the side classifiers help?** GoogLeNet has them to bring gradient to its first
+# layers, and against overfitting. Inception-v3 (sec. 4) finds no gain early in training and a small
+# one at the end: they only regularise. Between the two came BatchNorm. So train four thin nets,
+# with and without it, with and without such heads, each at its own best of three rates, far lower
+# without BatchNorm. The last classifier alone is judged. Three losses bring more gradient than one,
+# so gradients are divided by the loss. Beforehand: two points of accuracy matter without BatchNorm,
+# where seeds differ much, one with it, and a tenth more gradient (0.1 in its logarithm).
 #
-# The last classifier alone is judged. A loss that counts 1.6 times has 1.6 times the gradient, so
-# gradients are divided by the loss. Beforehand: two points of accuracy matter without BatchNorm,
-# where nets differ much from seed to seed, one point with it, and a tenth more gradient (0.1 in its
-# logarithm).
+# **`branches`: which one does the work?** Look into each module of a trained thin GoogLeNet, on
+# images that it has not learned from. Each branch has a share of the *channels*, which the table
+# fixed; of the *output*, as a sum of squares; and of the *gradient* that comes back to the input.
+# Only a fourth measure is about cause: the validation loss that is added when the branch is
+# *silenced*, giving zeros. Beforehand: a share tells a branch's worth if its rank correlation with
+# that loss is above 0.5 (1: the same order, 0: no relation). The 3x3 branches are missed most if
+# silencing one adds 0.1 more, on average over the modules, than silencing any other kind. **Say
+# it first**: they have 44% of the channels. Which share of the output?
+#
+# **`bottleneck`: what do the 1x1 convolutions save?** Nothing is trained: arithmetic and a clock,
+# for every module of the paper's table on the maps of a 224x224 image: *reduced*, as published;
+# *direct*, with the 3x3 and 5x5 on the module's whole input; *naive*, with an unprojected pool too.
 
 
 # %%
@@ -699,66 +631,23 @@ def trial_loss(config: Config) -> AuxiliaryLoss:
     return AuxiliaryLoss(nn.CrossEntropyLoss(label_smoothing=config.label_smoothing), weight=0.3)
 
 
-def gradients(model: InceptionNet, data: Data, loss_fn: nn.Module) -> dict[str, object]:
-    """Norms of the untrained net's gradient for one batch, over the loss: of the first layer, and
-    of the stem and each module.
-    """
-    x, y = next(iter(data.train.batches()))
-    loss = loss_fn(model.train()(x), y)
-    loss.backward()
-    parts = [model.stem, *(m for m in model.modules() if isinstance(m, Branches))]
-    norms = [sum(p.grad.square().sum() for p in part.parameters()).sqrt() for part in parts]
-    return {
-        "log gradient": (next(model.parameters()).grad.norm() / loss).log().item(),
-        "gradient over loss by module, at the start": [(norm / loss).item() for norm in norms],
-    }
-
-
 def auxiliary(config: Config) -> Experiment:
-    """Section 5 of the paper of 2014 and section 4 of that of 2015, at the size of the dataset."""
+    """Section 5 of GoogLeNet and section 4 of Inception-v3, at the size of the dataset."""
     nets = {"no norm": False, "no norm + aux": False, "BatchNorm": True, "BatchNorm + aux": True}
-    rates = (0.005, 0.02, 0.08)
-    arms = [
-        Arm(name, partial(trial_net, config, norm, "aux" in name), loss=trial_loss, rates=rates)
-        for name, norm in nets.items()
-    ]
-    plain, plain_aux, normed, normed_aux = nets
+    arm = partial(Arm, loss=trial_loss, rates=(0.005, 0.02, 0.08))
+    arms = [arm(n, partial(trial_net, config, norm, "aux" in n)) for n, norm in nets.items()]
     more = "at the start they bring more gradient to the first layer without BatchNorm"
     claims = [
-        Claim("they help the net without BatchNorm", plain_aux, plain, margin=0.02),
-        Claim("they help the net with BatchNorm", normed_aux, normed, margin=0.01),
-        Claim(more, plain_aux, plain, "log gradient", margin=0.1),
+        Claim("they help the net without BatchNorm", "no norm + aux", "no norm", margin=0.02),
+        Claim("they help the net with BatchNorm", "BatchNorm + aux", "BatchNorm", margin=0.01),
+        Claim(more, "no norm + aux", "no norm", "log gradient", margin=0.1),
     ]
     before = partial(gradients, loss_fn=trial_loss(config))
     return Experiment("Auxiliary classifiers, each net at its best rate", arms, claims, before)
 
 
-# %% [markdown]
-# ## Experiment: which branch does the work?
-#
-# Train the thin GoogLeNet, then look into each module on images that it has not learned from. Each
-# branch has a share of the *channels*, which the table fixed; of the *output*, as a sum of squares;
-# and of the *gradient* that comes back to the module's input. Only a fourth measure is about cause:
-# the validation loss that is added when the branch is *silenced*, giving zeros.
-#
-# Does a large share mean an important branch? Beforehand: a rank correlation above 0.5 (1: the same
-# order, 0: no relation) would say so, and the 3x3 branches are missed most if silencing one adds
-# 0.1 more to the loss, on average over the modules, than silencing any other kind.
-#
-# **Say it first**: GoogLeNet gives its 3x3 branches 44% of the channels. Which share of the output?
-
-
-# %%
 def branches(config: Config) -> Experiment:
     """Where the output and the gradient of each module of a trained GoogLeNet come from."""
-
-    def look(trial: Trial, data: Data) -> dict[str, object]:
-        looks = look_at_branches(trial, data)
-        mean = {what: np.mean(looks[what], axis=0) for what in ("output", "gradient", "loss added")}
-        ones, threes, fives, pool = mean["loss added"]
-        shares = {"3x3 of output": mean["output"][1], "3x3 of gradient": mean["gradient"][1]}
-        return {**shares, "3x3 missed more": threes - max(ones, fives, pool), **looks}
-
     net, names = "GoogLeNet", ("1x1", "3x3", "5x5", "pool")
     claims = [
         Claim("the 3x3 branches are missed most", net, 0.0, "3x3 missed more", margin=0.1),
@@ -766,19 +655,11 @@ def branches(config: Config) -> Experiment:
         Claim("those of the gradient do", net, 0.0, "rank by gradient", margin=0.5),
     ]
     arms = [Arm(net, partial(trial_net, config), loss=trial_loss)]
+    look = partial(look_at_branches, branches=names, watched="3x3")
     draw = partial(draw_branches, modules=[*TABLE["googlenet"]], branches=names)
-    heading = "Which branch does the work?"
-    return Experiment(heading, arms, claims, after=look, figure=draw, seeds=7)
+    return Experiment("Which branch does the work?", arms, claims, after=look, figure=draw, seeds=7)
 
 
-# %% [markdown]
-# ## Experiment: what do the 1x1 convolutions save?
-#
-# Nothing is trained: arithmetic and a clock. Three forms of every module of the paper's table, on
-# the maps of a 224x224 image: *reduced* as published; *direct*, with the 3x3 and 5x5 on the
-# module's whole input; and *naive*, where the pool is not projected either.
-
-# %%
 FORMS: dict[str, Callable[[int, Widths], nn.Module]] = {
     "reduced": partial(Inception, five_by_five=True),
     "direct": Direct,
@@ -789,29 +670,27 @@ FORMS: dict[str, Callable[[int, Widths], nn.Module]] = {
 def bottleneck(config: Config) -> dict[str, object]:
     """Multiply-adds and milliseconds of GoogLeNet's nine modules with and without reductions."""
     config, device = prepare(config)
-    run, rows, sums = Run.open(config, LESSON), [], {}
+    run, rows, times = Run.open(config, LESSON), [], {}
     for form, make in FORMS.items():
-        in_channels = round(192 * config.width_mult)
+        channels = round(192 * config.width_mult)
         for name, row in TABLE["googlenet"].items():
-            widths, px = row.times(config.width_mult), {"3": 28, "4": 14, "5": 7}[name[0]]
-            module = make(in_channels, widths).to(device, memory_format=torch.channels_last)
-            cost = profile(module, (in_channels, px, px), seconds=config.clock)
+            widths = Widths(*(round(width * config.width_mult) for width in row))
+            module = make(channels, widths).to(device, memory_format=torch.channels_last)
+            px = {"3": 28, "4": 14, "5": 7}[name[0]]  # of a 224x224 image
+            cost = profile(module, (channels, px, px), seconds=config.clock)
             macs, ms = round(cost.macs / 1e6, 1), round(cost.latency_ms, 2)
-            rows.append({"module": name, "form": form, "channels in": in_channels,
+            rows.append({"module": name, "form": form, "channels in": channels,
                          "parameters": cost.params, "M MACs": macs, "ms": ms})  # fmt: skip
-            unprojected = in_channels - widths.pool_proj if form == "naive" else 0
-            in_channels = widths.out_channels + unprojected
-        sums[form] = np.sum([(row["M MACs"], row["ms"]) for row in rows[-9:]], axis=0)
-    times = {form: sums[form] / sums["reduced"] for form in FORMS}
-    bars = {f"{form}: multiply-adds": more for form, (more, _) in times.items()}
-    bars |= {f"{form}: time": longer for form, (_, longer) in times.items()}
+            channels = module(torch.zeros(1, channels, px, px, device=device)).shape[1]
+        for what, key in (("multiply-adds", "M MACs"), ("time", "ms")):
+            spent, reduced = (sum(row[key] for row in nine) for nine in (rows[-9:], rows[:9]))
+            times[f"{form}: {what}"] = spent / reduced
     heading, unit = "GoogLeNet's nine modules without their reductions", "times the reduced form"
-    run.figure("bottleneck", plotting.bars(bars, unit, heading, fmt="{:.1f}"))
-    told = "{}: {:.1f} times the multiply-adds of the reduced form, {:.1f} times the time here"
-    facts = [told.format(form, *times[form]) for form in ("direct", "naive")]
+    run.figure("bottleneck", plotting.bars(times, unit, heading, fmt="{:.1f}"))
+    facts = [f"{what}: {value:.1f} {unit}" for what, value in list(times.items())[2:]]
     saved = [direct["M MACs"] / row["M MACs"] for row, direct in zip(rows[:9], rows[9:18])]
-    saves = f"{min(saved):.1f} to {max(saved):.1f} times the multiply-adds"
-    return conclude(run, rows, [*facts, f"a module's reductions save {saves}"])
+    saves = f"a module's reductions save {min(saved):.1f} to {max(saved):.1f} times"
+    return conclude(run, rows, [*facts, f"{saves} the multiply-adds"])
 
 
 EXPERIMENTS: dict[str, Callable[[Config], object]] = {
@@ -824,34 +703,25 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # ## What to notice
 #
 # - The training loss starts near $1.6 \ln 10 = 3.7$ and not near $\ln 10 = 2.3$: three classifiers
-#   pay, two of them 0.3. The validation loss is that of the last one alone.
-# - The first validation losses can be absurd while training goes well: in eval mode BatchNorm uses
-#   running averages, and these lag behind weights that move fast.
+#   pay, two of them 0.3. The validation loss is that of the last one alone. At first it can be
+#   absurd: in eval mode BatchNorm uses running averages, which lag behind weights that move fast.
 # - Auxiliary heads hold 4.35 of the 9.95 million parameters of GoogLeNet for ten classes
-#   (`--summary`), and of 1000 classes 6.38 of 13.00. None is there when the net predicts.
-# - torchvision's GoogLeNet has a 3x3 in place of the 5x5: a published result may rest on a slip.
-#
-# **What `bottleneck` gave** in multiply-adds, which are the same on every machine: the nine modules
-# take 1,104 million as published, 3,948 (3.6 times) with the large filters on the whole input, and
-# 12,085 (10.9 times) in the naive form, whose last module gives 4,944 channels where the published
-# one gives 1,024. The reductions save least in 3a (2.4 times) and most in 5a (5.2 times), where the
-# module reads 832 channels. Time need not follow: a few large convolutions use a chip better than
-# many small ones, so compare both bars of the figure.
-#
-# **What `auxiliary` gave** (digits, each net at its best rate of three, one thread of an AMD EPYC;
-# three seeds take 415 s and leave all three claims undecided, so these are six): test 84.5% without
-# norm and 84.3% with auxiliary heads, 97.0% with BatchNorm and 98.7% with both. Without norm -0.2
-# points (97.5% interval -4.0 to 3.7) are undecided; with BatchNorm the heads help, +1.7 (0.6 to
-# 2.8), but not surely by the point that was asked. That they bring more gradient to the first layer
-# *fails*: divided by the size of the loss it is 0.8 times as large (0.7 to 0.9). Each head brings
-# gradient, but a loss as well. Its authors came to think of the heads as regularisers (Szegedy et
-# al. 2016, sec. 4); a gain beside BatchNorm fits that.
-#
-# **What `branches` gave** (digits, seven seeds, 240 s): all three claims hold. Without its 3x3
-# branches a module loses more than without any other, by 0.66 in loss (0.27 to 1.05), nearly all
-# of it in 3a and 3b. The shares of output and of gradient order the branches as the loss does, with
-# rank correlations of 0.69 (0.63 to 0.76) and 0.65 (0.60 to 0.69); the mere number of channels
-# does so as well, 0.68. So a share of the output tells little that the table had not told.
+#   (`--summary`), and of 1000 classes 6.38 of 13.00. None is used when the net predicts.
+# - `bottleneck`, multiply-adds, the same on every machine: the nine modules take 1,104 million as
+#   published, 3,948 (3.6 times) with the large filters on the whole input, and 12,085 (10.9 times)
+#   in the naive form, whose last module gives 4,944 channels instead of 1,024. The reductions save
+#   least in 3a (2.4 times) and most in 5a (5.2 times), which reads 832 channels. Time need not
+#   follow: a few large convolutions use a chip better than many small ones.
+# - `auxiliary` (digits, one thread of an AMD EPYC, six seeds: three, 415 s, leave all undecided):
+#   test 84.5% without norm, with heads 84.3%, -0.2 points (97.5% interval -4.0 to 3.7), undecided;
+#   with BatchNorm 97.0%, with both 98.7%, +1.7 (0.6 to 2.8): they help, but not surely by the point
+#   asked. That they bring more gradient to the first layer *fails*: over the loss it is 0.8 times
+#   as large (0.7 to 0.9): each head brings a loss too. A gain beside BatchNorm fits a regulariser.
+# - `branches` (digits, seven seeds, 240 s): all three claims hold. Without its 3x3 branch a module
+#   loses more than without any other, by 0.66 in loss (0.27 to 1.05), nearly all of it in 3a and
+#   3b. The shares of output and of gradient order the branches much as the loss does, with rank
+#   correlations of 0.69 (0.63 to 0.76) and 0.65 (0.60 to 0.69), but so does the mere number of
+#   channels, 0.68: a share of the output tells little that the table had not told.
 #
 # ## Exercises
 #

@@ -25,8 +25,8 @@ What the experiments gave stands at the end of the file, so that you can guess f
 #
 # <details><summary>1. Why does twice the width cost four times as much, twice the depth only
 # twice?</summary>A wider layer has more filters, and each filter reads more channels.</details>
-# <details><summary>2. Why does MBConv's shortcut join the narrow ends?</summary>What passes between
-# blocks is small that way; the wide middle is cheap, because its filters are depthwise.</details>
+# <details><summary>2. Why does MBConv's shortcut join the narrow ends?</summary>Few channels pass
+# from block to block; the wide middle is cheap, because its filters are depthwise.</details>
 # <details><summary>3. What does squeeze-and-excitation see that a depthwise filter does
 # not?</summary>All channels and all pixels.</details>
 # <details><summary>4. Why does stochastic depth divide by the share that it keeps?</summary>So that
@@ -37,15 +37,15 @@ What the experiments gave stands at the end of the file, so that you can guess f
 # %% [markdown]
 # ## The problem, and the one equation
 #
-# You have a net and twice the time to run it. Make it deeper? Wider? Show it larger images? Each
-# alone helps less and less. A larger image also needs more layers to see across it, and more
+# You have a net, and may spend twice its cost. Make it deeper? Wider? Show it larger images? Each
+# alone helps less and less. A larger image also needs more layers to see all of it, and more
 # channels for its details. So scale all three, by one number $\phi$:
 #
 # $$\text{depth} = \alpha^\phi, \quad \text{width} = \beta^\phi, \quad
 # \text{resolution} = \gamma^\phi, \quad \alpha \cdot \beta^2 \cdot \gamma^2 \approx 2$$
 #
 # Multiply-adds grow with the depth, with the square of the width (channels in times channels out)
-# and with the square of the resolution (rows times columns). So each step of $\phi$ doubles the
+# and with the square of the resolution (rows times columns). So raising $\phi$ by 1 doubles the
 # cost. The paper found $\alpha = 1.2$, $\beta = 1.1$ and $\gamma = 1.15$ by a grid search on its
 # smallest net, B0 (sec. 4, step 1), and grew B1 to B7 out of it (step 2). By hand:
 # $1.2 \cdot 1.1^2 \cdot 1.15^2 = 1.2 \cdot 1.21 \cdot 1.3225 = 1.92$.
@@ -69,11 +69,11 @@ class Config(TrainConfig):
     model: str = knob("efficientnet_mini", "a name of MODELS; also efficientnet_b0 to b7")
     width_mult: float = knob(1.0, "makes the model so many times as wide", low=0.05, high=8)
     depth_mult: float = knob(1.0, "makes the model so many times as deep", low=0.05, high=8)
-    stochastic_depth: float = knob(0.2, "rate at which the last block is dropped", low=0, high=0.95)
+    stochastic_depth: float = knob(0.2, "drop rate of blocks at the net's end", low=0, high=0.95)
     nets: int = knob(16, "search: nets that each trains on a proxy task", low=7, high=1000)
     proxy_epochs: int = knob(3, "search: epochs of such a training", low=1, high=1000)
     budget: float = knob(1.0, "search: target cost, over that of B0's rows", low=0.05, high=100)
-    # At 8 px, the digits' own size, most stages would see two pixels by two, or one.
+    # At 8 px, the digits' own size, most stages would make maps of 2x2 or 1x1.
     RECIPES = {"digits": {"image_size": 16, "epochs": 8, "batch_size": 64, "base_lr": 0.2}}
 
 
@@ -95,8 +95,7 @@ from torch import Tensor, nn
 from common.classifier import Classifier  # nn.Module; head[-1] is the last layer, replaceable
 from common.data import Data, load_data
 from common.evaluation import evaluate
-from common.experiments import Arm, Claim, Experiment, Trial, run_experiment
-from common.experiments import train_trial, trained
+from common.experiments import Arm, Claim, Experiment, Trial, run_experiment, train_trial, trained
 from common.live import digits, live, show
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_macs, count_parameters, profile
@@ -115,10 +114,9 @@ Norm = Callable[[int], nn.Module]  # from a number of channels
 
 
 # %%
-def conv_norm_act(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1,
-    norm: Norm = nn.BatchNorm2d, activation: Callable[[], nn.Module] = nn.SiLU,
-) -> nn.Sequential:  # fmt: skip
+def conv_norm_act(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
+                  groups: int = 1, norm: Norm = nn.BatchNorm2d,
+                  activation: Callable[[], nn.Module] = nn.SiLU) -> nn.Sequential:  # fmt: skip
     """(N, in_channels, H, W) -> (N, out_channels, ceil(H/stride), ceil(W/stride)), for odd kernels.
 
     >>> conv_norm_act(3, 32, 3, stride=2)(torch.zeros(2, 3, 8, 8)).shape
@@ -141,13 +139,12 @@ if live():
 # %% [markdown]
 # ## Squeeze-and-excitation: let each channel ask the whole image how much it matters
 #
-# A depthwise filter sees one channel and a few pixels. The gate sees all, for two small matrices.
+# A depthwise filter sees a few pixels of one channel. The gate sees all, with two small matrices.
 
 
 # %%
 class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate in (0, 1) that saw all channels' means.  Hu et al. 2018, sec. 3.
-
     (N, C, H, W) -> (N, C, H, W).  NOTE: Hu et al. have a ReLU where EfficientNet has SiLU.
 
     >>> SqueezeExcitation(96, reduction=24)(torch.zeros(1, 96, 8, 8)).shape
@@ -169,7 +166,7 @@ class SqueezeExcitation(nn.Module):
 
 
 # %% [markdown]
-# **Say it first**: a gate multiplies 16 channels of 8x8. How many factors, between which bounds?
+# **Say it first**: 16 channels of 8x8 are multiplied by how many factors, between which bounds?
 
 # %%
 if live():
@@ -179,14 +176,13 @@ if live():
 # %% [markdown]
 # ## Stochastic depth: train a random shallower net at every step
 #
-# A block with a shortcut computes $x + f(x)$. Now and then, leave $f$ out. Branches that stay are
-# scaled up, so that the expected sum is what evaluation computes.
+# A block with a shortcut computes $x + f(x)$. Training leaves $f(x)$ out now and then; evaluation
+# always adds it. A branch that stays is scaled up, so that the mean over many draws is the same.
 
 
 # %%
 class StochasticDepth(nn.Module):
     """Zero an image's residual branch with probability `rate`.  Huang et al. 2016, eq. 2.
-
     (N, C, H, W) -> (N, C, H, W).  NOTE: Huang et al. draw once per mini-batch, and scale down in
     evaluation. One draw per image, scaled up in training, is the form of EfficientNet's authors.
 
@@ -208,7 +204,7 @@ class StochasticDepth(nn.Module):
 
 
 # %% [markdown]
-# **Say it first**: eight images of ones, rate 0.25. Which values come out? About how many are zero?
+# **Say it first**: eight images of ones, rate 0.25. Which values come out, about how often each?
 
 # %%
 if live():
@@ -222,10 +218,10 @@ if live():
 #     └────────────────────────────────────────────────────┘
 #
 # A ResNet bottleneck is wide at its ends and narrow in the middle. This one is inverted: the
-# shortcut joins the narrow ends, and the wide middle is cheap because it is depthwise. The narrow
-# output gets no activation: in few channels, what an activation flattens is lost (Sandler et al.
-# 2018, sec. 3.2). **By hand**, the parameters of `MBConv(24, 40, 5)`, whose middle has
-# $6 \cdot 24 = 144$ channels; a norm has two for each channel:
+# shortcut joins the narrow ends, and the filters of the wide middle are cheap: depthwise. The
+# narrow output has no activation: in few channels, what an activation sets to zero is lost (Sandler
+# et al. 2018, sec. 3.2). **By hand**, the parameters of `MBConv(24, 40, 5)`: its middle has
+# $6 \cdot 24 = 144$ channels, squeezed to $24 / 4 = 6$; a norm has two for each channel:
 #
 #     expand     24 * 144 + 2 * 144                3,744
 #     depthwise  5 * 5 * 144 + 2 * 144             3,888
@@ -236,7 +232,6 @@ if live():
 # %%
 class MBConv(nn.Module):
     """Inverted bottleneck (Sandler et al. 2018, fig. 4d) with SE: Tan and Le 2019, table 1.
-
     (N, in_channels, H, W) -> (N, out_channels, ceil(H/stride), ceil(W/stride))
 
     Args:
@@ -249,15 +244,14 @@ class MBConv(nn.Module):
     15350
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
-        expansion: int = 6, drop_rate: float = 0.0, norm: Norm = nn.BatchNorm2d,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
+                 expansion: int = 6, drop_rate: float = 0.0,
+                 norm: Norm = nn.BatchNorm2d) -> None:  # fmt: skip
         super().__init__()
         middle, widens = in_channels * expansion, expansion > 1
         self.expand = conv_norm_act(in_channels, middle, 1, norm=norm) if widens else nn.Identity()
         self.depthwise = conv_norm_act(middle, middle, kernel_size, stride, middle, norm)
-        # To a quarter of the block's narrow input, not of its wide middle: six times fewer weights.
+        # To a quarter of the narrow input, not of the wide middle: a sixth of the weights.
         self.se = SqueezeExcitation(middle, reduction=4 * expansion)
         self.project = conv_norm_act(middle, out_channels, 1, norm=norm, activation=nn.Identity)
         self.has_shortcut = stride == 1 and in_channels == out_channels
@@ -271,8 +265,8 @@ class MBConv(nn.Module):
 
 
 # %% [markdown]
-# **Say it first**: a block from 3 to 24 channels with stride 2 sees digits of 16x16. Which shape
-# leaves its wide middle, and which the block? Does it have a shortcut?
+# **Say it first**: a block from 3 to 24 channels with stride 2 reads four digits of 16x16 pixels.
+# Which shape has the output of its depthwise layer, and which that of the block? Has it a shortcut?
 
 # %%
 if live():
@@ -283,8 +277,8 @@ if live():
 # %% [markdown]
 # ## The paper's tables as data
 #
-# B0 came out of a search (sec. 4; the second experiment has a small one). The larger nets are this
-# table, stretched: channels times the width, layers times the depth, both made whole.
+# B0 came out of a search (sec. 4; the second experiment has a small one). The larger nets have more
+# channels (times the width, rounded to multiples of 8) and layers (times the depth, rounded up).
 
 
 # %%
@@ -343,7 +337,7 @@ class Row(NamedTuple):
     norm: Norm = nn.BatchNorm2d
 
 
-tf_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)  # B5 to B7 come from TensorFlow
+tf_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)  # TensorFlow's, of B5 to B7
 # NOTE: the authors rounded the multipliers by hand. The sizes are torchvision's: B2's was 260 px.
 TABLE: dict[str, Row] = {
     #                    width depth   px  dropout
@@ -376,25 +370,23 @@ class EfficientNet(Classifier):
     """(N, 3, H, W) -> (N, num_classes).  Tan and Le 2019, table 1.
 
     Args:
-        small_input: for up to 32 pixels; the last map has 1/8 of the resolution, not 1/32.
+        small_input: for up to 64 pixels; the last map has 1/8 of the resolution, not 1/32.
             NOTE: ours. The stem and the first stage with a stride keep the resolution.
-        stochastic_depth: the rate where the net ends; it rises from 0 in proportion to the depth.
-        zero_init_residual: start the last norm of each residual branch at zero, so that the block
-            starts as the identity. NOTE: of Goyal et al. 2017, sec. 5.1, not of this paper.
+        stochastic_depth: the rate at the net's end; the blocks' rates rise to it in equal steps.
+        zero_init_residual: as in lesson 1.  NOTE: from Goyal et al. 2017, sec. 5.1, not this paper.
     """
 
-    def __init__(
-        self, stages: Stages = B0, stem_channels: int = STEM_CHANNELS, num_classes: int = 1000,
-        small_input: bool = False, dropout: float = 0.2, stochastic_depth: float = 0.2,
-        norm: Norm = nn.BatchNorm2d, zero_init_residual: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, stages: Stages = B0, stem_channels: int = STEM_CHANNELS,
+                 num_classes: int = 1000, small_input: bool = False, dropout: float = 0.2,
+                 stochastic_depth: float = 0.2, norm: Norm = nn.BatchNorm2d,
+                 zero_init_residual: bool = False) -> None:  # fmt: skip
         super().__init__()
         if small_input:
             halving = next((i for i, stage in enumerate(stages) if stage.stride == 2), 0)
             stages = (*stages[:halving], stages[halving]._replace(stride=1), *stages[halving + 1 :])
         self.stem = conv_norm_act(3, stem_channels, 3, stride=1 if small_input else 2, norm=norm)
 
-        # NOTE: Huang et al. 2016, eq. 4, count from 1. As in the authors' code, this counts from 0.
+        # NOTE: Huang et al. 2016, eq. 4, count blocks from 1, EfficientNet's authors from 0.
         depth = sum(stage.layers for stage in stages)
         rates = iter(stochastic_depth * block / depth for block in range(depth))
         self.stages, in_channels = nn.Sequential(), stem_channels
@@ -404,18 +396,17 @@ class EfficientNet(Classifier):
                 shape = (in_channels, channels, kernel_size, stride)
                 self.stages[-1].append(MBConv(*shape, expansion, next(rates), norm))
                 in_channels, stride = channels, 1
-
         self.head_conv = conv_norm_act(in_channels, 4 * in_channels, 1, norm=norm)
         pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout)]
         self.head = nn.Sequential(*pooled, nn.Linear(4 * in_channels, num_classes))
         self.init_weights(zero_init_residual)
 
     def init_weights(self, zero_init_residual: bool) -> None:
-        """He initialisation by fan-out, as in the authors' code; the head keeps PyTorch's own."""
+        """He initialisation by fan-out, like the authors'.  NOTE: the head keeps PyTorch's own."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # One input pixel feeds k * k outputs of a depthwise filter. PyTorch's "fan_out"
-                # ignores groups and would count C times as many; its "fan_in" is that number.
+                # An input pixel of a depthwise filter reaches k * k outputs. PyTorch's "fan_out"
+                # doesn't know groups: it would count C times as many. Its "fan_in" is k * k.
                 depthwise = module.groups == module.in_channels > 1
                 nn.init.kaiming_normal_(module.weight, mode="fan_in" if depthwise else "fan_out")
                 if module.bias is not None:
@@ -433,9 +424,8 @@ class EfficientNet(Classifier):
         return self.head(self.forward_features(x))
 
 
-def efficientnet(
-    row: Row, width_mult: float = 1, depth_mult: float = 1, **options: Any
-) -> nn.Module:
+def efficientnet(row: Row, width_mult: float = 1, depth_mult: float = 1,
+                 **options: Any) -> nn.Module:  # fmt: skip
     """B0's table stretched by a row and by `width_mult` and `depth_mult`; options: EfficientNet's.
 
     >>> count_parameters(efficientnet(TABLE["efficientnet_b0"]))
@@ -449,8 +439,8 @@ def efficientnet(
 MODELS = {name: partial(efficientnet, row) for name, row in TABLE.items()}
 
 # %% [markdown]
-# **Say it first**: how many pixels a side are left of 224 after each stage? And does B2, one step
-# of $\phi$ from B0 but at 288 pixels, cost twice as much, less, or more?
+# **Say it first**: how large is the map after each stage, from 224 pixels? And does B2 ($\phi = 1$)
+# cost twice as much as B0 ($\phi = 0$), less, or more, if its images have 288 pixels?
 
 # %%
 if live():
@@ -517,14 +507,13 @@ if live():
 # 79.0%, width 78.9%, resolution 79.1%, all three 81.1%. Beforehand: all three must beat each alone
 # by more than half a point, two of the 359 test images.
 #
-# All have the same recipe, and no dropout of either kind: its best rate depends on the size of the
-# net. Residual branches start at zero, so that many layers don't slow down the first epochs.
-#
-# A larger digit is interpolated from its 8 x 8 pixels: **the resolution axis shows nothing new
-# here**. CIFAR-10 from 16 to 32 px has real pixels to add (`--dataset cifar10`).
+# All have the same recipe, no dropout and no stochastic depth, whose best rates depend on the size
+# of the net. Residual branches start at zero: else many layers slow down the first epochs. A larger
+# digit is interpolated from its 8x8 pixels: **it has no new detail**. CIFAR-10 from 16 to 32 px has
+# real pixels to add (`--dataset cifar10`).
 
 # %%
-# By the formula 4, 2, 2 and phi = 2. But layers are whole: these were found by count, to 12%.
+# By the formula 4, 2, 2 and phi = 2. As layers are whole, these cost 4 times as much to within 12%.
 GROWTH: dict[str, tuple[float, float, float]] = {
     #        depth  width  resolution    blocks, side in pixels where the start has 8
     "start": (1.0, 1.0, 1.0),  # 7, 8
@@ -550,7 +539,7 @@ def compound_scaling(config: Config) -> Experiment:
 
 
 # %% [markdown]
-# **Say it first**: which of the four nets has the most parameters at this cost, which the fewest?
+# **Say it first**: which way adds no parameters? Has the net of all three more than the wide one?
 
 # %%
 if live():
@@ -560,20 +549,20 @@ if live():
 # %% [markdown]
 # ## Experiment: does a search find better nets than chance?
 #
-# B0's rows came out of a search. Here is a small one: four stages with three genes each make $18^4$
-# nets. A net is trained on a *proxy task*, here at half the resolution for a few epochs, and gets
-# the paper's reward (sec. 4):
+# A small search: four stages with fixed channels and strides have three genes each, of 3, 2 and 3
+# values, so there are $18^4$ nets. A net is trained on a *proxy task*, here at half the resolution
+# for a few epochs, and gets the paper's reward (sec. 4):
 #
 # $$\text{accuracy} \cdot (\text{multiply-adds} / \text{target})^{-0.07}$$
 #
 # NOTE: in the paper a recurrent net proposes some 8,000 nets, and rewards train it: reinforcement
 # learning (Tan et al. 2019). Here *regularised evolution* proposes (Real et al. 2019, algorithm 1).
-# The best of a few members has a child that differs by one gene. The oldest member dies, even if it
-# is the best, so that a lucky training doesn't count for ever. Channels and strides are fixed.
+# Three of the six youngest nets are drawn; the best of the three has a child that differs by one
+# gene. So the oldest net dies, even the best one: a lucky training doesn't count for ever.
 #
-# Both searches begin with the same random nets. Beforehand: what evolution proposes after them has
-# a higher mean reward, by more than 0.01, one or two of the 144 validation images; and its best
-# net, trained in full, tests better than that of the random search by more than half a point.
+# Evolution and the random search begin with the same six nets. Beforehand: what evolution proposes
+# after them has a higher mean reward, by more than 0.01, one or two of the 144 validation images;
+# and its best net, trained in full, tests better by more than half a point.
 
 # %%
 CHOICES = {"expansion": (1, 3, 6), "kernel_size": (3, 5), "layers": (1, 2, 3)}
@@ -582,7 +571,7 @@ POPULATION, TOURNAMENT = 6, 3
 
 
 def reward(accuracy: float, macs: float, target: float) -> float:
-    """Twice the cost must bring 5% more accuracy to be as good.
+    """Twice the cost must bring 1.05 times the accuracy to be as good.
 
     >>> round(reward(0.900, macs=1, target=1), 3), round(reward(0.945, macs=2, target=1), 3)
     (0.9, 0.9)
@@ -611,7 +600,7 @@ def search(evolve: bool, judge: Callable, nets: int, rng: random.Random) -> dict
             stages = mutate(max(rivals, key=found.get), rng)
         else:
             stages = random_stages(rng)
-        while stages in found:  # changed until it is new, which ends: the space is connected
+        while stages in found:  # changed until it is new
             stages = mutate(stages, rng)
         found[stages] = judge(stages)
     return found
@@ -658,8 +647,8 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 }
 
 # %% [markdown]
-# **Say it first**: a net at half the target reaches 90%. Which accuracy gives a net at the target
-# the same reward? And what does a child have in common with its parent?
+# **Say it first**: a net of half the target's cost reaches 90%. With which accuracy has a net of
+# the target's cost the same reward? And what does a child have in common with its parent?
 
 # %%
 if live():
@@ -669,11 +658,11 @@ if live():
 # ## What to notice
 #
 # - In B0 the 1x1 convolutions inside the blocks take 83% of the multiply-adds, the depthwise ones
-#   9% and the gates of squeeze-and-excitation 0.2%, for 12% of the parameters.
+#   9%. The gates of squeeze-and-excitation take 0.2%, and hold 12% of the parameters.
 # - B0 has a tenth of ResNet-50's multiply-adds and a fifth of its parameters. torchvision's
 #   weights reach 77.7% on ImageNet, against 76.1% (its first recipe for ResNet-50).
-# - B2, one step of $\phi$ from B0, costs 2.82 times as much: 16 blocks become 23, because layers
-#   are rounded up, and it sees 288 px. At the formula's 258 px it would be 2.57 times.
+# - B2 ($\phi = 1$) costs 2.82 times as much as B0: its 16 blocks become 23, because layers are
+#   rounded up, and it sees 288 px. At the formula's 258 px it would be 2.57 times.
 #
 # **What `compound-scaling` gave** (digits, six seeds, one thread of an AMD EPYC, torch 2.14):
 #
@@ -682,16 +671,16 @@ if live():
 #
 # That all three beat resolution alone *fails*: -1.4 points (98.3% interval -2.6 to -0.3). Against
 # depth (+0.3, -1.6 to 2.2) and width (-0.7, -2.7 to 1.2) it is undecided. The larger digits hold no
-# new detail, and still do best: at 8 px most layers work on a map of one or two pixels, at 16 px
-# fewer do. In eight epochs the deep net has not finished. So the paper's order needs images whose
-# detail is worth its pixels, and time for depth to pay. On CIFAR-10 (JPEG copy, 1,000 images a
-# class, from 16 px, ten epochs, three seeds) the order is the same but for the first: resolution
-# 48.9%, all three 46.8%, width 46.0%, depth 44.3%, start 43.3%, all three claims undecided.
+# new detail, and still do best: at 8 px most blocks make maps of 2x2 or 1x1, at 16 px two of seven
+# do. In eight epochs the deep net has not finished learning. The paper's images have details that
+# are worth their pixels, and its nets many more epochs. On CIFAR-10 (JPEG copy, 1,000 images a
+# class, from 16 px, ten epochs, three seeds) resolution is ahead again: 48.9%, all three 46.8%,
+# width 46.0%, depth 44.3%, start 43.3%; all three claims are undecided.
 #
 # **What `search` gave** (digits, three seeds, 16 nets each, 209 s): both claims are undecided.
 # Evolution's later nets have a mean reward of 0.823, random ones 0.779: +0.044 (97.5% interval
 # -0.13 to 0.22). The best nets test at 92.7% and 91.9%, and B0's own rows, which cost more, at
-# 96.4%. Ten nets bred from six are few, and a proxy of a few epochs is noisy.
+# 96.4%. Ten children are few, and after three epochs the reward depends much on luck.
 #
 # ## Exercises
 #

@@ -21,7 +21,7 @@ What the experiments gave stands at the end of the file, so that you can guess f
 # %% [markdown]
 # **You will** write the dense layer, the dense block and the transition, and test what short paths
 # and few maps per layer give. **You need** lessons 1 and 2: the shortcut, BatchNorm. **Time**: 35
-# minutes to read, 1 to run, 8 for the experiments, about 2 hours for the exercises.
+# minutes to read, 1 to run, 23 for the experiments, about 2 hours for the exercises.
 #
 # <details><summary>1. How many channels does layer 5 of a block read, with C channels in and growth
 # rate k?</summary>C + 4 k: the input and what four layers added.</details>
@@ -29,23 +29,23 @@ What the experiments gave stands at the end of the file, so that you can guess f
 # The same map is read by many layers; each gives it a scale of its own.</details>
 # <details><summary>3. What is the 1x1 convolution of a bottleneck good for here?</summary>The 3x3
 # then reads 4 k channels, however many the list has.</details>
-# <details><summary>4. Where does DenseNet throw something away?</summary>In the transitions only:
-# with compression 0.5 half of the channels.</details>
+# <details><summary>4. Where does DenseNet throw something away?</summary>In the transitions: four
+# pixels become their mean, and with compression 0.5 half as many channels come out.</details>
 # <details><summary>5. Why does backward need so much memory?</summary>Each layer's input is a fresh
 # copy of all maps before it: about L^2/2 copies in a block of L layers.</details>
 
 # %% [markdown]
 # ## The problem, and the one equation
 #
-# A ResNet adds: a layer's output is mixed into the sum of all outputs before it, and a later layer
-# that needs an old part must take the sum apart again. DenseNet appends. Layer $l$ reads the list
-# of all maps before it and puts $k$ new maps at its end:
+# A ResNet adds: a block's output goes into the sum of all outputs before it, and a later block that
+# needs one of them must separate it from the rest. DenseNet appends. Layer $l$ reads the list of
+# all maps before it and puts $k$ new maps at its end:
 #
 # $$x_l = H_l([x_0, x_1, \dots, x_{l-1}])$$
 #
 # $L$ layers have $L(L+1)/2$ connections instead of $L$, and yet few parameters: a layer that can
 # read everything need not repeat anything, so that $k = 12$ maps, the growth rate, are enough.
-# Every layer also stands one step from the end of its block, and so does its gradient.
+# From every layer it is also one step to the end of the block, and one step back for the gradient.
 #
 #     x0 ─┬────────────┬────────────┬──────────── x0 ┐
 #         └─ H1 ── x1 ─┼────────────┼──────────── x1 │ the block's output:
@@ -67,9 +67,8 @@ class Config(TrainConfig):
 
     model: str = knob("densenet40_k12", "a name of MODELS: densenet_bc100_k12, densenet121, ...")
     growth_rate: int | None = knob(None, "new channels per layer (default: its own)", (), 1, 512)
-    dropout: float = knob(0.0, "of new values; the paper: 0.2 without --augment", low=0, high=0.95)
+    dropout: float = knob(0.0, "of new values; the paper: 0.2, --augment none", low=0, high=0.95)
     checkpointing: bool = knob(False, "recompute concatenations in backward: less memory")
-
     # What differs from the defaults of common/config.py; the record was measured with these.
     RECIPES = {"digits": {"image_size": 8, "epochs": 10, "batch_size": 64, "base_lr": 0.2}}
 
@@ -108,16 +107,15 @@ from common.training import fit, make_optimizer, make_schedule, train_one_epoch
 # %%
 class DenseLayer(nn.Module):
     """From all earlier feature maps, `growth_rate` new ones.  Huang et al. 2017, sec. 3.
-
     [(N, C_0, H, W), (N, C_1, H, W), ...] -> (N, growth_rate, H, W), in_channels = C_0 + C_1 + ...
 
     BatchNorm, ReLU and a 3x3 convolution, in this order: the same map is read by many layers, and
     each gives it a scale of its own. With `bottleneck` (the "B" of DenseNet-B) a 1x1 convolution
-    comes first and narrows the wide input to 4 * growth_rate channels, so that the 3x3 costs the
-    same however deep the layer sits.
+    comes first and narrows the input to 4 * growth_rate channels: every 3x3 costs the same.
 
     Args:
-        dropout: probability of zeroing a new value in training.
+        dropout: probability of zeroing a new value in training (sec. 4.2).  NOTE: the paper also
+            has dropout behind the 1x1 convolutions; torchvision has it here alone.
         checkpointing: keep only the earlier maps, and compute what was made of them once more in
             backward, as explained after the net.  Pleiss et al. 2017.
 
@@ -126,10 +124,8 @@ class DenseLayer(nn.Module):
     torch.Size([2, 12, 8, 8])
     """
 
-    def __init__(
-        self, in_channels: int, growth_rate: int, bottleneck: bool = True, dropout: float = 0.0,
-        checkpointing: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, growth_rate: int, bottleneck: bool = True,
+                 dropout: float = 0.0, checkpointing: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.norm1 = nn.BatchNorm2d(in_channels)
         if bottleneck:
@@ -172,12 +168,11 @@ if live():
 # %%
 class DenseBlock(nn.Module):
     """`depth` dense layers; each reads the input and all layers before it.  Huang et al., eq. 2.
-
     (N, C, H, W) -> (N, C + depth * growth_rate, H, W), of which the first C are the input.
 
     Args:
-        dense: False makes a chain, for the experiment on gradients: each layer reads the one before
-            it alone, and the output is that of the last, (N, growth_rate, H, W).
+        dense: False makes a chain, for the experiment on gradients: each layer reads only the one
+            before it, and the block's output is that of the last, (N, growth_rate, H, W).
         **layer_options: of each layer: `bottleneck`, `dropout`, `checkpointing`.
 
     >>> x = torch.randn(2, 24, 8, 8)
@@ -186,10 +181,8 @@ class DenseBlock(nn.Module):
     (torch.Size([2, 60, 8, 8]), True)
     """
 
-    def __init__(
-        self, in_channels: int, depth: int, growth_rate: int, dense: bool = True,
-        **layer_options: bool | float,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int, depth: int, growth_rate: int, dense: bool = True,
+                 **layer_options: bool | float) -> None:  # fmt: skip
         super().__init__()
         self.channels = [in_channels]  # of the maps in the list that `forward` grows
         self.layers = nn.ModuleList()
@@ -227,10 +220,10 @@ if live():
 # %%
 class Transition(nn.Sequential):
     """Between two blocks: mix the channels, halve the resolution.  Huang et al. 2017, sec. 3.
+    (N, C_in, H, W) -> (N, C_out, H/2, W/2)
 
-    (N, C_in, H, W) -> (N, C_out, H/2, W/2). Concatenation needs equal resolutions, so a block can't
-    halve them inside. The "C" of DenseNet-C: of C_in channels it keeps C_in * compression.
-
+    Only maps of equal size can be concatenated, so a block can't halve them inside. The "C" of
+    DenseNet-C is compression: C_out is less than C_in.
     NOTE: the paper's text names BatchNorm, the 1x1 convolution and the pooling; the authors' code
     has a ReLU after the norm, as everywhere else, and so have torchvision and this lesson.
 
@@ -245,7 +238,7 @@ class Transition(nn.Sequential):
 
 # %% [markdown]
 # **Say it first**: the first block of DenseNet-121 ends with 256 channels of 56x56 pixels. Which
-# shape leaves a transition that keeps half of the channels?
+# shape comes out of a transition that makes half as many channels?
 
 # %%
 if live():
@@ -267,7 +260,7 @@ class Row(NamedTuple):
 
 
 TABLE: dict[str, Row] = {
-    # Huang et al. 2017, table 1; the wide DenseNet-161 is from sec. 4.4 and the authors' code.
+    # Huang et al. 2017, table 1; the wide DenseNet-161 is from the authors' code.
     "densenet121": Row((6, 12, 24, 16), 32),
     "densenet161": Row((6, 12, 36, 24), 48),
     "densenet169": Row((6, 12, 32, 32), 32),
@@ -284,18 +277,16 @@ class DenseNet(Classifier):
 
     Args:
         depths: layers in each dense block.
-        compression: the share of channels that a transition keeps, the paper's theta.
+        compression: a transition's channels out over its channels in, the paper's theta.
         stem_channels: width of the stem; twice the growth rate where None.
-        small_input: the stem of the paper's CIFAR nets, a bare 3x3 convolution, for images of 32
-            pixels and less.  NOTE: in the paper DenseNet-121 to -201 have no such form.
+        small_input: the stem of the paper's CIFAR nets, a bare 3x3 convolution, for images of up to
+            64 pixels.  NOTE: in the paper DenseNet-121 to -201 have no such form.
     """
 
-    def __init__(
-        self, depths: tuple[int, ...], growth_rate: int, bottleneck: bool = True,
-        compression: float = 0.5, stem_channels: int | None = None, dense: bool = True,
-        dropout: float = 0.0, checkpointing: bool = False, num_classes: int = 1000,
-        small_input: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, depths: tuple[int, ...], growth_rate: int, bottleneck: bool = True,
+                 compression: float = 0.5, stem_channels: int | None = None, dense: bool = True,
+                 dropout: float = 0.0, checkpointing: bool = False, num_classes: int = 1000,
+                 small_input: bool = False) -> None:  # fmt: skip
         super().__init__()
         channels = stem_channels or 2 * growth_rate
         if small_input:  # no norm here: each layer that reads the stem brings its own
@@ -321,7 +312,7 @@ class DenseNet(Classifier):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """He initialisation (He et al. 2015, "Delving deep"): the variance survives the ReLUs."""
+        """He initialisation (He et al. 2015, "Delving deep"): keeps the variance through ReLUs."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -329,9 +320,7 @@ class DenseNet(Classifier):
                 nn.init.zeros_(module.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, C, H/32, W/32), before the last norm. If small: H/8, of three blocks
-        H/4.
-        """
+        """(N, 3, H, W) -> (N, C, H/32, W/32), not normalised. Small: H/8, of three blocks H/4."""
         return self.stages(self.stem(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -343,11 +332,10 @@ def densenet(name: str, **options: float | bool) -> DenseNet:
     return DenseNet(**{**TABLE[name]._asdict(), **options})
 
 
-def cifar_densenet(
-    depth: int, growth_rate: int = 12, bottleneck: bool = False, compression: float = 1.0,
-    small_input: bool = True, **options: float | bool,
-) -> DenseNet:  # fmt: skip
-    """The nets of sections 3 and 4.2: three dense blocks of equal depth on 32x32 images.
+def cifar_densenet(depth: int, growth_rate: int = 12, bottleneck: bool = False,
+                   compression: float = 1.0, small_input: bool = True,
+                   **options: float | bool) -> DenseNet:  # fmt: skip
+    """The nets of sections 3 and 4.3: three dense blocks of equal depth on 32x32 images.
 
     depth = 3n + 4 for n layers per block, 6n + 4 with bottlenecks: the stem, two transitions and
     the classifier are the 4. They have one form, whatever `small_input` says.
@@ -387,10 +375,10 @@ if live():
 # ## Recompute, but count once: gradient checkpointing beside BatchNorm
 #
 # Backward needs each convolution's input. For layer $l$ of a block that is a fresh copy of all $l$
-# maps before it: $L$ layers keep about $L^2/2$ copies of the $L$ maps that they made. Checkpointing
-# throws the copies away, and makes them again when backward asks. `DenseLayer` does so with
-# `--checkpointing`. It stops as soon as it has what backward needs, the input of `conv1`:
-# concatenation and norm run twice, but no convolution does.
+# outputs before it, normalised: $L$ layers keep about $L^2/2$ copies of $L$ outputs. Checkpointing
+# throws the copies away, and makes them again when backward needs them. `DenseLayer` does so with
+# `--checkpointing`. It stops as soon as it has the input of `conv1`: concatenation and norm run
+# twice, but no convolution does.
 #
 # Computing twice must not count twice. A BatchNorm in training mode does two things: it normalises
 # by the batch, which the second pass needs, and it moves its running averages, which the first pass
@@ -471,7 +459,7 @@ def run(config: Config) -> dict[str, object]:
 # %% [markdown]
 # `fit` repeats the loop of lesson 1 once an epoch: forward, loss, backward, step.
 #
-# **Say it first**: `--checkpointing` changes no line of it. Where does the recomputation happen?
+# **Say it first**: `--checkpointing` changes no line of it. In which line is something recomputed?
 
 # %%
 if live():
@@ -482,14 +470,13 @@ if live():
 #
 # Every layer may read every earlier one. Does it? The paper's figure 5 answers from the weights of
 # the trained net alone: the mean absolute weight with which layer $l$ reads the maps of layer $s$.
-# Weight decay pulls what is of no use to zero; what is still large is read. Each column is divided
-# by its mean: at 1 the reader uses a source as much as its average one. An untrained net gives 0.95
-# to 1.05 everywhere.
+# Weight decay pulls what is of no use to zero; what is still large is read. NOTE: here each column
+# is divided by its mean: at 1 a source is read as much as the average one. Untrained: 0.8 to 1.2.
 #
-# The paper makes four remarks. Layers spread their weights over all that they can read. So do the
-# transitions. Blocks behind a transition read its output least. The classifier reads the newest
-# maps most. Beforehand: a source is read if it has half of the average weight, and differences up
-# to 0.05, as in an untrained net, don't count.
+# The paper makes four remarks. Layers spread their weights over many sources in their block. So do
+# the transitions. Blocks behind a transition read its output least. The classifier leans on the
+# newest maps. Beforehand: a source is read if it has half of the average weight. Means up to 0.05
+# away from the average don't count: those of an untrained net are about as far away.
 
 
 # %%
@@ -576,9 +563,9 @@ def draw_reuse(results: Results) -> object:
 # ## Experiment: how many maps should a layer add?
 #
 # A larger $k$ makes every layer wider. The cost grows with the square of $k$ and of the depth. So
-# two comparisons are fair: at equal depth, where a larger $k$ costs more, and at equal cost, where
-# a larger $k$ must be shallower. The measure is the training loss, since on digits all of these
-# nets test near 99%; 0.01 is a difference that matters.
+# there are two comparisons: at equal depth, where a larger $k$ costs more, and at equal cost, where
+# a net of larger $k$ must be shallower. The measure is the training loss, since on digits all of
+# these nets test near 99%; 0.01 is a difference that matters.
 #
 # **Say it first**: at equal cost, do you expect narrow and deep ahead, or wide and shallow?
 
@@ -607,14 +594,14 @@ def growth_rates(config: Config) -> Experiment:
 # %% [markdown]
 # ## Experiment: what are the short paths good for?
 #
-# In a chain of layers the gradient of the first is a product of all Jacobians behind it. In a dense
-# block every layer also stands one step from the end. Cut the long connections, give the chain the
-# same number of parameters (it becomes wider), and ask each layer: by which share of itself would
-# one step of gradient descent move its weights? Unevenness is the share of the most moved layer
-# over that of the least moved, as a power of ten. Half a power of ten is a difference that matters,
-# and half a point of accuracy.
+# In a chain of layers the gradient goes back through all of them, one after the other, and each
+# multiplies it. In a dense block every layer is also one step from the end. Cut the long
+# connections, give the chain the same number of parameters (it becomes wider), and ask each layer:
+# by which share of itself would one step of gradient descent move its weights? Unevenness is the
+# share of the most moved layer over that of the least moved, as a power of ten. Half a power of ten
+# is a difference that matters, and half a point of accuracy.
 #
-# **Say it first**: is it the first layer of the chain that is moved most, or the last?
+# **Say it first**: are the chain's layers near the image moved most, or those near the loss?
 
 
 # %%
@@ -661,7 +648,7 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # %% [markdown]
 # ## What to notice
 #
-# - The chain has more multiply-adds than the dense net. Compare their seconds all the same:
+# - The chain of 40 layers has 1.7 times the dense net's multiply-adds. Compare the seconds of both:
 #   concatenation multiplies nothing, but copies every map for every layer that reads it.
 # - DenseNet-121 has 8.0 million parameters and ResNet-50 25.6 million, at 74.4% and 76.1% on
 #   ImageNet, but 2.8 billion multiply-adds against 4.1: it saves parameters more than time.
@@ -685,12 +672,12 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 #                     layers 0.035: that wide trains better fails (-0.005, -0.012 to 0.002), that
 #                     narrow does is undecided (0.005, -0.001 to 0.011); 229 s
 #
-# In the chain the gradient does not vanish on its way back: it grows with every layer, until no
+# In the chain the gradient does not vanish on its way back: from layer to layer it grows, until no
 # learning rate suits both the first layers and the last. BatchNorm divides by the deviation of each
-# batch, forward and backward; lesson 1's plain nets show the same. As for reuse: the two remarks
-# that hold are about all layers together; the undecided ones are about a tenth of the entries, with
-# effects as small as an untrained net shows. The paper saw them after 300 epochs, not after 10.
-# Growth pays by what it costs: at equal cost depth and width are within a hundredth of each other.
+# batch, forward and backward; lesson 1's plain nets show the same. As for reuse: the two claims
+# that hold ask for half of the average weight (an untrained net has 0.97). The undecided ones are
+# about 22 and 4 of 273 entries, with effects near the margin. The paper saw them after 300 epochs,
+# not after 10. Growth is worth its cost: at equal cost, deep and wide differ by 0.005 in loss.
 #
 # ## Exercises
 #
@@ -699,7 +686,7 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 #
 # - **6.3** The transition. **6.1** The dense layer. **6.2** The dense block: how many channels does
 #   its layer $l$ read?
-# - **6.4** The whole net. Which share of DenseNet-40's parameters do the last layers of each block
+# - **6.4** The whole net. Which share of DenseNet-40's parameters does the last layer of each block
 #   hold, and what does the bottleneck change?
 # - Remove `context_fn` from `recomputed_in_backward` and train with `--checkpointing`. Which
 #   numbers change: the training loss, the validation loss, or both? Why?

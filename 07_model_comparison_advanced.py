@@ -1,7 +1,7 @@
 """Lesson 7, advanced: one table and one picture that choose a model.
 
-From LeCun et al. 1998 (LeNet-5) over Krizhevsky et al. 2012 (AlexNet) and lessons 1 to 6 to
-Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (the Vision Transformer).
+LeNet-5 (LeCun et al. 1998), AlexNet (Krizhevsky et al. 2012), lessons 1 to 6, and Dosovitskiy et
+al., "An Image is Worth 16x16 Words", 2021 (arXiv 2010.11929), the Vision Transformer.
 
 The idea in one sentence: no network is the best, but on the plane of accuracy and cost a few are
 not beaten by any other, and a constraint picks one of them.
@@ -14,44 +14,43 @@ not beaten by any other, and a constraint picks one of them.
     python 07_model_comparison_advanced.py --eval-imagenet DIR --pretrained
 
 Measured on one thread of an AMD EPYC that others used too, torch 2.14: ten networks on digits
-(8 px, 6 epochs, seeds 0 to 2), all of it in 590 s.
-
-What it gave stands at the end of the file, so that you can guess first.
+(8 px, 6 epochs, seeds 0 to 2), all of it in 590 s. What it gave stands at the end of the file, so
+that you can guess first.
 """
 
 # %% [markdown]
 # **You will** count and time networks, train them side by side, and choose one under a constraint.
-# **You need** lessons 1 to 6, or their ideas. **Time**: 40 minutes to read, about 8 to run, 2 hours
-# for the exercises.
+# **You need** lessons 1 to 6, or their ideas. **Time**: 40 minutes to read, 10 to run, 2 hours for
+# the exercises.
 #
-# <details><summary>1. When is one network better than another?</summary>If it is as accurate and
-# cheaper, or as cheap and more accurate.</details>
+# <details><summary>1. When does one network beat another?</summary>If it is better in accuracy or
+# in cost, and not worse in the other.</details>
 # <details><summary>2. Why are there three fronts?</summary>Parameters, multiply-adds and latency
 # are three costs, and they order the networks differently.</details>
 # <details><summary>3. What does attention compute?</summary>For each token a mean of all values,
 # weighted by how well its query fits their keys.</details>
 # <details><summary>4. Why does one seed decide nothing?</summary>Another seed gives another
-# accuracy, and one number does not show by how much.</details>
+# accuracy, and one number does not show how far away.</details>
 # <details><summary>5. What does --experiment matched-size take away?</summary>What a network gains
 # only because it is larger.</details>
 
 # %% [markdown]
 # ## The problem, and the one definition
 #
-# A network is better than another if it is as accurate and cheaper, or as cheap and more accurate.
-# Most pairs are neither: one is more accurate, the other cheaper. What no other beats is the
-# **Pareto front**:
+# A network beats another if it is better in accuracy or in cost, and not worse in the other. Often
+# neither beats the other: one is more accurate, the other cheaper. Those that no network beats are
+# the **Pareto front**:
 #
 # $$\text{front} = \{a : \text{there is no } b \text{ with } \text{cost}_b \le \text{cost}_a,\
 #   \text{acc}_b \ge \text{acc}_a, \text{ and one of them strictly}\}$$
 #
-#     accuracy                    o c      c is dearer than b and no better: beaten
-#        |            o b
-#        |     o a         o d             d is dearer than b and worse: beaten
-#        +-------------------------> cost  a and b are the front
+#     accuracy
+#        |            o b     o c        c is dearer than b and no better: beaten
+#        |    o a             o d        d is dearer than b and worse: beaten
+#        +-------------------------> cost        a and b are the front
 #
-# What is the cost? Parameters fill the memory, multiply-adds the energy bill, latency the user's
-# patience, and they do not agree. So there are three fronts.
+# What is the cost? Parameters take memory, multiply-adds energy, latency the user's time, and the
+# three do not agree. So there are three fronts.
 
 # %%
 from common.cli import main, parse_flags
@@ -72,13 +71,10 @@ class Config(TrainConfig):
     match: str = knob("params", "what --experiment matched-size makes equal", ("params", "macs"))
     match_to: str = knob("", "the size to match, such as 0.3M (default: 0.3M parameters)")
     eval_imagenet: str = knob("", "folder of ImageNet's validation images, DIR/CLASS/*")
-    pass_limit: float | None = knob(
-        None, "GMACs that a timed pass may cost, 0: any (default: 5 on a CPU)", low=0, high=1e6
-    )
-    rates: str = knob(
-        "0.25,1,4", "factors on the learning rate that each model tries; 1: no search",
-        low=0.001, high=1000,
-    )  # fmt: skip
+    pass_limit: float | None = knob(None, "most GMACs of a timed pass, 0: any (default: 5 on CPUs)",
+                                    low=0, high=1e6)  # fmt: skip
+    rates: str = knob("0.25,1,4", "factors on the learning rate that each tries; 1: no search",
+                      low=0.001, high=1000)  # fmt: skip
     one_optimizer: bool = knob(False, "the Transformer takes SGD too, as all others do")
     fold: bool = knob(False, "time networks with BatchNorm folded in, as they are deployed")
 
@@ -97,7 +93,6 @@ class Config(TrainConfig):
 config = parse_flags(Config) if __name__ == "__main__" else Config()
 
 # %%
-import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from operator import attrgetter
@@ -120,7 +115,7 @@ from common.engine.device import describe
 from common.engine.errors import UserError
 from common.engine.progress import Bar
 from common.engine.signals import stop_says
-from common.engine.sources import Source, load_source
+from common.engine.sources import load_source
 from common.experiments import Arm, open_store
 from common.lessons import all_models, get_model
 from common.live import digits, live, show
@@ -133,32 +128,31 @@ LESSON = "07_model_comparison_advanced"
 # %% [markdown]
 # ## The front, written out
 #
-# Sort by cost, and of equal costs the more accurate first. Then go through the list and keep each
-# network that is more accurate than the last one kept. By hand, for a, b, c and d above with costs
-# 1, 2, 3, 3 and accuracies 70, 90, 90, 70: a is kept; b is better than a and kept; c is no better
-# than b; d is worse. The front is a, b.
+# Sort by cost, and of equal costs the more accurate first. Go through the list, and keep each
+# network that is more accurate than the last one kept, or its equal in both. By hand, for a, b, c
+# and d with costs 1, 2, 3, 3 and accuracies 70, 90, 90, 70: a is kept; b is better than a and kept;
+# c is no better than b; d is worse. The front is a, b.
 
 
 # %%
 def pareto_front(candidates: Iterable[Candidate], cost: str) -> list[Candidate]:
-    """Those that no other beats, by rising cost. Two equals in both beat neither each other.
+    """Those that no other beats, by rising cost. Of two that are equal in both, both stay.
 
     Args:
         cost: the field to keep low, such as "macs"; whoever has none, or no `top1`, is left out.
     """
-    price = attrgetter(cost)
-    known = [c for c in candidates if price(c) is not None and c.top1 is not None]
+    point = attrgetter(cost, "top1")
+    known = [c for c in candidates if None not in point(c)]
     front: list[Candidate] = []
-    for c in sorted(known, key=lambda c: (price(c), -c.top1)):
-        better = not front or c.top1 > front[-1].top1
-        if better or (price(c), c.top1) == (price(front[-1]), front[-1].top1):
+    for c in sorted(known, key=lambda c: (point(c)[0], -c.top1)):
+        if not front or c.top1 > front[-1].top1 or point(c) == point(front[-1]):
             front.append(c)
     return front
 
 
 # %% [markdown]
-# **Say it first**: the four points of the drawing. Which are on the front, and which would be if b
-# cost as much as d?
+# **Say it first**: of the four points of the drawing, which are on the front, and which would be if
+# b cost as much as d?
 
 # %%
 if live():
@@ -168,26 +162,27 @@ if live():
         show(*(c.model for c in pareto_front(points, "macs")))
 
 # %% [markdown]
-# ## The ends of the timeline
+# ## The ends of the timeline: LeNet-5, the lab's net, AlexNet
 #
-# The timeline is twenty-two years long. Lessons 1 to 6 hold five of them, 2014 to 2019. Here are
-# what came before, LeNet-5 (1998) and AlexNet (2012), the small net that a first lab builds by
-# hand, and what came after: the Vision Transformer (2020), which does without convolutions. Like
-# every model of the course they have a stem, stages and a head.
+# The timeline is twenty-two years long, and lessons 1 to 6 cover five of them, 2014 to 2019. Here
+# is what came before: LeNet-5 (1998), which read cheques for banks, and AlexNet (2012), which won
+# ImageNet's contest by more than ten points; the small net that a first lab builds by hand; and
+# what came after: the Vision Transformer (2020), which does without convolutions. Like every model
+# of the course they have a stem, stages and a head.
 
 
 # %%
 class ConvNet(Classifier):
-    """(N, 3, H, W) -> (N, num_classes): what the three plain nets below share."""
+    """(N, 3, H, W) -> (N, num_classes): what the three plain nets below share.
 
-    stem: nn.Module
-    stages: nn.Sequential
+    LeNet-5 and the lab's net have one form, that for 32x32, whatever `small_input` says.
+    """
 
     def init_weights(self) -> None:
         """He initialisation (He et al. 2015, "Delving deep").
 
-        NOTE: years younger than two of these nets. With weights as small as PyTorch's default (as
-        in torchvision's AlexNet) eight layers without a norm hand on next to nothing.
+        NOTE: younger than two of these nets. With PyTorch's smaller weights, as in torchvision's
+        AlexNet, the signal nearly vanishes in eight layers without a norm.
         """
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -207,22 +202,17 @@ def scaled(channels: int, width_mult: float) -> int:
     return max(1, round(channels * width_mult))
 
 
-# %% [markdown]
-# ## LeNet-5: 1998, used by banks to read cheques
-
-
 # %%
 class LeNet5(ConvNet):
     """(N, 3, 32, 32) -> (N, num_classes).  LeCun et al. 1998, fig. 2.
 
-    Its one form is the 32x32 form, whatever `small_input` says. Smaller images are framed with
-    zeros to 32 pixels, as the paper frames MNIST's 28; the map of larger ones is averaged down to
-    the 5x5 that the head expects.
+    Smaller images are framed with zeros to 32 pixels, as the paper frames MNIST's 28 with
+    background; the map of larger ones is averaged down to the 5x5 that the head expects.
 
-    NOTE: three input channels, a C3 that sees all maps of S2 (the paper's table 1 leaves 36 of 96
-    connections out), plain average pooling (the paper's has a weight and a bias for each map) and a
-    linear classifier with cross-entropy (the paper's output layer measures distances to drawings of
-    the digits).
+    NOTE: the paper has one input channel, a C3 that leaves 36 of 96 connections to S2's maps out
+    (table 1), a weight and a bias for each map in its pools, a stretched tanh, and an output
+    layer that measures distances to drawings of the digits. Here there are three channels, all
+    connections, plain averages and tanh, and a linear classifier with cross-entropy.
 
     >>> LeNet5(num_classes=10).forward_features(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 16, 5, 5])
@@ -232,9 +222,8 @@ class LeNet5(ConvNet):
                  width_mult: float = 1.0) -> None:  # fmt: skip
         super().__init__()
         c1, c3, c5, f6 = (scaled(width, width_mult) for width in (6, 16, 120, 84))
-        # 32x32 -> 14x14 -> 5x5
-        self.stem = nn.Sequential(nn.Conv2d(3, c1, 5), nn.Tanh(), nn.AvgPool2d(2))
-        self.stages = nn.Sequential(nn.Conv2d(c1, c3, 5), nn.Tanh(), nn.AvgPool2d(2))
+        self.stem = nn.Sequential(nn.Conv2d(3, c1, 5), nn.Tanh(), nn.AvgPool2d(2))  # 14x14
+        self.stages = nn.Sequential(nn.Conv2d(c1, c3, 5), nn.Tanh(), nn.AvgPool2d(2))  # 5x5
         layers = [nn.Linear(c3 * 5 * 5, c5), nn.Tanh(), nn.Linear(c5, f6), nn.Tanh()]
         flat = nn.AdaptiveAvgPool2d(5), nn.Flatten()
         self.head = nn.Sequential(*flat, *layers, nn.Linear(f6, num_classes))
@@ -253,18 +242,14 @@ class LeNet5(ConvNet):
 if live():
     show(LeNet5(num_classes=10).forward_features(digits(1)).shape)
 
-# %% [markdown]
-# ## The lab's net: three convolutions, two linear layers
-
 
 # %%
 class SimpleCNN(ConvNet):
     """(N, 3, H, W) -> (N, num_classes): what one writes on the first day. No paper.
 
-    At 32x32 and 10 classes it has 1,147,466 parameters, nine tenths of them in the first linear
-    layer. The last map is brought to 4x4, which is its own size at 32x32, so that the net takes
-    images of any size from 8 pixels on. Its one form is the 32x32 form, whatever `small_input`
-    says.
+    Three convolutions and two linear layers. With 10 classes it has 1,147,466 parameters, nine
+    tenths of them in the first linear layer. The last map is brought to 4x4, its own size at 32x32,
+    so that the net takes images of any size from 8 pixels on.
 
     >>> SimpleCNN(num_classes=10).forward_features(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 128, 4, 4])
@@ -275,18 +260,15 @@ class SimpleCNN(ConvNet):
         super().__init__()
         widths = [scaled(width, width_mult) for width in (32, 64, 128)]
         hidden = scaled(512, width_mult)
-        stages = [self.stage(a, b) for a, b in zip([3, *widths], widths)]
+        stages = [
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+            for a, b in zip([3, *widths], widths)
+        ]
         self.stem, self.stages = stages[0], nn.Sequential(*stages[1:])
         flat = nn.AdaptiveAvgPool2d(4), nn.Flatten()
         layers = nn.Linear(widths[-1] * 4 * 4, hidden), nn.ReLU(), nn.Dropout(0.5)
         self.head = nn.Sequential(*flat, *layers, nn.Linear(hidden, num_classes))
         self.init_weights()
-
-    @staticmethod
-    def stage(in_channels: int, out_channels: int) -> nn.Sequential:
-        """(N, C_in, H, W) -> (N, C_out, H/2, W/2)"""
-        conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        return nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(2))
 
 
 # %% [markdown]
@@ -296,22 +278,19 @@ class SimpleCNN(ConvNet):
 if live():
     show(SimpleCNN(num_classes=10).forward_features(digits(1, 32)).flatten(1).shape)
 
-# %% [markdown]
-# ## AlexNet: 2012, the net that won ImageNet's contest by ten points
-
 
 # %%
 class AlexNet(ConvNet):
-    """(N, 3, H, W) -> (N, num_classes).  Krizhevsky 2014, "One weird trick", fig. 1; first in
-    Krizhevsky et al. 2012.
+    """(N, 3, H, W) -> (N, num_classes).  Krizhevsky 2014, "One weird trick", sec. 5, footnote 1;
+    first in Krizhevsky et al. 2012.
 
-    NOTE: like torchvision's, this is the one-tower net of 2014, without the local response
-    normalisation and without the two groups that let the net of 2012 fit on two cards.
+    NOTE: the net of 2012 has two groups of filters, to fit on two cards; this is the one-tower net
+    of 2014, in torchvision's form: the fourth convolution is 256 wide (the paper has 384), dropout
+    stands before the first two linear layers, not behind them, and response normalisation is out.
 
     Args:
-        small_input: for images of 32 pixels and less.
-            NOTE: the first layer is 5x5 with stride 1 instead of 11x11 with stride 4, pooling is
-            2x2, and the linear layers are 1024 wide on a 2x2 map instead of 4096 on 6x6.
+        small_input: for images of 32 pixels and less.  NOTE: the first layer is 5x5 with stride 1,
+            not 11x11 with 4, pools are 2x2, the linear layers 1024 wide on 2x2, not 4096 on 6x6.
         width_mult: scales every layer but the classifier.
 
     >>> AlexNet().forward_features(torch.zeros(1, 3, 224, 224)).shape
@@ -322,10 +301,9 @@ class AlexNet(ConvNet):
                  width_mult: float = 1.0) -> None:  # fmt: skip
         super().__init__()
         w1, w2, w3, w4, w5 = (scaled(width, width_mult) for width in (64, 192, 384, 256, 256))
-        hidden = scaled(1024 if small_input else 4096, width_mult)
-        map_size = 2 if small_input else 6
+        size, stride, side, hidden = (5, 1, 2, 1024) if small_input else (11, 4, 6, 4096)
+        hidden = scaled(hidden, width_mult)
         pool = partial(nn.MaxPool2d, 2) if small_input else partial(nn.MaxPool2d, 3, stride=2)
-        size, stride = (5, 1) if small_input else (11, 4)
         self.stem = nn.Sequential(nn.Conv2d(3, w1, size, stride, padding=2), nn.ReLU(), pool())
         self.stages = nn.Sequential(
             nn.Sequential(nn.Conv2d(w1, w2, 5, padding=2), nn.ReLU(), pool()),
@@ -334,8 +312,8 @@ class AlexNet(ConvNet):
             nn.Sequential(nn.Conv2d(w4, w5, 3, padding=1), nn.ReLU(), pool()),
         )
         self.head = nn.Sequential(
-            nn.AdaptiveAvgPool2d(map_size), nn.Flatten(),
-            nn.Dropout(0.5), nn.Linear(w5 * map_size**2, hidden), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(side), nn.Flatten(),
+            nn.Dropout(0.5), nn.Linear(w5 * side**2, hidden), nn.ReLU(),
             nn.Dropout(0.5), nn.Linear(hidden, hidden), nn.ReLU(),
             nn.Linear(hidden, num_classes),
         )  # fmt: skip
@@ -352,37 +330,35 @@ if live():
 # %% [markdown]
 # ## The Vision Transformer: an image is worth 16x16 words
 #
-# Cut the image into patches, make each patch a vector, and let every vector look at every other:
+# Cut the image into patches, make each a vector of D numbers, a *token*, and let every token look
+# at all of them:
 #
 # $$\text{attention}(Q, K, V) = \text{softmax}\left(\frac{QK^\top}{\sqrt{d}}\right) V$$
 #
-# Each vector of length D makes a query, a key and a value. They are split into heads, and $d$ is
-# the length of a query in one head: D divided by the number of heads. The products grow with d, and
-# $\sqrt{d}$ keeps the softmax from becoming all or nothing.
-#
-# Nothing in it knows that two patches are neighbours, except what it learns from their positions.
-# That is the price: it needs more data than a convolution to learn what a convolution is born with.
+# Each token makes a query, a key and a value. They are split into heads, and $d$ is the length of a
+# query in one head: D divided by the number of heads. Products of random vectors grow with
+# $\sqrt{d}$; undivided they would make the softmax all or nothing. One more token is learned, the
+# class token: the classifier reads what it has gathered. LayerNorm is BatchNorm's equation over the
+# D numbers of one token, GELU a smooth ReLU. That two patches are neighbours can only be learned,
+# from their positions: a Transformer needs more data, to learn what is built into a convolution.
 
 
 # %%
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V, written out: three times (N, heads, T, d) -> (N, heads, T, d).
-
-    `F.scaled_dot_product_attention` computes the same without keeping the T x T weights:
+    `F.scaled_dot_product_attention` computes the same without storing the T x T weights:
 
     >>> q, k, v = torch.randn(3, 2, 4, 10, 16)
     >>> torch.allclose(attention(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=1e-5)
     True
     """
-    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (.., T, T)
+    weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)  # (N, heads, T, T)
     return weights @ v
 
 
 class Attention(nn.Module):
-    """Every token asks every token.  Vaswani et al. 2017, sec. 3.2; Dosovitskiy et al. 2021,
-    appendix A.
-
-    (N, T, D) -> (N, T, D)
+    """(N, T, D) -> (N, T, D): every token asks every token.  Vaswani et al. 2017, sec. 3.2;
+    Dosovitskiy et al. 2021, appendix A.
 
     >>> Attention(64, heads=4)(torch.zeros(1, 10, 64)).shape
     torch.Size([1, 10, 64])
@@ -390,8 +366,6 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim {dim} does not split into {heads} heads")
         self.heads = heads
         self.in_proj = nn.Linear(dim, 3 * dim)  # queries, keys and values in one product
         self.out_proj = nn.Linear(dim, dim)
@@ -404,13 +378,9 @@ class Attention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention between the tokens, then two linear layers on each token alone.
-
+    """(N, T, D) -> (N, T, D): attention between the tokens, then two linear layers on each alone;
+    both are residual branches with the norm in front, as in lesson 1's pre-activation block.
     Dosovitskiy et al. 2021, fig. 1 right, eq. 2-3.
-
-    (N, T, D) -> (N, T, D)
-
-    Both halves are residual branches with the norm in front, as in lesson 1's pre-activation block.
 
     >>> EncoderBlock(64, heads=4, mlp_dim=128)(torch.zeros(1, 10, 64)).shape
     torch.Size([1, 10, 64])
@@ -429,13 +399,9 @@ class EncoderBlock(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Cut into patches, project each, put the class token in front, add positions.  Dosovitskiy et
-    al. 2021, eq. 1.
-
-    (N, 3, H, W) -> (N, 1 + H/patch * W/patch, D)
-
-    Positions are learned on the grid of `image_size`. On another grid they are interpolated, as the
-    paper does when it fine-tunes at a higher resolution (sec. 3.2).
+    """(N, 3, H, W) -> (N, 1 + H/patch * W/patch, D): cut into patches, project each, put the class
+    token in front, add positions.  Dosovitskiy et al. 2021, eq. 1. Positions are learned on the
+    grid of `image_size`; on another grid they are interpolated (sec. 3.2).
 
     >>> PatchEmbedding(64, patch_size=4, image_size=32)(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 65, 64])
@@ -451,10 +417,9 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.projection(x)  # (N, D, h, w)
-        position = self.position_for(*x.shape[-2:])
-        x = x.flatten(2).transpose(1, 2)  # (N, h * w, D)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
-        return x + position
+        patches = x.flatten(2).transpose(1, 2)  # (N, h * w, D)
+        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), patches], dim=1)
+        return tokens + self.position_for(*x.shape[-2:])
 
     def position_for(self, height: int, width: int) -> Tensor:
         """(1, 1 + height * width, D): the learned positions, interpolated for another grid."""
@@ -469,18 +434,22 @@ class PatchEmbedding(nn.Module):
 class VisionTransformer(Classifier):
     """(N, 3, H, W) -> (N, num_classes).  Dosovitskiy et al. 2021, fig. 1.
 
+    NOTE: no dropout, and a head of one linear layer, which in the paper is for fine-tuning only.
+
     Args:
-        patch_size, depth, heads, dim, mlp_dim: the row of the paper's table 1.
-        small_input: for images of 32 pixels and less.
-            NOTE: patches a quarter as wide, so that a 32x32 image still gives 64 of them; the
-            paper upsamples CIFAR to 224 and more instead.
+        patch_size, depth, heads, dim, mlp_dim: a row of TABLE.
+        small_input: for images of 32 pixels and less.  NOTE: patches a quarter as wide, in ViT-B/16
+            64 of 4x4 pixels for an image of 32x32; the paper enlarges CIFAR's images instead.
+        width_mult: scales `dim` in steps of the number of heads, and `mlp_dim` with it.
         image_size: what positions are learned for; by default 224, or 32 with `small_input`.
     """
 
     def __init__(self, patch_size: int, depth: int, heads: int, dim: int, mlp_dim: int,
-                 num_classes: int = 1000, small_input: bool = False,
+                 num_classes: int = 1000, small_input: bool = False, width_mult: float = 1.0,
                  image_size: int | None = None) -> None:  # fmt: skip
         super().__init__()
+        wide = heads * scaled(dim // heads, width_mult)
+        dim, mlp_dim = wide, wide * mlp_dim // dim
         patch_size = patch_size // 4 if small_input else patch_size
         self.stem = PatchEmbedding(dim, patch_size, image_size or (32 if small_input else 224))
         self.stages = nn.Sequential(*[EncoderBlock(dim, heads, mlp_dim) for _ in range(depth)])
@@ -496,18 +465,14 @@ class VisionTransformer(Classifier):
         nn.init.zeros_(self.head[-1].weight)
         nn.init.zeros_(self.head[-1].bias)
 
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, 1 + h * w, D): the class token, then one token for each patch."""
-        return self.stages(self.stem(x))
-
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, D, h, w): the last patch tokens, laid out as a map again."""
-        patch_height, patch_width = self.stem.projection.stride
-        grid = x.shape[-2] // patch_height, x.shape[-1] // patch_width
-        return self.forward_tokens(x)[:, 1:].transpose(1, 2).unflatten(2, grid)
+        grid = [side // self.stem.projection.stride[0] for side in x.shape[-2:]]
+        tokens = self.stages(self.stem(x))  # (N, 1 + h * w, D), the class token first
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.forward_tokens(x)[:, 0])  # what the class token has gathered
+        return self.head(self.stages(self.stem(x))[:, 0])  # what the class token has gathered
 
     def arrange_torchvision_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """torchvision keeps queries, keys and values as bare parameters, and the positions in the
@@ -519,14 +484,15 @@ class VisionTransformer(Classifier):
 
 
 # %% [markdown]
-# **Say it first**: an image of 32 pixels in patches of 4, and one class token: how many tokens?
+# **Say it first**: an image of 48 pixels in patches of 4, and the class token: how many tokens? How
+# do positions that were learned for 32 pixels fit them?
 
 # %%
 if live():
-    show(PatchEmbedding(64, patch_size=4, image_size=32)(digits(1, 32)).shape)
+    show(PatchEmbedding(64, patch_size=4, image_size=32)(digits(1, 48)).shape)
 
 # %% [markdown]
-# ## The paper's table as data
+# ## The paper's table, and the timeline, as data
 
 
 # %%
@@ -545,33 +511,18 @@ TABLE: dict[str, Row] = {
     "vit_b_16": Row(16, 12, 12, 768, 3072),
     "vit_b_32": Row(32, 12, 12, 768, 3072),
     "vit_l_16": Row(16, 24, 16, 1024, 4096),
-    # NOTE: no paper's. Small enough for a CPU: 0.8M parameters.
+    # NOTE: no paper's. Small enough for a CPU: 0.8M parameters in the small form.
     "vit_xs_16": Row(16, 6, 4, 128, 256),
 }
-
-
-def vit(name: str, width_mult: float = 1.0, **options: int | bool) -> VisionTransformer:
-    """The model of a row. `width_mult` scales `dim` in steps of the number of heads, and `mlp_dim`
-    with it; the options are `VisionTransformer`'s.
-    """
-    patch_size, depth, heads, dim, mlp_dim = TABLE[name]
-    wide = heads * scaled(dim // heads, width_mult)
-    return VisionTransformer(patch_size, depth, heads, wide, wide * mlp_dim // dim, **options)
-
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet5": LeNet5,
     "simple_cnn": SimpleCNN,
     "alexnet": AlexNet,
-    **{name: partial(vit, name) for name in TABLE},
+    **{name: partial(VisionTransformer, *row) for name, row in TABLE.items()},
 }
 
 
-# %% [markdown]
-# ## Twenty-two years, one idea each
-
-
-# %%
 class Era(NamedTuple):
     """When a family was published (the preprint, where there is one), and what it brought."""
 
@@ -614,78 +565,66 @@ def era(name: str) -> Era:
 # %% [markdown]
 # ## What a network costs, before it has any weights
 #
-# Parameters and multiply-adds follow from the definition. They are counted on the meta device:
-# shapes without numbers, so EfficientNet-B7 costs nothing. Latency has to be measured (see
-# `common/comparison/sweeps.py`): each model with random weights, and all of them in turn, four
-# times over, because a disturbed machine is never faster than an idle one.
+# Parameters and multiply-adds follow from the definition: they are counted on the meta device, on
+# shapes without numbers, so that EfficientNet-B7 costs nothing. Latency has to be measured: all
+# models in turn, with random weights, four times over (`common/comparison/sweeps.py`). The lowest
+# counts, because a disturbed machine is never faster than an idle one.
 #
-# We count twice. thop is the counter of most papers' repositories. It hangs a hook on each type of
-# layer that it knows. So it counts BatchNorm and pooling, which the papers' tables leave out, and
-# does not see what is no layer: the two products of attention. We count operators as they are
-# called. Where both look at a convolution, they agree to the last digit.
+# We count twice. thop, the counter of many papers' repositories, hooks each layer of a type that it
+# knows. So it counts BatchNorm and pooling, which the papers' tables leave out, and misses what is
+# no layer: the two products of attention. We count operators as they are called. On convolutions
+# both agree to the last digit.
 #
-# **Say it first**: a 3x3 convolution from 3 to 8 channels on 10 x 10 pixels, without padding, then
-# BatchNorm. How many multiply-adds do we count? (8 * 8 * 8 * 27.) Does thop count more, or fewer?
+# **Say it first**: a 3x3 convolution from 3 to 8 channels on 10x10 pixels, without padding, then
+# BatchNorm. How many multiply-adds do we count? Does thop count more, or fewer?
 
 # %%
 if live():
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
-    show(8 * 8 * 8 * 27, count_by_thop(model, (3, 10, 10), ours=8 * 8 * 8 * 27))
+    ours = 8 * 8 * 8 * 27  # 8x8 places, 8 filters, 27 weights in each
+    show(ours, count_by_thop(model, (3, 10, 10), ours))
 
 # %% [markdown]
 # ## The families, and how to make each as large as the others
 #
-# Every lesson's default model takes part (GoogLeNet at half its width). But a small DenseNet
-# against a large VGG compares sizes, not designs. `--experiment matched-size` scales the widths
-# until all have about the same parameters (or multiply-adds), each by the knob of its family.
-
+# Lessons 1 to 6 take part with their default models (lesson 1 with ResNet-18; GoogLeNet at half its
+# width), this one with four. But a small DenseNet against a large VGG compares sizes, not designs.
+# `--experiment matched-size` scales each family by its own knob, until all have about the same
+# parameters (or multiply-adds).
 
 # %%
-def by_width_mult(width: float) -> dict[str, object]:
-    return {"width_mult": width}
-
-
-def by_channels(width: float, *channels: int) -> dict[str, object]:
-    return {"channels": tuple(scaled(c, width) for c in channels)}
-
-
 FAMILIES: tuple[Family, ...] = (  # lesson, model ("": its default), the knob
-    Family("07", "lenet5", by_width_mult),
-    Family("07", "simple_cnn", by_width_mult),
-    Family("07", "alexnet", by_width_mult),
-    Family("02", "", lambda w: by_channels(w, 64, 128, 256, 512, 512)),
-    Family("03", "", by_width_mult, width=0.5),  # whole, it takes two fifths of all the time
-    Family(
-        "01", "resnet18",
-        lambda w: {"stem_channels": scaled(64, w), **by_channels(w, 64, 128, 256, 512)},
-    ),
-    Family("06", "", lambda w: {"growth_rate": scaled(32, w)}),
-    Family("05", "", by_width_mult),
-    Family("04", "", by_width_mult),
-    Family("07", "vit_xs_16", by_width_mult),
+    Family("07", "lenet5", lambda w: {"width_mult": w}),
+    Family("07", "simple_cnn", lambda w: {"width_mult": w}),
+    Family("07", "alexnet", lambda w: {"width_mult": w}),
+    Family("02", "", lambda w: {"channels": [scaled(c, w) for c in (64, 128, 256, 512, 512)]}),
+    Family("03", "", lambda w: {"width_mult": w}, width=0.5),  # whole: two fifths of all the time
+    Family("01", "resnet18", lambda w: {"stem_channels": scaled(64, w),
+                                        "channels": [scaled(c, w) for c in (64, 128, 256, 512)]}),
+    Family("06", "", lambda w: {"growth_rate": scaled(12, w)}),
+    Family("05", "", lambda w: {"width_mult": w}),
+    Family("04", "", lambda w: {"width_mult": w}),
+    Family("07", "vit_xs_16", lambda w: {"width_mult": w}),
 )  # fmt: skip
-
 
 # %% [markdown]
 # ## Trained side by side: one budget, several seeds, each at its own rate
 #
-# The same images in the same order, the same schedule, the same number of epochs (or seconds), and
-# the weights of the last epoch: no epoch is picked, so there is nothing to pick on the test set.
-# All take SGD but the Vision Transformer, which takes AdamW, as Transformers are trained.
+# The same images, the same schedule, the same number of epochs (or seconds), and the weights of the
+# last epoch, so that none is picked. All take SGD but the Vision Transformer, which takes AdamW, as
+# is usual: it gives each weight a rate of its own.
 #
 # One rate for all would rank the rates and not the designs: LeNet-5, with no norm, wants another
 # than a ResNet. So each network first tries the same three factors on the usual rate, with a seed
-# that is not counted, and keeps the one with the best accuracy on *validation* images. The search
-# trains for as many epochs as the comparison does. A shorter one misleads: in half the epochs the
-# Transformer learned fastest with 0.004, and ended at 73.0% (seeds 0 to 2); with 0.001, which the
-# whole search chooses, it ends at 83.4%.
+# that does not count, and keeps the best on *validation* images. The search is as long as the
+# comparison: in half the epochs, and with 16 as a fourth factor, the Transformer learned fastest
+# with 0.004, and ended at 73.0% (seeds 0 to 2); with 0.001, which the whole search chooses, 83.4%.
 #
-# Two networks that are equally good seldom get the same number. So the verdict pairs the seeds: the
-# same seed gives both networks the same images in the same order. It judges the differences by
-# Student's t, and by Holm's rule, because many pairs are compared. A network is called worse if
-# the whole interval of the difference is beyond half a point, which is about two of 359 images.
-# Otherwise it is level, or undecided. One seed decides nothing.
+# Equally good networks seldom get the same number. So the verdict pairs the seeds, for one seed
+# gives all networks the same images in the same order. Student's t makes an interval of the
+# differences, and Holm's rule widens it, because many pairs are compared. A network is worse if the
+# whole interval is beyond half a point (two of 359 images), level if it is below, else undecided.
 
 
 # %%
@@ -709,33 +648,27 @@ entry = partial(counted, lambda name: era(name).year)  # a line of the table, no
 
 
 def run(config: Config) -> list[Table]:
-    """Compare the networks; or test official weights, with `--eval-imagenet`."""
+    """Count, measure, train, draw, choose; or test official weights, with `--eval-imagenet`."""
     config, device = settled(config)
     source = None if config.eval_imagenet else load_source(config)
     run = Run.open(config, LESSON)
-    print(f"device     {device.type}: {describe(device)}")
-    print(f"folder     {run.folder}", flush=True)
+    print(f"device     {device.type}: {describe(device)}\nfolder     {run.folder}", flush=True)
     with stop_says(run.farewell):
         if config.eval_imagenet:
             return reproduce(config, device, run, entry, pareto_front)
-        return compare(config, device, source, run)
-
-
-def compare(config: Config, device: torch.device, source: Source, run: Run) -> list[Table]:
-    """Count, measure, train, draw, choose."""
-    everyone = [] if config.experiment else chosen_names(config.model, list(all_models()))
-    trained = chosen_names(config.model, [default_model(family) for family in FAMILIES])
-    with Bar(steps(everyone, trained), "measuring", "steps", seconds=15) as bar:
-        small = small_entries(trained, config, len(source.class_names), bar, FAMILIES, entry)
-        large = imagenet_entries(everyone, entry, bar)
-        bench = Bench.open(config, device, run, bar)
-        measured, ways = bench.sweeps(large), bench.all_ways(large)
-        own = bench.for_small().sweeps(small)
-    results = None
-    if not config.profile_only:
-        store = open_store(run, LESSON, source.fingerprint, device)
-        results = train_all([arm(e, config) for e in small], config, device, source, store)
-    return conclude(config, run, measured, own, ways, results, bench.limit, pareto_front, era)
+        everyone = [] if config.experiment else chosen_names(config.model, list(all_models()))
+        trained = chosen_names(config.model, [default_model(family) for family in FAMILIES])
+        with Bar(steps(everyone, trained), "measuring", "steps", seconds=15) as bar:
+            small = small_entries(trained, config, len(source.class_names), bar, FAMILIES, entry)
+            large = imagenet_entries(everyone, entry, bar)
+            bench = Bench.open(config, device, run, bar)
+            measured, ways = bench.sweeps(large), bench.all_ways(large)
+            own = bench.for_small().sweeps(small)
+        results = None
+        if not config.profile_only:
+            store = open_store(run, LESSON, source.fingerprint, device)
+            results = train_all([arm(e, config) for e in small], config, device, source, store)
+        return conclude(config, run, measured, own, ways, results, bench.limit, pareto_front, era)
 
 
 def build(config: Config, num_classes: int) -> nn.Module:
@@ -751,16 +684,14 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {"matched-size": run}
 # ## What to notice
 #
 # - The three fronts of `imagenet_cost.png` do not hold the same networks: look for one that is on
-#   the front of multiply-adds and not on that of latency. What does it do that is not a
-#   multiply-add?
-# - `MACs by thop` differs from `MACs` by BatchNorm in every convolutional net, and by attention, in
-#   the other direction, in every ViT. Which of the two would you put into a paper's table?
+#   the front of multiply-adds and not on that of latency. What does it do that is no multiply-add?
+# - `MACs by thop` is more than `MACs` by norms and pooling in every convolutional net, and less by
+#   attention in every ViT. Which of the two would you put into a paper's table?
 # - A row called folded does the same multiply-adds without BatchNorm. What did the norms cost? Why
 #   must DenseNet-121 keep half of its own (`--fold`), and ResNet none?
-# - The verdict names the networks that the best is shown to beat, those that are level with it, and
-#   those that are undecided. `--seeds 1` decides nothing: it ranks the seeds too.
-# - Six epochs of digits are few. Which curves of `training_curves.png` still rise at the end? What
-#   would ten epochs change, and what would another rate?
+# - The verdict names the networks that the best is shown to beat, those level with it, and those
+#   undecided. `--seeds 1` decides nothing: it ranks the seeds too.
+# - Which lines of `training_curves.png` still rise? What would ten epochs change, or other rates?
 # - `--experiment matched-size` takes away what a net gained by its size alone: compare the order.
 #
 # **What the comparison gave** (digits, 8 px, six epochs; test accuracy, mean and deviation of seeds
@@ -772,7 +703,7 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {"matched-size": run}
 #     resnet18        97.6 ± 0.6 %  0.4       alexnet             90.6 ± 1.8 %  0.1
 #     simple_cnn      96.9 ± 0.4 %  0.1       vit_xs_16           85.2 ± 3.7 %  0.001
 #
-# With seeds 0 to 2 every pair is *undecided*: of 45 comparisons one may look large by chance, and
+# With seeds 0 to 2 every pair is *undecided*: one of 45 differences may look large by chance, and
 # Holm's rule asks for more. With six seeds (`--resume RUN --seeds 6`) the DenseNet is better by
 # more than half a point than the last six. The three behind it are undecided; about 70 seeds would
 # decide one of these. EfficientNet has 98% in its own lesson, at 16 px and with eight epochs.
@@ -785,8 +716,7 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {"matched-size": run}
 # - **7.1** `SimpleCNN`, the lab's net. **7.2** The layers of `LeNet5`.
 # - **7.6** `pareto_front`, as above or from the definition. What becomes of two equal networks?
 # - **7.3** `AlexNet`, in both forms. **7.5** `EncoderBlock`. What changes if the norms stand behind
-#   the sums?
-# - **7.4** `Attention`, first with the softmax written out.
+#   the sums? **7.4** `Attention`, first with the softmax written out.
 # - Run `--choose "latency<20ms"` and then `--choose "macs<1G"`. Why are the winners not the same?
 # - How many multiply-adds of ViT-B/16 are attention products at 224 pixels? At which image size do
 #   they overtake the linear layers?

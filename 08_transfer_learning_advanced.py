@@ -20,7 +20,7 @@ them, and learn only what is new.
 # %% [markdown]
 # ## What you will be able to do
 #
-# - freeze a part of a net so that *nothing* in it changes, and say what most people forget
+# - freeze a part of a net so that *nothing* in it changes, and say what is easily forgotten
 # - give each part of a net a learning rate of its own, and wake the parts one after the other
 # - decide between scratch, features and fine-tuning, and measure the decision
 # - train on classes of which some are rare, and move to images that look different
@@ -145,8 +145,8 @@ HERE = sys.modules[__name__]
 #
 # Two things keep a layer as it is. Its weights ask for no gradient. And its BatchNorm, if it has
 # one, uses the statistics that it came with. `requires_grad` says nothing about these: in train
-# mode the running mean and variance still move towards those of your few images. To forget this is
-# the most common mistake in transfer learning.
+# mode the running mean and variance still move towards those of your few images. This is easily
+# forgotten.
 
 
 # %%
@@ -308,7 +308,7 @@ def extract_features(model: nn.Module, loader: Loader) -> Tensor:
 
 # %% [markdown]
 # **Say it first**: ResNet-20's last stage has 64 channels, which the head averages. How many
-# numbers are left of a digit, and how many weights has a classifier of five classes?
+# numbers are left of a digit, and how many parameters has a classifier of five classes?
 
 # %%
 if live():
@@ -333,9 +333,7 @@ STRATEGIES = ("scratch", "features", "last-stage", "full", "progressive")
 
 
 def set_up(model: nn.Module, config: Config, loader: Loader) -> tuple[Optimizer, Schedule]:
-    """What learns, and at which rate, by `config.strategy`: the model frozen where it has to be,
-    its optimizer and schedule.
-    """
+    """Freeze what `config.strategy` does not train; the optimizer and its schedule come back."""
     strategy, parts = config.strategy, parts_of(model)  # the parts from the stem to the head
     if strategy in ("features", "last-stage"):
         freeze(model)
@@ -415,7 +413,7 @@ def transfer(
     optimizer, schedule = set_up(model, config, data.train)
     learner = model
     if config.strategy == "features":
-        known = {"train": data.train, "val": data.val}  # the test is one of the whole model
+        known = {"train": data.train, "val": data.val}  # the whole model is tested
         known = {name: extract_features(model, split) for name, split in known.items()}
         data, learner = with_features(data, known), ClassifierOnFeatures(model)
     return fit(learner, data, loss_fn, optimizer, schedule, config, run, "" if run else "transfer")
@@ -473,7 +471,7 @@ def run(config: Config) -> dict[str, object] | None:
 # ## The loop itself
 #
 # `fit` repeats this for every epoch, as in lesson 1. What is frozen has no gradient, so the
-# optimizer does not know it; `schedule.step()` is where the parts wake up.
+# optimizer leaves it as it is; `schedule.step()` is where the parts wake up.
 
 # %%
 if live():
@@ -530,9 +528,9 @@ def fractions(task: Task, config: Config) -> Experiment:
 # %% [markdown]
 # ## Experiment: which schedule suits a transfer? (`schedules`)
 #
-# In warm-up the rate is small, so the new head's first gradients hardly move the trained weights;
-# then it falls along half a cosine. One-cycle warms up for a third of the run. Plateau waits until
-# the validation loss stops falling, which few validation images show badly. Margin: two points.
+# In the warm-up, at a small rate, the new head's first gradients hardly move the trained weights.
+# Then *cosine* falls along half a cosine. *onecycle* does so after 30% of the run. *plateau* waits
+# until the validation loss stops falling, which few images show badly. Margin: two points.
 
 
 # %%
@@ -612,8 +610,8 @@ class LogitAdjustedLoss(nn.Module):
 
 
 # %% [markdown]
-# **Say it first**: focal loss with $\gamma = 2$ against cross-entropy: for an image that the net
-# gives 0.9 the loss shrinks to a hundredth. To which share for one that it gives 0.1?
+# **Say it first**: focal loss with $\gamma = 2$ against cross-entropy: where the net gives the true
+# class 0.9, the loss shrinks to a hundredth. To which share where it gives 0.1?
 
 # %%
 if live():
@@ -624,7 +622,7 @@ if live():
 # %% [markdown]
 # ### Experiment: which remedy helps the rare classes? (`imbalance`)
 #
-# The most common class has 30 images for each of the rarest. Margin: two points of mean recall.
+# The most common class has 30 times the images of the rarest. Margin: two points of mean recall.
 
 
 # %%

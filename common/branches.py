@@ -5,7 +5,6 @@ loss without it. A module is whatever has `branches` whose outputs it concatenat
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,14 +44,11 @@ def branch_shares(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Table]:
     for module, (read, _), gradient in zip(modules_of(model), seen, gradients):
         read = read.detach().requires_grad_()
         gives = [branch(read) for branch in module.branches]
-        parts = gradient.split([output.shape[1] for output in gives], dim=1)
-        back = [torch.autograd.grad(output, read, part)[0] for output, part in zip(gives, parts)]
-        amounts = (
-            [output.shape[1] for output in gives],
-            [output.square().sum().item() for output in gives],
-            [part.square().sum().item() for part in back],
-        )
-        for what, row in zip(SHARES, amounts):
+        sizes = [output.shape[1] for output in gives]
+        parts = zip(gives, gradient.split(sizes, dim=1))
+        back = [torch.autograd.grad(output, read, part)[0] for output, part in parts]
+        energy = ([x.square().sum().item() for x in maps] for maps in (gives, back))
+        for what, row in zip(SHARES, (sizes, *energy)):
             tables[what].append([amount / sum(row) for amount in row])
     return tables
 
@@ -70,26 +66,45 @@ def silenced_losses(model: nn.Module, loader: Loader) -> Table:
     return [[without(b) - intact for b in module.branches] for module in modules_of(model)]
 
 
-def look_at_branches(trial: Trial, data: Data) -> dict[str, float | Table]:
-    """The tables of shares and "loss added", and how well each share orders the losses."""
+def gradients(model: nn.Module, data: Data, loss_fn: nn.Module) -> dict[str, float | list[float]]:
+    """Norms of an untrained net's gradient for one batch, divided by the loss: of the first layer,
+    as a logarithm; of the stem and each module.
+    """
+    x, y = next(iter(data.train.batches()))
+    loss = loss_fn(model.train()(x), y)
+    loss.backward()
+    first = next(model.parameters()).grad.norm()
+    parts = [[p.grad for p in m.parameters()] for m in (model.stem, *modules_of(model))]
+    norms = torch.stack([nn.utils.get_total_norm(grads) for grads in parts]) / loss
+    name = "gradient over loss by module, at the start"
+    return {"log gradient": (first / loss).log().item(), name: norms.tolist()}
+
+
+def look_at_branches(
+    trial: Trial, data: Data, branches: Sequence[str], watched: str
+) -> dict[str, float | Table]:
+    """The tables of shares and "loss added", and how well each share orders the losses; of the
+    branch called `watched` its mean shares, and how much more it is missed than any other.
+    """
     tables = branch_shares(trial.model, *next(iter(data.val.batches())))
     tables["loss added"] = silenced_losses(trial.model, data.val)
-    flat = {what: np.ravel(table) for what, table in tables.items()}
-    ranks = {f"rank by {s}": spearmanr(flat[s], flat["loss added"]).statistic for s in SHARES}
-    return {**{name: float(rank) for name, rank in ranks.items()}, **tables}
+    added = np.ravel(tables["loss added"])
+    ranks = {f"rank by {s}": spearmanr(np.ravel(tables[s]), added).statistic for s in SHARES}
+    mean = {what: dict(zip(branches, np.mean(table, axis=0))) for what, table in tables.items()}
+    shares = {f"{watched} of {share}": mean[share][watched] for share in SHARES[1:]}
+    more = mean["loss added"].pop(watched) - max(mean["loss added"].values())
+    numbers = {**shares, f"{watched} missed more": more, **ranks}
+    return {**{name: float(number) for name, number in numbers.items()}, **tables}
 
 
 def draw_branches(results: Results, modules: Sequence[str], branches: Sequence[str]) -> Figure:
     """The tables of the only arm, mean over seeds."""
     (net,) = results.records
     figure, axes = plotting.panels(4, f"{net}'s branches, mean over seeds")
-    draw = partial(plotting.heatmap, row_labels=modules, column_labels=branches)
-    tables = {
-        what: np.mean([table for table in results.values(net, what) if table], axis=0)
-        for what in (*SHARES, "loss added")
-    }
-    for what, ax in zip(SHARES, axes):
-        draw(tables[what], title=f"Share of the {what}", percent=True, limits=(0, 1), ax=ax)
-    title = "Loss added by silencing the branch"
-    draw(tables["loss added"], title=title, fmt="{:+.2f}", ax=axes[-1])
+    for what, ax in zip((*SHARES, "loss added"), axes):
+        table = np.mean([table for table in results.values(net, what) if table], axis=0)
+        how = {"title": f"Share of the {what}", "percent": True, "limits": (0, 1)}
+        if what == "loss added":
+            how = {"title": "Loss added by silencing the branch", "fmt": "{:+.2f}"}
+        plotting.heatmap(table, row_labels=modules, column_labels=branches, ax=ax, **how)
     return figure

@@ -58,33 +58,26 @@ def pack(run: str | Path, trained_on: str = "") -> Path:
     known = {spec.name for spec in dataclasses.fields(lesson.Config)}
     config = lesson.Config(**{name: value for name, value in saved.items() if name in known})
     state = {
-        name: value.detach().float().clone() if value.is_floating_point() else value.clone()
+        name: (value.float() if value.is_floating_point() else value).clone()
         for name, value in best["model"].items()
     }
     model = lesson.build(config, len(best["class_names"]))
     try:
         model.load_state_dict(state)
     except RuntimeError:
-        raise UserError(
-            f"{folder}: {config.model} has another form today than in best.pt"
-        ) from None
+        changed = f"{config.model} has another form today than in best.pt"
+        raise UserError(f"{folder}: {changed}") from None
 
     bundle = Bundle(
-        config.model,
-        trained_on or config.dataset,
-        result["test_top1"],
-        list(best["class_names"]),
-        best["mean"].float().cpu(),
-        best["std"].float().cpu(),
-        config.image_size,
-        state,
-    )
+        config.model, trained_on or config.dataset, result["test_top1"], best["class_names"],
+        best["mean"].float(), best["std"].float(), config.image_size, state,
+    )  # fmt: skip
     weights.WEIGHTS.mkdir(exist_ok=True)
     path = weights.WEIGHTS / f"{bundle.name}.pt"
     checkpoint.save(path, vars(bundle))
     told = (
         "test_top1 val_top1 epochs best_epoch seed train_seconds images_per_second device hardware "
-        "amp torch_version"
+        "amp torch_version test_top1_views"
     )
     record = {
         "model": bundle.name,
@@ -92,8 +85,7 @@ def pack(run: str | Path, trained_on: str = "") -> Path:
         "command": command(lesson.__name__, config),
         "parameters": count_parameters(model),
         "sha256": digest(state),
-        **{name: result[name] for name in told.split()},
-        **{name: value for name, value in result.items() if name == "test_top1_views"},
+        **{name: result[name] for name in told.split() if name in result},
         "image_size": bundle.image_size,
         "class_names": bundle.class_names,
         "mean": bundle.mean.tolist(),
@@ -121,16 +113,13 @@ def command(lesson: str, config: TrainConfig) -> str:
     here = {"data_dir", *kind.FREE_ON_RESUME}  # where it ran, not what was computed
     defaults = kind()
 
-    def same(given: dict[str, Any]) -> bool:
-        again = kind(**given).resolve(config.dataset).to_dict()
-        return all(again[n] == v for n, v in config.to_dict().items() if n not in here)
+    def settings(config: TrainConfig) -> dict[str, Any]:
+        return {n: v for n, v in config.to_dict().items() if n not in here}
 
-    given = {
-        n: v for n, v in config.to_dict().items() if n not in here and v != getattr(defaults, n)
-    }
-    for name in list(given):
+    given = {n: v for n, v in settings(config).items() if v != getattr(defaults, n)}
+    for name in [n for n in given if n not in ("model", "dataset")]:
         rest = {n: v for n, v in given.items() if n != name}
-        if name not in ("model", "dataset") and same(rest):
+        if settings(kind(**rest).resolve(config.dataset)) == settings(config):
             given = rest
     words = ["python", f"{lesson}.py"]
     for name, value in given.items():

@@ -49,6 +49,13 @@ def width_for_macs(
     return (widths.start + bisect_left(widths, macs, key=cost)) / 100
 
 
+def time_saved(name: str, slow: nn.Module, fast: nn.Module) -> str:
+    """Fewer multiply-adds need not save as much time: both, for one image of 224 px on the CPU."""
+    size = (3, 224, 224)
+    fewer, faster = (cost(slow, size) / cost(fast, size) for cost in (count_macs, milliseconds))
+    return f"{name} on 224 px: {fewer:.1f} times fewer multiply-adds, {faster:.1f} times the speed"
+
+
 def milliseconds(model: nn.Module, input_size: tuple[int, int, int], seconds: float = 1.0) -> float:
     """Median time of one image on the CPU; also of a model in integers, which has no parameters."""
     x = torch.randn(1, *input_size).contiguous(memory_format=torch.channels_last)

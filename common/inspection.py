@@ -7,9 +7,9 @@ at in its plain form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,22 +45,17 @@ def stage_activations(model: nn.Module, x: Tensor, part: str = "") -> dict[str, 
     model = _plain(model)
     if len(x) != 1:
         raise ValueError(f"stage_activations takes one image, (1, C, H, W), not {tuple(x.shape)}")
+    stages = {
+        f"stage {int(name) + 1}" if name.isdigit() else name: stage.get_submodule(part)
+        for name, stage in model.stages.named_children()
+    }
     seen: dict[str, np.ndarray] = {}
 
-    def keep(name: str, stage: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep(name: str, output: Tensor) -> None:
         seen[name] = _array(output[0])
 
-    handles = []
-    try:
-        for name, stage in model.stages.named_children():
-            label = f"stage {int(name) + 1}" if name.isdigit() else name
-            watched = stage.get_submodule(part)
-            handles.append(watched.register_forward_hook(partial(keep, label)))
-        with evaluating(model), torch.no_grad():
-            model(_beside(model, x))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _hooked(stages, keep), evaluating(model), torch.no_grad():
+        model(_beside(model, x))
     return seen
 
 
@@ -87,17 +82,16 @@ def grad_cam(
     model = _plain(model)
     maps: list[Tensor] = []  # each stage's output, then what forward_features gives
 
-    def watch(features: Tensor) -> Tensor:
+    def watch(name: str, features: Tensor) -> Tensor:
         """Keep `features`, and go on with a copy: what follows may work in place."""
         maps.append(features)
         return features.clone()
 
     compute_features = model.forward_features
-    stages = getattr(model, "stages", nn.Module()).children()
-    handles = [stage.register_forward_hook(lambda _, __, out: watch(out)) for stage in stages]
-    model.forward_features = lambda x: watch(compute_features(x))
+    model.forward_features = lambda x: watch("last", compute_features(x))
+    stages = _hooked(dict(getattr(model, "stages", nn.Module()).named_children()), watch)
     try:
-        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        with stages, evaluating(model), torch.inference_mode(False), torch.enable_grad():
             # The input asks for a gradient, so features have one even if every layer is frozen.
             logits = model(_beside(model, x).clone().requires_grad_())  # (N, K)
             if not maps:
@@ -107,13 +101,10 @@ def grad_cam(
             chosen = torch.as_tensor(class_index, dtype=torch.long, device=logits.device)
             # Images don't mix in eval mode, so the gradient of the sum holds each image's own.
             score = logits.gather(1, chosen[:, None]).sum()
-            fine = [m for m in maps if min(m.shape[2:]) >= min_size]
-            features = maps[-1] if not fine else fine[-1]
+            features = [maps[-1], *(m for m in maps if min(m.shape[2:]) >= min_size)][-1]
             (gradient,) = torch.autograd.grad(score, features)  # (N, C, h, w)
     finally:
         del model.forward_features  # the method of the class is back
-        for handle in handles:
-            handle.remove()
 
     weights = gradient.mean(dim=(2, 3), keepdim=True)  # (N, C, 1, 1)
     cam = (weights * features.detach()).sum(dim=1).relu()  # (N, h, w)
@@ -165,6 +156,18 @@ def to_images(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndar
     return images.expand(-1, -1, -1, 3).numpy().copy()
 
 
+@contextmanager
+def _hooked(
+    modules: Mapping[str, nn.Module], hook: Callable[[str, Any], Tensor | None]
+) -> Iterator[None]:
+    """Inside, `hook(name, output)` sees what each module puts out, and may give another output."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_hook(lambda _, __, out, name=name: hook(name, out))
+            stack.enter_context(handle)
+        yield
+
+
 def _plain(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's wrapper, whose compiled code would not see hooks."""
     return getattr(model, "_orig_mod", model)
@@ -196,53 +199,43 @@ def layer_table(
     """
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, Tensor):
-                shapes[name] = tuple(output.shape)
+    def note(name: str, output: object) -> None:
+        if isinstance(output, Tensor):
+            shapes[name] = tuple(output.shape)
 
-        return hook
-
-    hooks = [m.register_forward_hook(note(name)) for name, m in model.named_modules()]
-    try:
+    root, modules = type(model).__name__, dict(model.named_modules())
+    with _hooked(modules, note):
         macs = macs_by_module(model, input_size)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    root = type(model).__name__
     total = {path.removeprefix(root + "."): sum(ops.values()) for path, ops in macs.items()}
     total[""] = total.pop("Global", 0)
-    modules = dict(model.named_modules())
-    for name in sorted(modules, key=lambda n: -n.count(".")):
+    children = {
+        name: [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+        for name, module in modules.items()
+    }
+    for name in reversed(modules):
         # A list of modules is never called itself, so the counter knows nothing of it.
-        if name not in total and list(modules[name].children()):
-            inside = (f"{name}.{child}" for child, _ in modules[name].named_children())
-            total[name] = sum(total.get(child, 0) for child in inside)
+        total.setdefault(name, sum(total.get(child, 0) for child in children[name]))
     records, seen = [], set()
     for name, module in modules.items():
-        if depth and name.count(".") >= depth:
+        level = name.count(".")
+        if depth and level >= depth:
             continue
         # A parameter that two layers share is listed, as it is counted, with the first.
-        folded = bool(depth) and name.count(".") == depth - 1 and name != ""
+        folded = level == depth - 1 and name != ""
         own_parameters = [p for p in module.parameters(recurse=folded) if p not in seen]
         seen.update(own_parameters)
-        children = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
-        children = [] if folded else children
-        own_macs = total.get(name, 0) - sum(total.get(child, 0) for child in children)
+        inside = [] if folded else children[name]
+        own_macs = total[name] - sum(total.get(child, 0) for child in inside)
         params = sum(p.numel() for p in own_parameters)
         # What holds parameters is listed even if it runs in training only (auxiliary heads).
-        if params or own_macs or (name in shapes and not children):
+        if params or own_macs or (name in shapes and not inside):
             kind, shape = type(module).__name__, shapes.get(name, ())
-            records.append(
-                LayerRecord(name or root, kind, shape, params, own_macs, name.count("."))
-            )
+            records.append(LayerRecord(name or root, kind, shape, params, own_macs, level))
     return records
 
 
 def thop_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """What thop counts for the same image: BatchNorm
-    and pooling too, attention and bare parameters not.
-    """
+    """What thop counts for the same image: BatchNorm too, attention and bare parameters not."""
     import thop
 
     copy = deepcopy(model).to("meta").eval()  # thop leaves its counters in the modules
@@ -278,6 +271,5 @@ def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -
         layer = layer if len(layer) <= name else "…" + layer[-name + 1 :]
         right = "  ".join(f"{number:>{w}}" for number, w in zip(numbers, widths[1:]))
         print(f"{layer:<{name}}  {kind:<{widths[0]}}  {right}")
-    print(
-        f"thop counts {thop_macs(model, size):,} MACs: BatchNorm and pooling too, but no attention."
-    )
+    theirs = f"{thop_macs(model, size):,} MACs"
+    print(f"thop counts {theirs}: BatchNorm and pooling too, but no attention.")

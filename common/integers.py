@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from common.config import TrainConfig
+from common.costs import milliseconds
 from common.data import Data
+from common.engine.device import pick_device
 from common.evaluation import predict
 from common.experiments import Arm, Trial, train_trial
+from common.profiling import fold_batchnorm
 
 
 @torch.no_grad()
@@ -55,11 +58,7 @@ def has_framework_integers() -> bool:
 
 
 def framework_integers(model: nn.Module, images: Tensor) -> nn.Module:
-    """`model` on the CPU in torch's own integer kernels.
-
-    On x86 torch's default rounds weights to 8 bits and activations to 7: older chips add up
-    products in 16 bits, which 8 bits times 8 bits can overflow.
-    """
+    """`model` on the CPU in torch's own integer kernels, by torch's default for this chip."""
     from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
 
     with warnings.catch_warnings(), torch.no_grad():
@@ -70,12 +69,28 @@ def framework_integers(model: nn.Module, images: Tensor) -> nn.Module:
         return quantize_fx.convert_fx(net)
 
 
+def time_kernels(model: nn.Module) -> str:
+    """What torch's kernels gain, for one image of 224 px on the CPU."""
+    if not has_framework_integers():
+        return f"torch {torch.__version__} has no integer kernels here: nothing to time"
+    size = (3, 224, 224)
+    fast = framework_integers(model, torch.randn(4, *size))
+    gain = milliseconds(fold_batchnorm(model), size) / milliseconds(fast, size)
+    return f"torch's kernels on 224 px: {gain:.1f} times the speed of float32"
+
+
 def trained_once(
-    build: Callable[[int], nn.Module], ways: Mapping[str, Callable[[nn.Module, Tensor], nn.Module]]
+    build: Callable[[int], nn.Module],
+    ways: Mapping[str, Callable[[nn.Module, Tensor], nn.Module]],
+    device: str,
 ) -> list[Arm]:
-    """An arm for each way to change a trained net, `way(net, images)`; all change the same net,
-    which is trained once a seed, and see the same training images.
+    """An arm for float32, for each way to change a trained net, `way(net, images)`, and for torch's
+    kernels where they run. All change the same net, which is trained once a seed, and see the same
+    training images.
     """
+    ways = {"float32": lambda net, images: net, **ways}
+    if has_framework_integers() and pick_device(device).type == "cpu":
+        ways["torch's kernels"] = framework_integers
     nets: dict[int, Trial] = {}  # of the seed in hand
 
     def train(arm: Arm, data: Data, config: TrainConfig, device: torch.device) -> Trial:

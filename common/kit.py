@@ -53,7 +53,6 @@ python="${{PYTHON:-$root/source/.venv/bin/python}}"
 AUTOGRADER = '''"""Called by Classroom 50 in the student's repository: leaves result.json there."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +68,7 @@ command = [
     sys.executable, "-m", "common.grade", str(student), "--lessons", "{lessons}",
     "--platform", "classroom50", "--grade-json", str(student / "result.json"),
 ]
-sys.exit(subprocess.run(command, cwd=course, env={{**os.environ}}).returncode)
+sys.exit(subprocess.run(command, cwd=course).returncode)
 '''
 
 RUN_PRAIRIELEARN = """#!/usr/bin/env bash
@@ -82,6 +81,12 @@ cd "$root/tests/course"
 """
 
 
+QUESTION = """<pl-question-panel>Hand in {files}.</pl-question-panel>
+<pl-file-upload file-names="{files}"></pl-file-upload>
+<pl-submission-panel><pl-external-grader-results></pl-external-grader-results></pl-submission-panel>
+"""
+
+
 def kit(platform: str, lessons: tuple[str, ...], index: str = "") -> dict[str, bytes]:
     """Name in the zip to content.
 
@@ -91,36 +96,32 @@ def kit(platform: str, lessons: tuple[str, ...], index: str = "") -> dict[str, b
     course, named = course_files(), ",".join(lessons)
     where = ["--index-url", index] if index else ["--torch-backend", "cpu"]
     if platform == "gradescope":
-        setup = SETUP.format(where=shlex.join(where)).encode()
-        run = RUN_GRADESCOPE.format(lessons=named).encode()
-        return {"setup.sh": setup, "run_autograder": run, **course}
-    if platform == "classroom50":
-        options = ", ".join(map(json.dumps, where))
-        return {"autograder.py": AUTOGRADER.format(where=options, lessons=named).encode(), **course}
-    files = [file_name(lesson) for lesson in lessons]
-    info = {
-        "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, "image-classification " + named)),
-        "title": "Exercises of lesson " + named,
-        "topic": "Convolutional networks",
-        "type": "v3",
-        "gradingMethod": "External",
-        "externalGradingOptions": {
-            "enabled": True, "image": "YOUR/IMAGE", "entrypoint": "/grade/tests/run.sh",
-            "timeout": 600,
-        },
-    }  # fmt: skip
-    upload = ",".join(files)
-    question = (
-        f'<pl-question-panel>Hand in {upload}.</pl-question-panel>\n<pl-file-upload file-names="'
-        f'{upload}"></pl-file-upload>\n<pl-submission-panel><pl-external-grader-results>'
-        "</pl-external-grader-results></pl-submission-panel>\n"
-    )
-    return {
-        "info.json": (json.dumps(info, indent=2) + "\n").encode(),
-        "question.html": question.encode(),
-        "tests/run.sh": RUN_PRAIRIELEARN.format(lessons=named).encode(),
-        **{f"tests/course/{name}": data for name, data in course.items()},
-    }
+        texts = {
+            "setup.sh": SETUP.format(where=shlex.join(where)),
+            "run_autograder": RUN_GRADESCOPE.format(lessons=named),
+        }
+    elif platform == "classroom50":
+        listed = ", ".join(map(json.dumps, where))
+        texts = {"autograder.py": AUTOGRADER.format(where=listed, lessons=named)}
+    else:
+        info = {
+            "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, "image-classification " + named)),
+            "title": "Exercises of lesson " + named,
+            "topic": "Convolutional networks",
+            "type": "v3",
+            "gradingMethod": "External",
+            "externalGradingOptions": {
+                "enabled": True, "image": "YOUR/IMAGE", "entrypoint": "/grade/tests/run.sh",
+                "timeout": 600,
+            },
+        }  # fmt: skip
+        texts = {
+            "info.json": json.dumps(info, indent=2) + "\n",
+            "question.html": QUESTION.format(files=",".join(map(file_name, lessons))),
+            "tests/run.sh": RUN_PRAIRIELEARN.format(lessons=named),
+        }
+        course = {f"tests/course/{name}": data for name, data in course.items()}
+    return {**{name: text.encode() for name, text in texts.items()}, **course}
 
 
 def packed(files: dict[str, bytes]) -> bytes:
@@ -136,21 +137,18 @@ def packed(files: dict[str, bytes]) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> None:
+    description, epilog = __doc__.split("\n\n", 1)
     parser = OneLineParser(
-        prog="python -m common.kit",
-        description=__doc__.split("\n\n")[0],
-        epilog="\n\n".join(__doc__.split("\n\n")[1:]),
+        prog="python -m common.kit", description=description, epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     parser.add_argument("platform", choices=("gradescope", "classroom50", "prairielearn"))
     parser.add_argument("--lessons", required=True, metavar="NN,NN", help="what is marked")
     parser.add_argument("--out", type=Path, default=Path("kit.zip"), help="(default: kit.zip)")
     parser.add_argument(
-        "--torch-index",
-        default="",
-        metavar="URL",
+        "--torch-index", default="", metavar="URL",
         help="take torch without CUDA from this index (default: PyTorch's own, by way of uv)",
-    )
+    )  # fmt: skip
     options = parser.parse_args(argv)
     with exit_codes():
         try:

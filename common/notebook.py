@@ -62,11 +62,8 @@ def read_cells(path: Path) -> NotebookNode:
 def make_notebook(path: Path, folder: Path) -> NotebookNode:
     """The notebook of the lesson at `path`, to be run in `folder`."""
     book = read_cells(path)
-    book.metadata.kernelspec = {
-        "name": "python3",
-        "display_name": "Python 3",
-        "language": "python",
-    }
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book.metadata.kernelspec = kernel
     cells = []
     for cell in book.cells:
         rest, found = FLAGS.subn("", cell.source) if cell.cell_type == "code" else ("", 0)
@@ -85,6 +82,19 @@ def _cell(kind: str, source: str) -> NotebookNode:
     return (v4.new_code_cell if kind == "code" else v4.new_markdown_cell)(source)
 
 
+def write_lesson(target: Path, text: str) -> None:
+    """Write a lesson in another form, in a new folder where there is none.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, text)
+    except OSError as error:
+        raise UserError(f"{target} can't be written ({error.strerror})") from None
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m common.notebook", description=__doc__.split("\n\n")[0])
     parser.add_argument("lesson", nargs="+", help="number of a lesson, 01 to 08, or all")
@@ -100,11 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             book = make_notebook(path, options.out)
             import nbformat
 
-            try:
-                options.out.mkdir(parents=True, exist_ok=True)
-                write_atomically(target, nbformat.writes(book) + "\n")
-            except OSError as error:
-                raise UserError(f"{target} can't be written ({error.strerror})") from None
+            write_lesson(target, nbformat.writes(book) + "\n")
             print(
                 f"{target}: {len(book.cells)} cells; open it, or run it with:  "
                 f"jupyter nbconvert --execute --to notebook --inplace {target}"

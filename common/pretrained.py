@@ -1,6 +1,4 @@
-"""Trained weights in our own models: official ones copied tensor by tensor, in order, or refused by
-name, and the course's own.
-"""
+"""Trained weights in our own models: torchvision's, tensor by tensor, and the course's own."""
 
 from __future__ import annotations
 
@@ -90,47 +88,43 @@ def load_pretrained(model: nn.Module, name: str, class_names: list[str] | None =
             fit the model.
     """
     bundle = find_bundle(name)
-    if bundle:
-        return _load_bundle(model, bundle, class_names)
-    num_classes = model.get_classifier().out_features
-    state = official_state(name)
-    theirs = next(reversed(state.values())).shape[0]  # the classifier's bias comes last
-    if theirs != num_classes:
+    state = bundle.state if bundle else official_state(name)
+    ours = model.get_classifier().out_features
+    # Torchvision's last tensor is the classifier's bias.
+    theirs = len(bundle.class_names) if bundle else len(next(reversed(state.values())))
+    if theirs != ours:
         model.reset_classifier(theirs)
-    try:
-        load_torchvision_state(model, state)
-    except ValueError as error:
-        raise UserError(
-            f"--pretrained {name}: the weights don't fit this form of the model ({error}); "
-            "official weights are for images of 96 px and more"
-        ) from None
-    if hasattr(model, "transform_input"):
-        model.transform_input = True  # their inputs are scaled to [-1, 1]
-    if theirs != num_classes:
-        model.reset_classifier(num_classes)
+    if bundle:
+        same = class_names == bundle.class_names
+        _copy_bundle(model, bundle)
+        if processes.is_main():
+            classifier = "kept: the classes are the same" if same else "new"
+            print(f"weights    {bundle.describe()}; its classifier is {classifier}", flush=True)
+    else:
+        same = theirs == ours
+        try:
+            load_torchvision_state(model, state)
+        except ValueError as error:
+            raise UserError(
+                f"--pretrained {name}: the weights don't fit this form of the model ({error}); "
+                "official weights are for images of 96 px and more"
+            ) from None
+        if hasattr(model, "transform_input"):
+            model.transform_input = True  # their inputs are scaled to [-1, 1]
+    if not same:
+        model.reset_classifier(ours)
     return model
 
 
-def _load_bundle(model: nn.Module, bundle: Bundle, class_names: list[str] | None) -> nn.Module:
-    num_classes, theirs = model.get_classifier().out_features, len(bundle.class_names)
-    if theirs != num_classes:
-        model.reset_classifier(theirs)
-    ours = {name: value.shape for name, value in model.state_dict().items()}
-    odd = {name: value.shape for name, value in bundle.state.items()}.items() ^ ours.items()
-    if odd:
+def _copy_bundle(model: nn.Module, bundle: Bundle) -> None:
+    shapes, slots = (
+        {(name, value.shape) for name, value in state.items()}
+        for state in (bundle.state, model.state_dict())
+    )
+    if odd := shapes ^ slots:
         raise UserError(
             f"--pretrained {bundle.name}: the weights don't fit this form of the model "
             f"({min(name for name, _ in odd)} differs); they are for the one that its lesson "
             f"builds by default for {bundle.image_size} px"
         )
     model.load_state_dict(bundle.state)
-    same = class_names == bundle.class_names
-    if not same:
-        model.reset_classifier(num_classes)
-    if processes.is_main():
-        print(
-            f"weights    {bundle.describe()}; its classifier is "
-            f"{'kept: the classes are the same' if same else 'new'}",
-            flush=True,
-        )
-    return model

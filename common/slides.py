@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.cli import exit_codes
-from common.engine.errors import UserError
-from common.engine.files import write_atomically
 from common.engine.flags import OneLineParser
 from common.engine.report import figure_html, page
-from common.notebook import lesson_file, read_cells
+from common.notebook import lesson_file, read_cells, write_lesson
+
+try:
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+except ImportError:  # for those who want colours
+    HtmlFormatter = None
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +71,8 @@ def make_slides(path: Path, runs: Path) -> str:
         for heading, content in slides
     )
     body += "\n<nav><button>‹</button> <span></span> <button>›</button></nav>"
-    return page(path.stem, body, STYLE + _code_style(), SCRIPT)
+    colours = HtmlFormatter(style="xcode").get_style_defs(".highlight") if HtmlFormatter else ""
+    return page(path.stem, body, STYLE + colours, SCRIPT)
 
 
 # -------------------------------------------------------------------------------------------- text
@@ -85,12 +91,12 @@ def _markdown() -> Any:
 
 def text_blocks(source: str) -> Iterator[Block]:
     """A text cell's paragraphs, lists, tables and formulas; folded answers stay in one piece."""
+    from markdown_it.tree import SyntaxTreeNode
+
     parser = _markdown()
-    tokens, heading, html, height = parser.parse(source), "", "", 0.0
-    while tokens:
-        # From a token of level 0 to the one that closes it.
-        end = next(i for i, t in enumerate(tokens, 1) if t.level == 0 and t.nesting <= 0)
-        block, tokens = tokens[:end], tokens[end:]
+    heading, html, height = "", "", 0.0
+    for node in SyntaxTreeNode(parser.parse(source)).children:
+        block = node.to_tokens()
         if block[0].type == "heading_open":
             heading = block[1].content
             continue
@@ -119,7 +125,6 @@ def _height(block: list[Any]) -> float:
 def formula_svg(tex: str, display: bool) -> str:
     """A formula as SVG in the text's own colour and size, drawn by matplotlib."""
     from matplotlib import rc_context
-    from matplotlib.font_manager import FontProperties
     from matplotlib.path import Path as Outline
     from matplotlib.textpath import TextPath
 
@@ -131,16 +136,16 @@ def formula_svg(tex: str, display: bool) -> str:
     size = 100  # units to an em
     with rc_context({"mathtext.fontset": "cm"}):
         try:
-            outline = TextPath((0, 0), f"${known}$", size=size, prop=FontProperties())
+            outline = TextPath((0, 0), f"${known}$", size=size)
         except ValueError:
             return f"<code>{escape(tex)}</code>"
-    letters = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C"}
-    path = "".join(
-        "Z"
-        if code == Outline.CLOSEPOLY
-        else letters[code] + " ".join(f"{v:.0f}" for v in points * ([1, -1] * (len(points) // 2)))
-        for points, code in outline.iter_segments(simplify=False)
-    )
+    path = ""
+    for points, code in outline.iter_segments(simplify=False):
+        if code == Outline.CLOSEPOLY:
+            path += "Z"
+        else:
+            points = points.reshape(-1, 2) * (1, -1)  # SVG's y points down
+            path += " MLQC"[code] + " ".join(f"{v:.0f}" for v in points.flat)
     box = outline.get_extents()
     x, y, width, height = box.x0 - 4, -box.y1 - 4, box.width + 8, box.height + 8
     style = f"width:{width / size:.2f}em"
@@ -180,21 +185,9 @@ def code_blocks(source: str) -> Iterator[Block]:
 
 
 def _highlight(code: str) -> str:
-    try:
-        from pygments import highlight
-        from pygments.formatters import HtmlFormatter
-        from pygments.lexers import PythonLexer
-    except ImportError:
+    if HtmlFormatter is None:
         return f"<pre>{escape(code)}</pre>"
     return highlight(code, PythonLexer(), HtmlFormatter())
-
-
-def _code_style() -> str:
-    try:
-        from pygments.formatters import HtmlFormatter
-    except ImportError:
-        return ""
-    return HtmlFormatter(style="xcode").get_style_defs(".highlight")
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -202,12 +195,16 @@ def _code_style() -> str:
 
 def figure_blocks(runs: Path) -> Iterator[Block]:
     """The figures of the newest finished run, and of the newest of each experiment."""
+
+    def age(path: Path) -> float:
+        return path.stat().st_mtime
+
     newest: dict[str, Path] = {}
-    for report in sorted(runs.glob("*/report.html"), key=lambda path: path.stat().st_mtime):
+    for report in sorted(runs.glob("*/report.html"), key=age):
         kind = re.sub(r"-s\d+-\d{8}-.*", "", report.parent.name)
         newest[kind if (report.parent / "experiment.json").exists() else ""] = report.parent
     for folder in newest.values():
-        for figure in sorted(folder.glob("*.png"), key=lambda path: path.stat().st_mtime):
+        for figure in sorted(folder.glob("*.png"), key=age):
             html = figure_html(figure.read_bytes(), figure.name, folder.name)
             yield Block(html, FULL, figure.stem.replace("_", " "))
 
@@ -297,13 +294,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with exit_codes():
         for path in map(lesson_file, options.lesson):
-            target = options.out / f"{path.stem}.html"
-            html = make_slides(path, options.runs)
-            try:
-                options.out.mkdir(parents=True, exist_ok=True)
-                write_atomically(target, html)
-            except OSError as error:
-                raise UserError(f"{target} can't be written ({error.strerror})") from None
+            target, html = options.out / f"{path.stem}.html", make_slides(path, options.runs)
+            write_lesson(target, html)
             print(f"{target}: {html.count('<section')} slides")
 
 

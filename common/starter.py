@@ -11,49 +11,35 @@ import ast
 import os
 import sys
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.engine.flags import OneLineParser
 from common.grading import variants
-from common.grading.exercises import ROOT, exercises, file_name, lesson_path, manifests, worth
+from common.grading.exercises import ROOT, exercises, file_name, lesson_path, manifests, points
 from common.grading.holes import take_out
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+# Behind the lesson's docstring: what to do, and a cell that finds the course. The course stands
+# before the starter's own folder, so that a lesson that builds on another finds the lesson and not
+# its starter.
+ASSIGNMENT = """
+{head}# %% [markdown]
+# ## Your exercises
+#
+# Every `raise NotImplementedError` below marks a piece that is yours to write. The
+# docstrings say what goes in and what comes out. Keep names and signatures: the rest of
+# the script and the checks rely on them.
+#
+{tasks}
+#
+# Run it: it goes as far as the first piece that is missing. Check yourself, as often as
+# you like, from the course's folder:
+#
+#     python {name}
+#     python -m common.grade path/to/{name}
+#
+# If it does not find `common`, say where the course is: PYTHONPATH=path/to/course
 
-    from common.grading.exercises import Exercise
-
-
-def make_starter(
-    lesson: str,
-    only: Iterable[str] | None = None,
-    folder: Path | None = None,
-    variant: int = 0,
-) -> str:
-    """The text of the starter of `lesson`, with the exercises `only` (numbers; all where None)
-    taken out.
-
-    Args:
-        folder: where it will lie, from where it finds the course.
-        variant: a seed, see common/grading/variants.py; 0: the lesson as it is.
-    """
-    chosen = [
-        variants.with_hint(e, variant)
-        for e in exercises(lesson).values()
-        if only is None or e.number in set(only)
-    ]
-    path = lesson_path(lesson)
-    source = variants.texts(variants.drawn(variant)).get(path.relative_to(ROOT)) or path.read_text(
-        encoding="utf-8"
-    )
-    head = [*wrapped(variants.head(variant, lesson)[2:], "# "), ""] if variant else []
-    return _with_assignment(take_out(source, chosen), lesson, chosen, folder or ROOT, head)
-
-
-# The first cell of a starter. The course stands before the starter's own folder, so that a lesson
-# that builds on another finds the lesson and not its starter.
-_FIND_COURSE = """
 # %%
 # This file may lie anywhere: here it looks for the course's folder, the one with `common` in it.
 import sys
@@ -67,54 +53,51 @@ for folder in (here / {course!r}, here, *here.parents, Path.cwd()):
 """
 
 
-def _with_assignment(
-    source: str, lesson: str, chosen: list[Exercise], folder: Path, head: list[str]
+def make_starter(
+    lesson: str, only: Collection[str] | None = None, folder: Path = ROOT, variant: int = 0
 ) -> str:
-    """Behind the lesson's docstring the lines of `head`, a markdown cell that lists what to do and
-    how to check it, and a cell that finds the course.
+    """The text of the starter of `lesson`, with the exercises `only` (numbers; all where None)
+    taken out.
+
+    Args:
+        folder: where it will lie, from where it finds the course.
+        variant: a seed, see common/grading/variants.py; 0: the lesson as it is.
     """
-    name = file_name(lesson)
-    rows = worth((lesson,))
-    text = [
-        *head,
-        "# %% [markdown]",
-        "# ## Your exercises",
-        "#",
-        "# Every `raise NotImplementedError` below marks a piece that is yours to write. The",
-        "# docstrings say what goes in and what comes out. Keep names and signatures: the rest of",
-        "# the script and the checks rely on them.",
-        "#",
+    chosen = [
+        variants.with_hint(exercise, variant)
+        for number, exercise in exercises(lesson).items()
+        if only is None or number in only
     ]
-    for exercise in chosen:
-        total = sum(row.points for row in rows if row.exercise == exercise.number)
-        parts = ", ".join(f"`{part}`" for part in exercise.parts)
-        worth_it = f"({exercise.level}, {total:g} points)"
-        text.append(f"# - **{exercise.number} {exercise.title}** {worth_it}: {parts}.")
-        text += wrapped(f"Hidden cases: {exercise.kind}.", "#   ")
-    text += [
-        "#",
-        "# Run it: it goes as far as the first piece that is missing. Check yourself, as often as",
-        "# you like, from the course's folder:",
-        "#",
-        f"#     python {name}",
-        f"#     python -m common.grade path/to/{name}",
-        "#",
-        "# If it does not find `common`, say where the course is: PYTHONPATH=path/to/course",
-    ]
-    course = os.path.relpath(ROOT, folder.resolve())
-    text += _FIND_COURSE.format(course=course).splitlines()
-    lines = source.splitlines()
-    first, *others = ast.parse(source).body
-    docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
-    start = first.end_lineno if docstring else 0
+    path, edited = lesson_path(lesson), variants.texts(variants.drawn(variant))
+    source = edited.get(path.relative_to(ROOT)) or path.read_text(encoding="utf-8")
+    tasks = []
+    for e in chosen:
+        parts = ", ".join(f"`{part}`" for part in e.parts)
+        worth_it = f"({e.level}, {_points([e.number]):g} points)"
+        tasks.append(f"# - **{e.number} {e.title}** {worth_it}: {parts}.")
+        tasks.append(_wrapped(f"Hidden cases: {e.kind}.", "#   "))
+    text = ASSIGNMENT.format(
+        head=_wrapped(variants.head(variant, lesson)[2:], "# ") + "\n\n" if variant else "",
+        tasks="\n".join(tasks),
+        name=file_name(lesson),
+        course=os.path.relpath(ROOT, folder.resolve()),
+    )
+    source = take_out(source, chosen)
+    docstring, *others = ast.parse(source).body
+    start = docstring.end_lineno
     for node in others:
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
             start = node.end_lineno  # it must come first
-    return "\n".join([*lines[:start], "", *text, *lines[start:]]) + "\n"
+    lines = source.splitlines(keepends=True)
+    return "".join([*lines[:start], text, *lines[start:]])
 
 
-def wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, 99, initial_indent=indent, subsequent_indent=indent)
+def _points(numbers: Collection[str]) -> float:
+    return sum(row.points for row in points() if row.exercise in numbers)
+
+
+def _wrapped(text: str, indent: str) -> str:
+    return textwrap.fill(text, 99, initial_indent=indent, subsequent_indent=indent)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,37 +116,31 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="overwrite a file that is there")
     options = parser.parse_args(argv)
-    lessons = (
-        list(manifests()) if options.lesson == ["all"] else [n.zfill(2)[:2] for n in options.lesson]
-    )
+    chosen = [number.zfill(2)[:2] for number in options.lesson]
     if not 0 <= options.variant < 2**31:
         return _fail(f"--variant {options.variant}: a number from 0 to {2**31 - 1}")
-    for lesson in lessons:
+    for lesson in manifests() if options.lesson == ["all"] else chosen:
         if lesson not in manifests():
             return _fail(
                 f"lesson {lesson} has no exercises; there are some in {', '.join(manifests())}"
             )
         known = exercises(lesson)
-        unknown = [
-            n for n in options.only or () if n.split(".")[0].zfill(2) == lesson and n not in known
-        ]
-        if unknown:
-            return _fail(f"no exercise {unknown[0]} in lesson {lesson}; it has {', '.join(known)}")
+        for number in options.only or ():
+            if number.split(".")[0].zfill(2) == lesson and number not in known:
+                return _fail(f"no exercise {number} in lesson {lesson}; it has {', '.join(known)}")
         path = options.out / file_name(lesson)
         if path.resolve() == lesson_path(lesson).resolve():
             return _fail(f"{path} is the lesson itself: choose another folder")
         if path.exists() and not options.force:
             return _fail(f"{path} exists, and may hold somebody's work: remove it or add --force")
-        only = options.only and [n for n in options.only if n in known]
+        numbers = [n for n in known if n in (options.only or known)]
         try:
             options.out.mkdir(parents=True, exist_ok=True)
-            text = make_starter(lesson, only, options.out, options.variant)
+            text = make_starter(lesson, numbers, options.out, options.variant)
             path.write_text(text, encoding="utf-8")
         except OSError as error:
             return _fail(f"can't write {path}: {error.strerror}")
-        numbers = list(known) if only is None else only
-        total = sum(row.points for row in worth((lesson,)) if row.exercise in numbers)
-        print(f"{path}: {len(numbers)} exercises, {total:g} points")
+        print(f"{path}: {len(numbers)} exercises, {_points(numbers):g} points")
         print(f"  next: open it, look for NotImplementedError, then  python -m common.grade {path}")
     return 0
 

@@ -379,7 +379,8 @@ def test_every_claim_has_three_outcomes(
 def test_experiments_in_miniature(
     cli: Callable, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lesson, "milliseconds", lambda model, size: 1.0)
+    for module in ("costs", "integers"):
+        monkeypatch.setattr(f"common.{module}.milliseconds", lambda model, size: 1.0)
     code, _, err = cli("05", "--experiment", name, *TINY, "--seeds", "1")
     assert code == 0, err
     (path,) = tmp_path.rglob("experiment.json")

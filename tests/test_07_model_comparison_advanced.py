@@ -26,12 +26,7 @@ from common.cli import parse_flags
 from common.comparison import training
 from common.comparison.conclusion import trained_verdict
 from common.comparison.entries import chosen_names, is_small
-from common.comparison.imagenet import (
-    evaluate_imagenet,
-    load_official,
-    published,
-    with_newer_weights,
-)
+from common.comparison.imagenet import evaluate_imagenet, published, with_newer_weights
 from common.comparison.matching import match_target, small_entries
 from common.comparison.results import (
     Candidate,
@@ -48,7 +43,7 @@ from common.engine.sources import load_source
 from common.engine.store import Store
 from common.experiments import Arm, Trial
 from common.lessons import all_models, get_model, lesson_names, load_lesson
-from common.pretrained import load_torchvision_state
+from common.pretrained import load_pretrained, load_torchvision_state
 from common.profiling import count_macs, count_parameters
 from common.runs import Run
 from tests.parity import PUBLISHED, largest_difference, torchvision_twin
@@ -563,8 +558,8 @@ def test_accuracy_on_a_folder_equals_torchvisions(
                 module.momentum = 1.0
         twin.train()(x)
         logits = twin.eval()(x)
-    monkeypatch.setattr("common.comparison.imagenet.official_state", lambda _: twin.state_dict())
-    ours = load_official(get_model(name)(num_classes=6), name)
+    monkeypatch.setattr("common.pretrained.official_state", lambda _: twin.state_dict())
+    ours = load_pretrained(get_model(name)(num_classes=6), name)
     config = lesson.Config(eval_imagenet=str(photographs), batch_size=4, workers=0)
     with torch.no_grad():
         assert (ours.eval()(x) - logits).abs().max() < 1e-4 * logits.abs().max()

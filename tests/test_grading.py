@@ -310,7 +310,7 @@ def with_forward(body: str) -> str:
 HOSTILE = {
     "loop_at_import": GOOD + "\nwhile True:\n    pass\n",
     "loop_in_c": with_forward("sum(range(10**11))"),
-    "printer": GOOD + "\nfor _ in range(10**6):\n    print('x')\n",
+    "printer": GOOD + "\nfor _ in range(10**5):\n    print('x' * 100)\n",
     "vandal": GOOD
     + """
 for path in PATHS:

@@ -77,20 +77,13 @@ def test_every_figure_is_embedded_and_nothing_comes_from_outside(
 
 def test_hostile_names_are_text(tmp_path: Path, figures: list[Path]) -> None:
     rows = [{"name": HOSTILE, HOSTILE: 1.0}]
-    captions = {"learning_curves": HOSTILE}
     path = write_report(
-        tmp_path,
-        HOSTILE,
-        {HOSTILE: HOSTILE},
-        {HOSTILE: rows},
-        figures,
-        notes=[HOSTILE],
-        captions=captions,
+        tmp_path, HOSTILE, {HOSTILE: HOSTILE}, {HOSTILE: rows}, figures, notes=[HOSTILE]
     )
     page = Page(path)
     assert len(page.all("img")) == len(figures) and not page.all("script")
-    # title, h1, note, fact's name and value, caption, table's heading, a cell and a column
-    assert page.texts.count(HOSTILE) == 9
+    # title, h1, note, fact's name and value, table's heading, a cell and a column
+    assert page.texts.count(HOSTILE) == 8
     assert page.open == []
 
 

@@ -5,20 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from common.comparison.entries import chosen_names, without_aux
 from common.comparison.figures import cost_figure, curves_figure, timeline_figure
-from common.comparison.imagenet import (
-    NEWER,
-    evaluate_imagenet,
-    load_official,
-    published,
-    with_newer_weights,
-)
+from common.comparison.imagenet import NEWER, evaluate_imagenet, published, with_newer_weights
 from common.comparison.page import comparison_page
 from common.comparison.results import (
     MARGIN,
@@ -36,18 +30,18 @@ from common.comparison.results import (
     tied_with_best,
     write_tables,
 )
-from common.comparison.sweeps import FOLDED
+from common.comparison.sweeps import FOLDED, MakeEntry
 from common.engine.device import describe, pick_device
 from common.engine.errors import UserError
 from common.engine.files import write_atomically
 from common.engine.overview import write_index
 from common.engine.store import Store
 from common.lessons import get_model
+from common.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from common.comparison.sweeps import Entry
     from common.config import TrainConfig
     from common.experiments import Results
     from common.runs import Run
@@ -56,14 +50,14 @@ if TYPE_CHECKING:
 def front_verdict(rows: list[Candidate], front: Front) -> str:
     """Which networks are beaten by no other, by each cost that is known."""
     costs = {"macs": "multiply-adds", "params": "parameters", "latency_ms": "latency here"}
-    fronts = {words: {c.model for c in front(rows, cost)} for cost, words in costs.items()}
-    fronts = {words: names for words, names in fronts.items() if names}
-    scored = [c for c in rows if c.top1 is not None]
-    known = {words: sum(getattr(c, k) is not None for c in scored) for k, words in costs.items()}
-    always = set.intersection(*fronts.values()) if fronts else set()
-    told = [f"{len(names)} of {known[words]} by {words}" for words, names in fronts.items()]
-    named = ", ".join(c.model for c in rows if c.model in always)
-    return f"on the Pareto front: {', '.join(told)}; on every front: {named or 'none'}"
+    told, fronts = [], []
+    for cost, words in costs.items():
+        if names := {c.model for c in front(rows, cost)}:
+            known = sum(c.top1 is not None and getattr(c, cost) is not None for c in rows)
+            told.append(f"{len(names)} of {known} by {words}")
+            fronts.append(names)
+    named = [c.model for c in rows if all(c.model in names for names in fronts)]
+    return f"on the Pareto front: {', '.join(told)}; on every front: {', '.join(named) or 'none'}"
 
 
 def trained_verdict(rows: list[Candidate], front: Front) -> str:
@@ -86,11 +80,9 @@ def trained_verdict(rows: list[Candidate], front: Front) -> str:
         ):
             if names := [model for model, pair in pairs.items() if pair.outcome == outcome]:
                 told.append(f"{words} {', '.join(names)}")
-        open_pairs = [pair for pair in pairs.values() if pair.outcome == "undecided"]
-        if enough := [pair.seeds_to_decide for pair in open_pairs if pair.seeds_to_decide]:
+        if enough := [pair.seeds_to_decide for pair in pairs.values() if pair.seeds_to_decide]:
             told.append(f"about {min(enough)} seeds would decide one of these")
-        tied = tied_with_best(ranked, verdicts)
-        thrifty = min(tied, key=lambda c: c.macs)
+        thrifty = min(tied_with_best(ranked, verdicts), key=lambda c: c.macs)
         if thrifty is not best:
             told.append(
                 f"the cheapest that it is not shown to beat is {thrifty.model}: "
@@ -103,17 +95,12 @@ def trained_verdict(rows: list[Candidate], front: Front) -> str:
 
 
 def matched_verdict(rows: list[Candidate], by: str) -> str:
-    """How equal the sizes are that should be.
-
-    Args:
-        by: "params" or "macs", what was matched.
-    """
-    sizes = {c.model: c.params if by == "params" else c.macs for c in rows}
-    least, most = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
-    what = "parameters" if by == "params" else "multiply-adds"
+    """How equal the sizes are that should be: `by` is "params" or "macs", what was matched."""
+    least, most = min(rows, key=attrgetter(by)), max(rows, key=attrgetter(by))
+    what = {"params": "parameters", "macs": "multiply-adds"}[by]
     return (
-        f"matched by {what}: from {si(sizes[least])} ({least}) to {si(sizes[most])} ({most}), "
-        "as near as whole channels allow"
+        f"matched by {what}: from {si(getattr(least, by))} ({least.model}) to "
+        f"{si(getattr(most, by))} ({most.model}), as near as whole channels allow"
     )
 
 
@@ -133,12 +120,11 @@ def conclude(
     Args:
         measured: ImageNet's models, and a sentence on how steady their order is; `own`: the same of
             the models that are trained here.
-        ways: one network in several formats.
         limit: multiply-adds above which no pass was timed.
         era: of a model's name; equal for models of one family.
     """
-    device = pick_device(config.device)
-    where = f"Latency is of one image, on {describe(device)}, torch {torch.__version__}"
+    device = describe(pick_device(config.device))
+    where = f"Latency is of one image, on {device}, torch {torch.__version__}"
     tables, verdicts, figures = [], [], {}
     (large, large_order), (rows, order) = measured, own
     if large:
@@ -153,14 +139,13 @@ def conclude(
             figures["imagenet_cost"] = cost_figure(every, "ImageNet: beaten by no other", front)
             if config.model == "all":
                 figures["timeline"] = timeline_figure(large, era, front)
-    note, by = f"Not trained. {where}; {order}.", ""
+    by = ""
     if trained:
         rows, seeds = [summarise(r, trained.records[r.model]) for r in rows], config.seeds
         epochs = f"{config.epochs} epoch{'s' * (config.epochs > 1)}"
         budget = f"{config.budget} of training" if config.budget else epochs
         spread = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
         by = f"Test accuracy after {budget}, {spread}."
-        note = f"{by} {where}; {order}."
         verdicts.append(f"{config.dataset}: {trained_verdict(rows, front)}")
         if any(c.top1 for c in rows):
             heading = f"{config.dataset}: each at its own best rate"
@@ -168,6 +153,7 @@ def conclude(
             figures["training_curves"] = curves_figure(trained)
     if config.experiment:
         verdicts.append(matched_verdict(rows, config.match))
+    note = f"{by or 'Not trained.'} {where}; {order}."
     tables.append(Table(f"{config.dataset}, {config.image_size} px", note, rows, by))
     if ways:
         note = f"{where}. Where it says folded, {FOLDED}."
@@ -206,38 +192,30 @@ def present(
 
 
 def reproduce(
-    config: TrainConfig,
-    device: torch.device,
-    run: Run,
-    entry: Callable[[str, str, Callable[..., nn.Module], int], Entry],
-    front: Front,
+    config: TrainConfig, device: torch.device, run: Run, entry: MakeEntry, front: Front
 ) -> list[Table]:
-    """`--eval-imagenet DIR --pretrained`: official weights in our models, on the real images.
-
-    Args:
-        entry: what the lesson can say of a model: of its task, name, builder and image size.
-    """
+    """`--eval-imagenet DIR --pretrained`: official weights in our models, on the real images."""
     store = Store(run.folder / "imagenet.json", {"folder": config.eval_imagenet}, tell=run.resumed)
     rows = []
     for name in chosen_names(config.model, list(published())):
         if name not in published():
             raise UserError(f"--model {name}: torchvision has no weights for it")
-        row = published()[name]
+        known = published()[name]
         if store.get(name) is None:
-            model = load_official(get_model(name)(), name).to(device)
+            model = load_pretrained(get_model(name)(), name).to(device)
             top1, top5, images = evaluate_imagenet(model, name, config)
-            counts = entry("ImageNet", name, without_aux(get_model(name)), row.crop).candidate
+            counts = entry("ImageNet", name, without_aux(get_model(name)), known.crop).candidate
             source = f"measured on {images:,} images"
             store.put(name, replace(counts, top1=top1, top5=top5, source=source))
-        rows.append(Candidate(**store.get(name)))
+        row = Candidate(**store.get(name))
         print(
-            f"{name:<20} top-1 {percent(rows[-1].top1, 3)} (published {row.top1:.3f} %)  "
-            f"top-5 {percent(rows[-1].top5, 3)} (published {row.top5:.3f} %)",
+            f"{name:<20} top-1 {percent(row.top1, 3)} (published {known.top1:.3f} %)  "
+            f"top-5 {percent(row.top5, 3)} (published {known.top5:.3f} %)",
             flush=True,
         )
-    off = {c.model: abs(100 * c.top1 - published()[c.model].top1) for c in rows}
-    worst = max(off, key=off.get)
-    verdict = f"the largest distance from the published top-1 is {off[worst]:.3f} points ({worst})"
+        rows.append(row)
+    off, worst = max((abs(100 * c.top1 - published()[c.model].top1), c.model) for c in rows)
+    verdict = f"the largest distance from the published top-1 is {off:.3f} points ({worst})"
     note = f"Official weights in our models, {rows[0].source}, on {describe(device)}."
     figures = {"imagenet_cost": cost_figure(rows, "ImageNet, measured", front)}
     table = Table("ImageNet, measured", note, rows)

@@ -30,16 +30,15 @@ def count_by_thop(model: nn.Module, input_size: tuple[int, int, int], ours: int)
 
     images = torch.zeros(1, *input_size, device="meta")
     total, _, layers = thop.profile(deepcopy(model), (images,), verbose=False, ret_layer_info=True)
-    matrix_products = 0
-    extra: Counter[str] = Counter()
+    missed, extra = ours, Counter()
     for path, macs in leaves(layers):
         layer = model.get_submodule(path)
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            matrix_products += macs
+            missed -= macs
         elif macs:
             extra[type(layer).__name__] += macs
     notes = [f"+{si(macs)} {kind}" for kind, macs in extra.most_common()]
-    if missed := ours - matrix_products:
+    if missed:
         notes.append(f"-{si(missed)} attention products")
     return int(total), ", ".join(notes)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.comparison.imagenet import published
-from common.comparison.sweeps import MOST_WAYS, SHOWN_WAYS, SWEEPS, Entry
+from common.comparison.sweeps import MOST_WAYS, SHOWN_WAYS, SWEEPS, Entry, MakeEntry
 from common.config import TrainConfig
 from common.engine.progress import Bar
 from common.lessons import get_model
@@ -25,10 +25,10 @@ def chosen_names(model: str, default: list[str]) -> list[str]:
     """
     if model == "all":
         return default
-    names = list(dict.fromkeys(name.strip() for name in model.split(",")))
+    names = dict.fromkeys(name.strip() for name in model.split(","))
     for name in names:
         get_model(name)
-    return names
+    return list(names)
 
 
 def without_aux(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -52,25 +52,17 @@ def is_small(build: Callable[..., nn.Module]) -> bool:
     return same_size and count_macs(large, size) == count_macs(small, size)
 
 
-def imagenet_entries(
-    names: list[str], entry: Callable[[str, str, Callable[..., nn.Module], int], Entry], bar: Bar
-) -> list[Entry]:
-    """The models that have an ImageNet form, at the size that the published accuracy is for.
-
-    Args:
-        entry: what the lesson can say of a model: of its task, name, builder and image size.
-        bar: advances by all steps of a model that has none: it won't be measured either.
-    """
+def imagenet_entries(names: list[str], entry: MakeEntry, bar: Bar) -> list[Entry]:
+    """The models that have an ImageNet form, at the size that the published accuracy is for."""
     entries = []
     for name in names:
-        build = get_model(name)
-        crop = published()[name].crop if name in published() else 224
-        if name in published() or not is_small(build):
-            build = without_aux(build)
-            entries.append(entry("ImageNet", name, build, crop))
+        build, known = get_model(name), published().get(name)
+        if known or not is_small(build):
+            side = known.crop if known else 224
+            entries.append(entry("ImageNet", name, without_aux(build), side))
             bar.advance(1, name)
         else:
-            bar.advance(1 + SWEEPS)
+            bar.advance(1 + SWEEPS)  # it won't be measured either
     return entries
 
 

@@ -51,28 +51,16 @@ def curves_figure(results: Results) -> Figure:
     }
     seeds = max(map(len, runs.values()))
     means = {model: [mean(epoch) for epoch in zip(*of)] for model, of in runs.items() if of}
+    title = f"Validation accuracy, mean of {seeds} seeds" if seeds > 1 else "Validation accuracy"
     (ax,) = plotting.panels(1, size=(10, 6.4))[1]
-    return plotting.curves(
-        means,
-        "epoch",
-        "validation accuracy",
-        f"Validation accuracy, mean of {seeds} seeds" if seeds > 1 else "Validation accuracy",
-        x=range(1, 1 + max(map(len, means.values()))),
-        percent=True,
-        ax=ax,
-    )
+    return plotting.curves(means, "epoch", "validation accuracy", title, percent=True, ax=ax)
 
 
 def timeline_figure(
-    candidates: Sequence[Candidate],
-    family: Callable[[str], Hashable],
-    front_of: Front,
-    bar: float = 0.70,
+    candidates: Sequence[Candidate], family: Callable[[str], Hashable], front_of: Front
 ) -> Figure:
-    """Left: the best of each family by year. Right: the least it cost, by year, to reach `bar`.
-
-    Args:
-        family: of a model's name; whatever is equal for the same family.
+    """Left: the best of each family by year; `family` gives what is equal for the names of one.
+    Right: the least it cost, by year, to reach 70%.
     """
     published = [c for c in candidates if c.top1 is not None and c.year]
     best = {family(c.model): c for c in sorted(published, key=lambda c: c.top1)}
@@ -89,13 +77,13 @@ def timeline_figure(
     cheapest: dict[str, float] = {}
     least = float("inf")
     for c in sorted(published, key=lambda c: (c.year, c.macs)):
-        if c.top1 >= bar and c.macs < least:
+        if c.top1 >= 0.70 and c.macs < least:
             least = c.macs
             cheapest[f"{c.year}: {c.model}"] = c.macs / 1e9
     plotting.bars(
         cheapest,
         "billion multiply-adds for one image",
-        f"The price of {bar:.0%}: the cheapest network so far that reaches it",
+        "The price of 70%: the cheapest network so far that reaches it",
         ax=right,
     )
     return figure

@@ -17,7 +17,6 @@ from common.engine.errors import UserError
 from common.engine.file_loader import from_workers, worker_count
 from common.engine.progress import Bar
 from common.lessons import all_models
-from common.pretrained import load_torchvision_state, official_state
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
 class Published(NamedTuple):
     """Accuracy on the 50,000 validation images in percent, and how each image is prepared for it.
 
-    An accuracy belongs to a network, its weights and the way the image is cut. These are
-    torchvision's first weights (IMAGENET1K_V1), tested on one centre crop.
+    An accuracy belongs to a network, its weights and the way the image is cut.
     """
 
     top1: float
@@ -41,16 +39,21 @@ class Published(NamedTuple):
 
 @cache
 def published() -> dict[str, Published]:
-    """Of every model of the course that torchvision has, what torchvision says of its weights."""
+    """Of every model of the course that torchvision has, what torchvision says of its first
+    weights (IMAGENET1K_V1), tested on one centre crop.
+    """
     from torchvision import models
 
-    rows = {}
-    for name in all_models().keys() & set(models.list_models()):
-        weights = models.get_model_weights(name)["IMAGENET1K_V1"]
-        top1, top5 = (weights.meta["_metrics"]["ImageNet-1K"][f"acc@{k}"] for k in (1, 5))
-        transform = weights.transforms()
-        rows[name] = Published(top1, top5, transform.crop_size[0], transform)
-    return {name: rows[name] for name in all_models() if name in rows}
+    known = set(models.list_models())
+    return {name: described(name, "IMAGENET1K_V1") for name in all_models() if name in known}
+
+
+def described(name: str, version: str) -> Published:
+    from torchvision import models
+
+    weights = models.get_model_weights(name)[version]
+    figures, transform = weights.meta["_metrics"]["ImageNet-1K"], weights.transforms()
+    return Published(figures["acc@1"], figures["acc@5"], transform.crop_size[0], transform)
 
 
 NEWER = "(V2) are torchvision's newer weights, trained longer and with more augmentation"
@@ -62,16 +65,15 @@ def with_newer_weights(rows: Sequence[Candidate]) -> list[Candidate]:
     """
     from torchvision import models
 
-    more = []
+    version, more = "IMAGENET1K_V2", []
     for row in rows:
         more.append(row)
-        known = models.get_model_weights(row.model) if row.model in published() else ()
-        newer = next((w for w in known if w.name == "IMAGENET1K_V2"), None)
-        if newer and newer.transforms().crop_size[0] == row.input_px:
-            top1, top5 = (newer.meta["_metrics"]["ImageNet-1K"][f"acc@{k}"] for k in (1, 5))
-            source = "published: torchvision, IMAGENET1K_V2"
-            accuracy = {"top1": top1 / 100, "top5": top5 / 100, "source": source}
-            more.append(replace(row, model=f"{row.model} (V2)", **accuracy))
+        if row.model in published() and version in models.get_model_weights(row.model).__members__:
+            newer = described(row.model, version)
+            if newer.crop == row.input_px:
+                top1, top5 = newer.top1 / 100, newer.top5 / 100
+                name, source = f"{row.model} (V2)", f"published: torchvision, {version}"
+                more.append(replace(row, model=name, top1=top1, top5=top5, source=source))
     return more
 
 
@@ -135,10 +137,3 @@ def read_rgb(path: str) -> Image.Image:
         return Image.open(path).convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise OSError(f"{path} can't be read as an image: {error}") from None
-
-
-def load_official(model: nn.Module, name: str) -> nn.Module:
-    """Torchvision's official weights; those of the Inception family want their input in [-1, 1]."""
-    if hasattr(model, "transform_input"):
-        model.transform_input = True
-    return load_torchvision_state(model, official_state(name))

@@ -13,7 +13,7 @@ from torch import nn
 
 from common.comparison.entries import small_build
 from common.comparison.results import parse_size
-from common.comparison.sweeps import Entry
+from common.comparison.sweeps import Entry, MakeEntry
 from common.config import TRAIN_IMAGES
 from common.engine.errors import UserError
 from common.engine.limits import check_size
@@ -62,34 +62,34 @@ def small_entries(
     num_classes: int,
     bar: Bar,
     families: Sequence[Family],
-    entry: Callable[..., Entry],
+    entry: MakeEntry,
 ) -> list[Entry]:
-    """What is trained: the families, all equally large if the experiment says so.
-
-    Args:
-        entry: task, name, builder and image size to a line of the table.
-    """
-    families = {default_model(family): family for family in families}
+    """What is trained: the families, all equally large if the experiment says so."""
+    known = {default_model(family): family for family in families}
     entries, matched = [], config.experiment == "matched-size"
-    target = match_target(config, num_classes, families.values()) if matched else 0.0
-    size_of = count_parameters
-    if config.match == "macs":
-        size_of = partial(count_macs, input_size=(3, config.image_size, config.image_size))
+    target = match_target(config, num_classes, families) if matched else 0.0
     for name in names:
-        build = small_build(name, config, num_classes)
-        if matched and name not in families:
-            raise UserError(f"matched-size can scale {', '.join(families)}, not {name}")
-        width = families[name].width if name in families else 1.0
+        build, family = small_build(name, config, num_classes), known.get(name)
+        if matched and not family:
+            raise UserError(f"matched-size can scale {', '.join(known)}, not {name}")
+        width = family.width if family else 1.0
         if matched:
-            width = matched_width(build, families[name], size_of, target)
+            width = matched_width(build, family, partial(size_of, config), target)
         if width != 1:
-            build = partial(build, **families[name].widened(width))
+            build = partial(build, **family.widened(width))
         entries.append(entry(config.dataset, name, build, config.image_size))
         if not config.profile_only:
             one = replace(config, model=name)
-            check_size(one, lambda _, classes, net=build: net(), count_macs, TRAIN_IMAGES)
+            check_size(one, lambda *_, net=build: net(), count_macs, TRAIN_IMAGES)
         bar.advance(1, name)
     return entries
+
+
+def size_of(config: Any, model: nn.Module) -> int:
+    """What `--match` makes equal."""
+    if config.match == "params":
+        return count_parameters(model)
+    return count_macs(model, (3, config.image_size, config.image_size))
 
 
 def match_target(config: Any, num_classes: int, families: Iterable[Family]) -> float:
@@ -102,4 +102,4 @@ def match_target(config: Any, num_classes: int, families: Iterable[Family]) -> f
     build = small_build(default_model(resnet), config, num_classes)
     width = matched_width(build, resnet, count_parameters, 0.3e6)
     with torch.device("meta"):
-        return count_macs(build(**resnet.widened(width)), (3, config.image_size, config.image_size))
+        return size_of(config, build(**resnet.widened(width)))

@@ -7,9 +7,9 @@ sorting and the chart.
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Mapping, Sequence
+from html import escape
 
 from common.comparison.results import Candidate, Front, Table, filled_columns, percent, si
 from common.engine.report import PALETTE, SORT, figure_html, page
@@ -31,22 +31,19 @@ def comparison_page(
     figures: Mapping[str, bytes] | None = None,
     text: str = "",
 ) -> str:
-    """The whole page.
-
-    Args:
-        tables: each becomes a chart and a table, since accuracies of two tasks can't be compared.
-        figures: caption -> PNG, shown below.
-        text: plain text on top, such as the verdict.
+    """The whole page: plain text on top, such as the verdict; a chart and a table of each of the
+    tables, since accuracies of two tasks can't be compared; figures (caption -> PNG).
     """
-    data = _json([_chart_data(table.candidates, front_of) for table in tables])
+    data = json.dumps([_chart_data(table.candidates, front_of) for table in tables])
+    data = data.replace("<", "\\u003c")  # no '<' of its own can close the script element
     lessons = sorted({c.lesson for table in tables for c in table.candidates})
     legend = "".join(
         f'<span><i style="background:{_color(lesson)}"></i>lesson {lesson}</span>'
         for lesson in lessons
     )
     body = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<pre>{html.escape(text)}</pre>" if text else "",
+        f"<h1>{escape(title)}</h1>",
+        f"<pre>{escape(text)}</pre>" if text else "",
         f'<p class="legend">{legend}</p>',
         *(_section(i, table) for i, table in enumerate(tables)),
         *(figure_html(png, caption) for caption, png in (figures or {}).items()),
@@ -58,24 +55,20 @@ def comparison_page(
 
 def _section(number: int, table: Table) -> str:
     columns = filled_columns(table.candidates)
-    heads = "".join(f'<th scope="col">{html.escape(c.head)}</th>' for c in columns)
+    heads = "".join(f'<th scope="col">{escape(column.head)}</th>' for column in columns)
     rows = []
     for candidate in table.candidates:
-        cells = []
+        cells = ""
         for column in columns:
-            key = column.key(candidate)
-            key = "" if key is None else str(key)
-            shown = html.escape(column.cell(candidate))
-            tip = ""
-            if column.head == "MACs by thop" and candidate.thop_note:
-                tip = f' title="{html.escape(candidate.thop_note, quote=True)}"'
-            cells.append(f'<td data-key="{html.escape(key, quote=True)}"{tip}>{shown}</td>')
-        rows.append(
-            f'<tr data-model="{html.escape(candidate.model, quote=True)}">{"".join(cells)}</tr>'
-        )
+            key = getattr(candidate, column.field)
+            key = "" if key is None else escape(str(key))
+            note = candidate.thop_note if column.field == "thop_macs" else ""
+            tip = f' title="{escape(note)}"' if note else ""
+            cells += f'<td data-key="{key}"{tip}>{escape(column.cell(candidate))}</td>'
+        rows.append(f'<tr data-model="{escape(candidate.model)}">{cells}</tr>')
     return f"""<section id="table-{number}">
-<h2>{html.escape(table.title)}</h2>
-<p>{html.escape(table.note)}</p>
+<h2>{escape(table.title)}</h2>
+<p>{escape(table.note)}</p>
 <div class="chart"></div>
 <div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>
 <tbody>
@@ -93,14 +86,10 @@ def _chart_data(candidates: Sequence[Candidate], front_of: Front) -> dict:
         about = f"{c.model}{year}: {percent(c.top1)}, {si(c.params)} parameters, {si(c.macs)} MACs"
         if c.latency_ms is not None:
             about += f", {c.latency_ms:.2f} ms"
+        costs = {k: getattr(c, k) for k in axes}
+        color = _color(c.lesson)
         points.append(
-            {
-                "model": c.model,
-                "top1": c.top1,
-                "color": _color(c.lesson),
-                "about": about,
-                "x": {k: getattr(c, k) for k in axes},
-            }
+            {"model": c.model, "top1": c.top1, "color": color, "about": about, "x": costs}
         )
     fronts = {k: [c.model for c in front_of(shown, k)] for k in axes}
     return {"axes": axes, "points": points, "fronts": fronts}
@@ -108,11 +97,6 @@ def _chart_data(candidates: Sequence[Candidate], front_of: Front) -> dict:
 
 def _color(lesson: str) -> str:
     return PALETTE[(int(lesson) - 1) % len(PALETTE)]
-
-
-def _json(data: object) -> str:
-    """JSON that may stand inside a script element: no '<' of its own can close it."""
-    return json.dumps(data).replace("<", "\\u003c")
 
 
 STYLE = """
@@ -144,19 +128,22 @@ function svg(parent, name, attributes, text) {
   return node;
 }
 
-// Under the mouse, or under the keyboard's focus, a model names itself and lights up in chart and
-// table alike.
-function mark(section, model, on) {
-  for (const node of section.querySelectorAll('[data-model]'))
-    node.classList.toggle('marked', on && node.dataset.model === model);
+// Under the mouse, or under the keyboard's focus, a model lights up in chart and table alike; a
+// point names itself, too.
+function watch(node, section, text) {
+  const turn = on => {
+    for (const other of section.querySelectorAll('[data-model]'))
+      other.classList.toggle('marked', on && other.dataset.model === node.dataset.model);
+    if (!text) return;
+    tip.textContent = text;
+    tip.style.display = on ? 'block' : 'none';
+    const place = node.getBoundingClientRect();
+    tip.style.left = Math.min(place.right + 14, innerWidth - tip.offsetWidth - 8) + 'px';
+    tip.style.top = Math.max(8, place.top - tip.offsetHeight - 10) + 'px';
+  };
+  for (const event of ['mouseenter', 'focus']) node.addEventListener(event, () => turn(true));
+  for (const event of ['mouseleave', 'blur']) node.addEventListener(event, () => turn(false));
 }
-function showTip(text, x, y) {
-  tip.textContent = text;
-  tip.style.display = 'block';
-  tip.style.left = Math.min(x + 14, innerWidth - tip.offsetWidth - 8) + 'px';
-  tip.style.top = Math.max(8, y - tip.offsetHeight - 10) + 'px';
-}
-const hideTip = () => { tip.style.display = 'none'; };
 
 function si(value) {
   for (const [factor, prefix] of [[1e9, 'G'], [1e6, 'M'], [1e3, 'K']])
@@ -165,10 +152,9 @@ function si(value) {
 }
 
 function draw(section, chart, axis) {
-  const box = section.querySelector('.chart .plot');
+  const box = section.querySelector('.plot');
   box.replaceChildren();
   const points = chart.points.filter(p => p.x[axis] > 0);
-  if (!points.length) return;
   // As wide as there is room, so that the text has one size on a phone too.
   const width = Math.max(300, Math.min(960, box.clientWidth)), height = 240 + width / 5;
   const [left, right, top, bottom] = [64, 20, 16, 52];
@@ -181,16 +167,14 @@ function draw(section, chart, axis) {
     return [low - more, high + more];
   };
   const [x0, x1] = range(logs, 0.05), [y0, y1] = range(tops, 0.5);
-  const px = value =>
-    left + (Math.log10(value) - x0) / (x1 - x0) * (width - left - right);
-  const py = percent =>
-    height - bottom - (percent - y0) / (y1 - y0) * (height - top - bottom);
+  const px = value => left + (Math.log10(value) - x0) / (x1 - x0) * (width - left - right);
+  const py = percent => height - bottom - (percent - y0) / (y1 - y0) * (height - top - bottom);
 
   let last = -Infinity;
   for (let decade = Math.floor(x0); decade <= x1; decade++)
     for (const step of [1, 2, 5]) {
       const value = step * 10 ** decade, x = px(value);
-      if (Math.log10(value) < x0 || Math.log10(value) > x1 || x < last + 44) continue;
+      if (x < left || x > width - right || x < last + 44) continue;
       last = x;
       svg(root, 'line', {class: 'grid', x1: x, x2: x, y1: top, y2: height - bottom});
       svg(root, 'text', {x, y: height - bottom + 20, 'text-anchor': 'middle'}, si(value));
@@ -213,34 +197,18 @@ function draw(section, chart, axis) {
     const dot = svg(root, 'circle',
       {cx, cy, r, fill: p.color, tabindex: 0, role: 'img', 'aria-label': p.about});
     dot.dataset.model = p.model;
-    const show = () => {
-      const place = dot.getBoundingClientRect();
-      mark(section, p.model, true);
-      showTip(p.about, place.right, place.top);
-    };
-    const hide = () => { mark(section, p.model, false); hideTip(); };
-    for (const event of ['mouseenter', 'focus']) dot.addEventListener(event, show);
-    for (const event of ['mouseleave', 'blur']) dot.addEventListener(event, hide);
+    watch(dot, section, p.about);
   }
 }
 
 charts.forEach((chart, i) => {
   const section = document.getElementById('table-' + i);
-  const table = section.querySelector('table');
-  for (const row of table.tBodies[0].rows) {
-    row.addEventListener('mouseenter', () => mark(section, row.dataset.model, true));
-    row.addEventListener('mouseleave', () => mark(section, row.dataset.model, false));
-  }
+  for (const row of section.querySelectorAll('tbody tr')) watch(row, section);
   if (!chart.points.length) return;
-  const box = section.querySelector('.chart');
-  const label = document.createElement('label');
-  label.textContent = 'Top-1 accuracy against ';
-  const select = document.createElement('select');
+  section.querySelector('.chart').innerHTML = '<label>Top-1 accuracy against <select></select>' +
+    ' (dashed: the Pareto front)</label><div class="plot"></div>';
+  const select = section.querySelector('select');
   for (const [field, words] of Object.entries(chart.axes)) select.add(new Option(words, field));
-  label.append(select, ' (dashed: the Pareto front)');
-  const plot = document.createElement('div');
-  plot.className = 'plot';
-  box.append(label, plot);
   for (const [node, event] of [[select, 'change'], [window, 'resize']])
     node.addEventListener(event, () => draw(section, chart, select.value));
   draw(section, chart, select.value);

@@ -25,16 +25,7 @@ if TYPE_CHECKING:
     from common.runs import Run
 
 # The fields of a candidate that depend on the machine.
-MEASURED = (
-    "latency_ms",
-    "latency_iqr_ms",
-    "batch_size",
-    "images_per_second",
-    "memory_mb",
-    "device",
-    "dtype",
-)
-
+MEASURED = "latency_ms latency_iqr_ms batch_size images_per_second memory_mb device dtype".split()
 
 SWEEPS = 4  # over all models, far apart: what disturbs a machine rarely lasts, or comes back
 MOST_WAYS = 5  # in which `Bench.all_ways` runs a network
@@ -53,6 +44,10 @@ class Entry(NamedTuple):
     candidate: Candidate
 
 
+# What the lesson says of a model: of its task, name, builder and image size.
+MakeEntry = Callable[[str, str, Callable[..., nn.Module], int], Entry]
+
+
 class Way(NamedTuple):
     """How a network is run: its number format, with BatchNorm or without, its layout in memory,
     compiled or not.
@@ -66,22 +61,14 @@ class Way(NamedTuple):
     compiled: bool = False
     folded: bool = False  # BatchNorm folded into the convolutions in front of it
 
+    @property
+    def dtype(self) -> str:
+        return str(self.amp or torch.float32).removeprefix("torch.")
+
     def __str__(self) -> str:
-        words = [str(self.amp or torch.float32).removeprefix("torch.")]
-        words += ["folded"] * self.folded
+        words = [self.dtype] + ["folded"] * self.folded
         words += ["channels_last"] * self.channels_last + ["compiled"] * self.compiled
         return ", ".join(words)
-
-
-def usual_way(config: TrainConfig, device: torch.device, image_size: int, fold: bool) -> Way:
-    """channels_last where it pays, mixed precision on a GPU, compiled and folded if asked.
-
-    On a CPU always float32, so that machines with and without AMX measure the same thing;
-    `all_ways` shows what bfloat16 gives.
-    """
-    amp = amp_dtype(device, config.amp and device.type != "cpu", image_size)
-    channels_last = memory_format(image_size) is torch.channels_last
-    return Way(amp, channels_last, config.compile, fold)
 
 
 def with_weights(model: nn.Module, device: torch.device) -> nn.Module:
@@ -141,40 +128,27 @@ def measure(
     more: bool = True,
 ) -> Candidate:
     """The candidate with latency for one image, and `more`: throughput of a large batch, and peak
-    memory.
-
-    Args:
-        large_batch: 0 measures one image only.
-        limit: multiply-adds that one pass may cost; what costs more is left out.
-        seconds: of each measurement.
+    memory. A pass of more multiply-adds than `limit` is left out.
     """
     candidate = entry.candidate
     if candidate.macs > limit:
         return candidate
     model = prepared(entry, device, way)
-    like = next(model.parameters())
     layout = torch.channels_last if way.channels_last else torch.contiguous_format
 
     def images(count: int) -> Tensor:
         size = (count, 3, candidate.input_px, candidate.input_px)
-        return torch.zeros(size, device=device, dtype=like.dtype).contiguous(memory_format=layout)
+        return torch.zeros(size, device=device).contiguous(memory_format=layout)
 
     low, median, high = np.percentile(time_passes(model, images(1), way.amp, seconds), (25, 50, 75))
-    candidate = replace(
-        candidate,
-        latency_ms=float(median),
-        latency_iqr_ms=float(high - low),
-        device=describe(device),
-        dtype=str(way.amp or like.dtype).removeprefix("torch."),
-    )
-    if not more:
-        return candidate
-    candidate = replace(candidate, memory_mb=peak_memory(model, images(1), way.amp) / 2**20)
-    if large_batch and candidate.macs * large_batch <= limit:
-        times = time_passes(model, images(large_batch), way.amp, seconds)
-        images_per_second = 1000 * large_batch / float(np.median(times))
-        candidate = replace(candidate, batch_size=large_batch, images_per_second=images_per_second)
-    return candidate
+    found = {"latency_ms": float(median), "latency_iqr_ms": float(high - low)}
+    found |= {"device": describe(device), "dtype": way.dtype}
+    if more:
+        found["memory_mb"] = peak_memory(model, images(1), way.amp) / 2**20
+    if more and large_batch and candidate.macs * large_batch <= limit:
+        median = float(np.median(time_passes(model, images(large_batch), way.amp, seconds)))
+        found |= {"batch_size": large_batch, "images_per_second": 1000 * large_batch / median}
+    return replace(candidate, **found)
 
 
 class Bench(NamedTuple):
@@ -184,23 +158,19 @@ class Bench(NamedTuple):
     device: torch.device
     store: Store
     bar: Bar
-    large_batch: int
+    large_batch: int  # images; 0: no such measurement
     limit: float = math.inf  # multiply-adds of one timed pass
     seconds: float = 0.15  # of one measurement
     fold: bool = False  # time networks with BatchNorm folded into the convolutions
 
     @classmethod
     def open(cls, config: Any, device: torch.device, run: Run, bar: Bar) -> Bench:
-        """With what was measured in the run's folder before, on this machine.
-
-        Args:
-            config: with `pass_limit`, in GMACs, and `fold`.
-        """
+        """With what was measured in the run's folder before, on this machine."""
         cpu = device.type == "cpu"
         setup = {"device": describe(device), "threads": torch.get_num_threads()}
         setup |= {"torch": torch.__version__, "amp": config.amp, "compile": config.compile}
         setup |= {"pass_limit": config.pass_limit}
-        limit = config.pass_limit if config.pass_limit is not None else 5.0 if cpu else 0.0
+        limit = config.pass_limit if config.pass_limit is not None else 5.0 if cpu else 0.0  # GMACs
         limit = 1e7 if config.smoke else 1e9 * limit or math.inf
         store = Store(run.folder / "profiles.json", setup, run.resumed)
         return cls(config, device, store, bar, 8 if cpu else 64, limit, fold=config.fold)
@@ -210,11 +180,8 @@ class Bench(NamedTuple):
         return self._replace(large_batch=128, limit=4 * self.limit)
 
     def measure(self, entry: Entry, sweep: str, way: Way, more: bool = True) -> Candidate:
-        """The candidate with its times, from the store if they are there.
-
-        Args:
-            sweep: names the measurement in the store; two ways of running need two names.
-            more: throughput and memory too.
+        """The candidate with its times, from the store if they are there: `sweep` names them, and
+        two ways of running need two names.
         """
         c = entry.candidate
         key = f"{c.task}, {c.model}, {c.params} parameters, {c.input_px} px, {sweep}"
@@ -223,7 +190,8 @@ class Bench(NamedTuple):
             self.store.put(key, measure(entry, self.device, way, *limits, more))
         self.bar.advance(1, c.model)
         # Counts come from the definition as it is now, times from the store.
-        return replace(c, **{name: self.store.get(key)[name] for name in MEASURED})
+        kept = self.store.get(key)
+        return replace(c, **{name: kept[name] for name in MEASURED})
 
     def sweeps(self, entries: Sequence[Entry]) -> tuple[list[Candidate], str]:
         """All models, SWEEPS times over; of the latencies of each the lowest, and in words how far
@@ -231,16 +199,10 @@ class Bench(NamedTuple):
 
         Whatever else the machine did in a slower sweep, it did not make the model faster.
         """
-        ways = [
-            usual_way(self.config, self.device, e.candidate.input_px, self.fold) for e in entries
-        ]
-        every = [
-            [
-                self.measure(e, f"sweep {n}{', folded' * self.fold}", way, more=n == 1)
-                for e, way in zip(entries, ways)
-            ]
-            for n in range(1, SWEEPS + 1)
-        ]
+        every = []
+        for n in range(1, SWEEPS + 1):
+            name = f"sweep {n}{', folded' * self.fold}"
+            every.append([self.measure(e, name, self.usual_way(e), more=n == 1) for e in entries])
         first, second = (
             [functools.reduce(faster, rows) for rows in zip(*half)]
             for half in (every[: SWEEPS // 2], every[SWEEPS // 2 :])
@@ -248,19 +210,30 @@ class Bench(NamedTuple):
         told = agreement(first, second) + f"; in all of them {FOLDED}" * self.fold
         return [faster(a, b) for a, b in zip(first, second)], told
 
+    def usual_way(self, entry: Entry) -> Way:
+        """channels_last where it pays, mixed precision on a GPU, compiled and folded if asked.
+
+        On a CPU always float32, so that machines with and without AMX measure the same thing;
+        `all_ways` shows what bfloat16 gives.
+        """
+        side = entry.candidate.input_px
+        amp = amp_dtype(self.device, self.config.amp and self.device.type != "cpu", side)
+        channels_last = memory_format(side) is torch.channels_last
+        return Way(amp, channels_last, self.config.compile, self.fold)
+
     def ways(self, entry: Entry) -> list[Way]:
         """Every way that this device has, MOST_WAYS at most, each with what came before: plain,
         channels_last, BatchNorm folded where there is one; then mixed precision, folded if the
         config says so, and compiled likewise.
         """
         amp = amp_dtype(self.device, True, entry.candidate.input_px)
-        ways = [Way(), Way(channels_last=True), Way(channels_last=True, folded=True)]
-        ways += [Way(amp, True, folded=self.fold)] * (amp is not None)
-        ways += [Way(amp, True, True, self.fold)] * self.config.compile
         with torch.device("meta"):
-            foldable = any(isinstance(m, nn.BatchNorm2d) for m in entry.build().modules())
-        if not foldable:
-            ways = list(dict.fromkeys(way._replace(folded=False) for way in ways))
+            norms = any(isinstance(m, nn.BatchNorm2d) for m in entry.build().modules())
+        fold = self.fold and norms
+        ways = [Way(), Way(channels_last=True)]
+        ways += [Way(channels_last=True, folded=True)] * norms
+        ways += [Way(amp, True, folded=fold)] * (amp is not None)
+        ways += [Way(amp, True, True, fold)] * self.config.compile
         return ways
 
     def all_ways(self, entries: Sequence[Entry]) -> list[Candidate]:
@@ -270,10 +243,8 @@ class Bench(NamedTuple):
             ways = self.ways(entry)
             for way in ways:
                 row = self.measure(entry, str(way), way)
-                name = f"{row.model}: {way}"
-                rows.append(
-                    replace(row, model=name, thop_macs=None, thop_note="", top1=None, top5=None)
-                )
+                own = {"thop_macs": None, "thop_note": "", "top1": None, "top5": None}
+                rows.append(replace(row, model=f"{row.model}: {way}", **own))
             self.bar.advance(MOST_WAYS - len(ways))
         return rows
 
@@ -285,23 +256,14 @@ def faster(first: Candidate, second: Candidate) -> Candidate:
     return replace(first, latency_ms=second.latency_ms, latency_iqr_ms=second.latency_iqr_ms)
 
 
-def agreement(first: Sequence[Candidate], second: Sequence[Candidate], tie: float = 0.05) -> str:
+def agreement(first: Sequence[Candidate], second: Sequence[Candidate]) -> str:
     """How alike two measurements rank the models by latency: in how many pairs the same one is
-    faster.
-
-    Args:
-        tie: two models closer than this share of their latency in both are not a pair whose
-            order means anything; they count as agreeing.
+    faster. The order of two that are closer than 5% in both means nothing: they count as alike.
     """
-    times = [
-        (a.latency_ms, b.latency_ms) for a, b in zip(first, second) if a.latency_ms is not None
-    ]
-    pairs = list(itertools.combinations(times, 2))
+    timed = [(a.latency_ms, b.latency_ms) for a, b in zip(first, second) if a.latency_ms]
+    pairs = list(itertools.combinations(timed, 2))
     if not pairs:
-        return "one model was timed" if times else "none was timed"
-    gaps = [[math.log(p[sweep] / q[sweep]) for sweep in (0, 1)] for p, q in pairs]
-    turned = sum(one * two < 0 and max(abs(one), abs(two)) > tie for one, two in gaps)
-    return (
-        f"measured twice, {len(pairs) - turned} of {len(pairs)} pairs of {len(times)} models rank "
-        "alike"
-    )
+        return "one model was timed" if timed else "none was timed"
+    gaps = [[math.log(one / other) for one, other in zip(p, q)] for p, q in pairs]
+    alike = sum(one * two >= 0 or max(abs(one), abs(two)) <= 0.05 for one, two in gaps)
+    return f"measured twice, {alike} of {len(pairs)} pairs of {len(timed)} models rank alike"

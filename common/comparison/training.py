@@ -22,9 +22,6 @@ def train_all(
 ) -> Results:
     """Every network with every seed, each at the rate that it chose, from the store where it is
     there.
-
-    Args:
-        config: with `seeds`, and `budget` where seconds are given instead of epochs.
     """
     source = read_once(source, config)
     if config.budget and parse_budget(config.budget).seconds:
@@ -53,8 +50,8 @@ def within_seconds(
             one = replace(config, **{**arm.changes, "lr": min(arm.rates), "epochs": 1, "warmup": 0})
             build = partial(arm.build, num_classes=data.num_classes)
             store.put(key, {"seconds": train_trial(key, build, data, one, device).seconds})
-        fit = seconds / store.get(key)["seconds"]
-        epochs = min(max(1, int(fit)), 10_000)  # what --epochs may be at most
+        fit = int(seconds / store.get(key)["seconds"])
+        epochs = min(max(1, fit), 10_000)  # what --epochs may be at most
         warmup = min(config.warmup, epochs / 5)  # a short training must not be all warm-up
         timed.append(replace(arm, changes={**arm.changes, "epochs": epochs, "warmup": warmup}))
     return timed

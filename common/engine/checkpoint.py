@@ -23,30 +23,15 @@ FORMAT = 1  # of the dicts below; a file of another format is refused, not guess
 Schema = dict[str, Any]  # key -> type, schema of a dict, or [schema of each item]
 _BEST: Schema = {"top1": float, "loss": float, "epoch": int}
 BEST: Schema = {
-    "lesson": str,
-    "config": dict,
-    "model": dict,
-    "class_names": [str],
-    "mean": Tensor,
-    "std": Tensor,
-    "best": _BEST,
-}
+    "lesson": str, "config": dict, "model": dict, "class_names": [str], "mean": Tensor,
+    "std": Tensor, "best": _BEST,
+}  # fmt: skip
+_EPOCH = {name: {"int": int}.get(t, float) for name, t in EpochRecord.__annotations__.items()}
 LAST: Schema = {
-    "lesson": str,
-    "world": int,
-    "config": dict,
-    "data": str,
-    "model": dict,
-    "optimizer": dict,
-    "schedule": dict,
-    "meter": {"epoch": int, "batch": int, "sums": Tensor, "seconds": float},
-    "history": [
-        {name: {"int": int}.get(t, float) for name, t in EpochRecord.__annotations__.items()}
-    ],
-    "best": _BEST,
-    "rng": [dict],
-    "batching": [int],
-}
+    "lesson": str, "world": int, "config": dict, "data": str, "model": dict, "optimizer": dict,
+    "schedule": dict, "meter": {"epoch": int, "batch": int, "sums": Tensor, "seconds": float},
+    "history": [_EPOCH], "best": _BEST, "rng": [dict], "batching": [int],
+}  # fmt: skip
 
 
 def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
@@ -94,9 +79,8 @@ def load(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is damaged ({damaged} fails its checksum)")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, KeyError) as error:
-        raise UserError(
-            f"{path} is truncated or no checkpoint ({str(error).splitlines()[0]})"
-        ) from None
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path} is truncated or no checkpoint ({why})") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds more than tensors and plain values, so it was not loaded"
@@ -149,18 +133,15 @@ def fitting(path: Path) -> Iterator[None]:
 
 
 def load_latest(path: Path) -> dict[str, Any]:
-    """The checkpoint at `path`, or, if that is damaged,
-    the one before it, with a line that says so.
-    """
+    """The checkpoint at `path`; if it is damaged, the one before it, and a line that says so."""
+    before = previous(path)
     try:
         return load(path)
     except UserError as error:
-        if not previous(path).exists():
+        if not before.exists():
             raise
-        state = load(previous(path))
-        print(
-            f"warning: {error}; going on from {previous(path).name}, the one before it", flush=True
-        )
+        state = load(before)
+        print(f"warning: {error}; going on from {before.name}, the one before it", flush=True)
         return state
 
 

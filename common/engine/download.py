@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 import shutil
 import tarfile
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.engine.errors import UserError
-from common.engine.files import locked
+from common.engine.files import lock, unlock
 from common.engine.progress import Bar
 
 
@@ -28,8 +28,10 @@ def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
     Raises:
         UserError: says which file, of what size and MD5, to put into which folder by hand.
     """
+    from torchvision.datasets.utils import check_md5
+
     if path.exists():
-        if _md5(path) == md5:
+        if check_md5(path, md5):
             return path
         path.unlink()  # cut short or damaged
     _make_folder(path.parent)
@@ -38,10 +40,10 @@ def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
     for url in urls:
         try:
             size = _download(url, partial, timeout)
-        except (OSError, urllib.error.URLError, ValueError) as error:
+        except (OSError, ValueError) as error:
             reason = str(getattr(error, "reason", error))
             continue
-        if _md5(partial) == md5:
+        if check_md5(partial, md5):
             os.replace(partial, path)
             return path
         reason = "what came has another checksum"
@@ -49,8 +51,7 @@ def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
     about = f"{size / 1e6:.0f} MB, " if size else ""
     raise UserError(
         f"{path.name} can't be downloaded ({reason}): put it ({about}MD5 {md5}) into "
-        f"{path.parent}/ "
-        f"by hand, from {urls[0]}"
+        f"{path.parent}/ by hand, from {urls[0]}"
     )
 
 
@@ -58,8 +59,16 @@ def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Inside, no other process downloads into the folder: torchrun's all want the same files."""
     _make_folder(folder)
-    with locked(folder / ".download.lock", f"it downloads into {folder}"):
+    path, told = folder / ".download.lock", False
+    while not lock(path):
+        if not told:
+            print(f"waiting for another process: it downloads into {folder}", flush=True)
+        told = True
+        time.sleep(0.2)
+    try:
         yield
+    finally:
+        unlock(path)
 
 
 def _download(url: str, partial: Path, timeout: float) -> int:
@@ -76,27 +85,15 @@ def _download(url: str, partial: Path, timeout: float) -> int:
         if response.status != 206:  # the server starts over
             done = 0
         total = done + int(response.headers.get("Content-Length") or 0)
-        with (
-            partial.open("ab" if done else "wb") as file,
-            Bar(total, partial.stem, "B", done) as bar,
-        ):
+        mode = "ab" if done else "wb"
+        with partial.open(mode) as file, Bar(total, partial.stem, "B", done) as bar:
             while chunk := response.read(1 << 16):
                 file.write(chunk)
                 bar.advance(len(chunk))
-    if total and partial.stat().st_size < total:
-        raise OSError(
-            f"the connection ended after {partial.stat().st_size} of {total} bytes; run again "
-            f"to go on"
-        )
-    return partial.stat().st_size
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    done = partial.stat().st_size
+    if done < total:
+        raise OSError(f"the connection ended after {done} of {total} bytes; run again to go on")
+    return done
 
 
 def unpack_tar(archive: Path, folder: str) -> None:
@@ -111,9 +108,8 @@ def unpack_tar(archive: Path, folder: str) -> None:
                 tar.extractall(scratch, filter="data")
             os.replace(Path(scratch) / folder, archive.parent / folder)
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise UserError(
-                f"{archive} can't be unpacked ({error}): delete it and run again"
-            ) from None
+            why = f"{archive} can't be unpacked ({error})"
+            raise UserError(f"{why}: delete it and run again") from None
 
 
 def unpack_gzip(archive: Path) -> None:
@@ -133,6 +129,5 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{folder} can't be made ({error.strerror}): choose another folder"
-        ) from None
+        why = f"{folder} can't be made ({error.strerror})"
+        raise UserError(f"{why}: choose another folder") from None

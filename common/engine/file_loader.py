@@ -20,6 +20,7 @@ from common.engine.signals import leave_signals_to_the_main_process, on_leave
 from common.engine.sources import Pictures, read_image
 
 Item = tuple[str, int, int]  # split, row, seed
+Batch = tuple[Tensor, Tensor, list[int], list[str]]  # see _collate
 Transform = Callable[[Any], Tensor]
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels; CIFAR-10 at 32 px takes 0.18 GB
 # --augment NAME: the class of torchvision.transforms.v2 that draws for each image.
@@ -31,9 +32,7 @@ POLICIES = {
 
 
 class Files(Dataset):
-    """(split, row, seed) -> (3, H, W) uint8 and label; a string in the place of an image says what
-    is wrong with the file.
-    """
+    """(split, row, seed) -> (3, H, W) uint8, or what is wrong with the file; and its label."""
 
     def __init__(
         self, splits: dict[str, Pictures], side: int, augment: dict[str, str], flips: bool
@@ -54,9 +53,7 @@ class Files(Dataset):
 
 
 def file_transform(side: int, augment: str, flips: bool) -> Transform:
-    """The training crop of Szegedy et al. 2015; with "none" the centre crop that the papers test
-    on, 224 of 256 pixels.
-    """
+    """Szegedy et al.'s crop (2015); with "none" the one that papers test on, 224 of 256 pixels."""
     from torchvision.transforms import v2
 
     if augment == "none":
@@ -96,17 +93,20 @@ class Pool:
         Raises:
             UserError: a file is broken, or a worker died.
         """
-        self.plan.batches = plan
-        for x, y in from_workers(self.loader):
-            if isinstance(x, str):
-                raise UserError(x)
+        for x, y, _, broken in self.read(plan):
+            if broken:
+                raise UserError(broken[0])
             yield x, y
+
+    def read(self, plan: Iterable[list[Item]]) -> Iterator[Batch]:
+        self.plan.batches = plan
+        return from_workers(self.loader)
 
     def take(self, split: str, rows: Iterable[int]) -> Tensor:
         """Some images, read by this process, (len(rows), 3, H, W) uint8."""
-        images, _ = _collate([self.files[split, int(row), 0] for row in rows])
-        if isinstance(images, str):
-            raise UserError(images)
+        images, _, _, broken = _collate([self.files[split, int(row), 0] for row in rows])
+        if broken:
+            raise UserError(broken[0])
         return images
 
 
@@ -159,11 +159,12 @@ def from_workers(loader: DataLoader) -> Iterator[Any]:
         ) from None
 
 
-def _collate(items: list[tuple[Tensor | str, int]]) -> tuple[Tensor | str, Tensor]:
-    broken = [image for image, _ in items if isinstance(image, str)]
-    if broken:
-        return broken[0], torch.empty(0)
-    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+def _collate(items: list[tuple[Tensor | str, int]]) -> Batch:
+    """The images that were read, their labels and places, and what is wrong with the others."""
+    whole = [i for i, (image, _) in enumerate(items) if isinstance(image, Tensor)]
+    images = torch.stack([items[i][0] for i in whole]) if whole else torch.empty(0)
+    labels = torch.tensor([items[i][1] for i in whole])
+    return images, labels, whole, [image for image, _ in items if isinstance(image, str)]
 
 
 def _start_worker(worker: int) -> None:
@@ -172,22 +173,13 @@ def _start_worker(worker: int) -> None:
 
 
 def worker_count(workers: int | None) -> int:
-    """As many as asked for; else one per core of this process's share, 8 at most: decoding scales
-    with cores, memory with workers.
-    """
+    """As many as asked for; else one per core of this process's share, 8 at most for memory."""
     if workers is not None:
         return workers
     return min(8, max(1, (os.cpu_count() or 1) // processes.world_size()))
 
 
 # -------------------------------------------------------------------------------- reading all files
-
-
-def fit_in_memory(splits: dict[str, Pictures], side: int) -> bool:
-    """Whether all images at `side` pixels do. Larger ones are cropped at random scales from the
-    full picture, which memory would not hold.
-    """
-    return side <= 64 and 3 * side**2 * sum(map(len, splits.values())) <= MEMORY_LIMIT
 
 
 def read_files(
@@ -204,55 +196,42 @@ def read_files(
     """
     from torchvision.transforms import v2
 
-    if keep := fit_in_memory(splits, side):
+    total = sum(map(len, splits.values()))
+    # Larger images are cropped at random scales from the full picture, which memory won't hold.
+    keep = side <= 64 and 3 * side**2 * total <= MEMORY_LIMIT
+    if keep:
         transform = v2.Compose([v2.Resize(side, antialias=True), v2.CenterCrop(side)])
-    else:
-        few, total = 10_000, sum(map(len, splits.values()))  # about a minute on two cores
-        if total > few and not skip_broken:
-            if processes.is_main():
-                print(f"{total:,} files are not read in advance: a broken one stops the run")
-            return splits, 0
+    elif total <= 10_000 or skip_broken:  # about a minute on two cores
         transform = v2.CenterCrop(1)
-    skipped, out, together = 0, {}, 256
-    total = sum(len(p) for p in splits.values())
+    else:
+        if processes.is_main():
+            print(f"{total:,} files are not read in advance: a broken one stops the run")
+        return splits, 0
     files = Files(splits, side, dict.fromkeys(splits, "none"), False)
     files.transforms = dict.fromkeys(splits, transform)
+    batches = [
+        [(name, row, 0) for row in rows.tolist()]
+        for name, pictures in splits.items()
+        for rows in torch.arange(len(pictures)).split(256)
+    ]
+    pool = Pool(files, workers if total > 2000 else 0, torch.device("cpu"))
+    good: dict[str, list[int]] = {name: [] for name in splits}
+    pixels: dict[str, list[Tensor]] = {name: [] for name in splits}
     with Bar(total, "reading images", "img", show=processes.is_main()) as bar:
-        for name, pictures in splits.items():
-            starts = range(0, len(pictures), together)
-            loader = DataLoader(
-                files,
-                batch_sampler=[
-                    [(name, i, 0) for i in range(a, min(a + together, len(pictures)))]
-                    for a in starts
-                ],
-                num_workers=worker_count(workers) if len(pictures) > 2000 else 0,
-                collate_fn=_whole_and_broken,
-                worker_init_fn=_start_worker,
-                generator=torch.Generator(),
-            )
-            pixels, good = [], []
-            for start, (images, whole, broken) in zip(starts, from_workers(loader)):
-                if broken and not skip_broken:
-                    raise UserError(f"{broken[0]}, or pass --skip-broken")
-                # A tensor that a worker sent holds a file handle as long as it lives: keep a copy.
-                pixels += [images.clone()] if keep and whole else []
-                good += [start + i for i in whole]
-                skipped += len(broken)
-                bar.advance(len(whole) + len(broken))
-            if not good:
-                raise UserError(f"none of the {len(pictures)} {name} images can be read")
-            out[name] = pictures.take(torch.tensor(good))
-            if keep:
-                out[name].pixels = torch.cat(pixels)
-    return out, skipped
-
-
-def _whole_and_broken(
-    items: list[tuple[Tensor | str, int]],
-) -> tuple[Tensor, list[int], list[str]]:
-    """The images that could be read, which they are, and what is wrong with the others."""
-    images = [image for image, _ in items]
-    whole = [i for i, image in enumerate(images) if not isinstance(image, str)]
-    stacked = torch.stack([images[i] for i in whole]) if whole else torch.empty(0)
-    return stacked, whole, [image for image in images if isinstance(image, str)]
+        for batch, (images, _, whole, broken) in zip(batches, pool.read(batches)):
+            if broken and not skip_broken:
+                raise UserError(f"{broken[0]}, or pass --skip-broken")
+            name = batch[0][0]
+            good[name] += [batch[i][1] for i in whole]
+            if keep and whole:
+                # A tensor that a worker sent holds a file handle as long as it lives.
+                pixels[name].append(images.clone())
+            bar.advance(len(batch))
+    for name, rows in good.items():
+        if not rows:
+            raise UserError(f"none of the {len(splits[name])} {name} images can be read")
+    read = {name: splits[name].take(torch.tensor(rows)) for name, rows in good.items()}
+    if keep:
+        for name, pictures in read.items():
+            pictures.pixels = torch.cat(pixels.pop(name))
+    return read, total - sum(map(len, good.values()))

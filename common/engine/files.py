@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -37,8 +36,7 @@ def write_csv(path: Path, rows: list[Any]) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` in one step: a reader, or a crash,
-    sees the old file or the new one, never half of it.
+    """Replace `path` in one step: the old file or the new one is there, never half of it.
 
     Raises:
         UserError: the disk is full or the folder can't be written.
@@ -116,21 +114,6 @@ def unlock(path: Path) -> None:
         file.close()
 
 
-@contextmanager
-def locked(path: Path, waiting_for: str) -> Iterator[None]:
-    """Inside, only this process has the lock; another one that has it is waited for."""
-    told = False
-    while not lock(path):
-        if not told:
-            told = True
-            print(f"waiting for another process: {waiting_for}", flush=True)
-        time.sleep(0.2)
-    try:
-        yield
-    finally:
-        unlock(path)
-
-
 def claim_folder(folder: Path) -> None:
     """Keep the run folder for this process until it ends; remove what killed runs left half-written
     in it and in its neighbours.
@@ -151,10 +134,8 @@ def claim_folder(folder: Path) -> None:
 
 
 def _plain(value: object) -> object:
-    """numpy scalars and arrays, paths and tuples as what JSON knows."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    """numpy scalars and arrays, and paths, as what JSON knows."""
+    if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, Path):
         return str(value)

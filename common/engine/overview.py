@@ -72,18 +72,15 @@ def write_index(runs: Path) -> Path:
 def read_run(folder: Path) -> Run | None:
     """What the files of a run say, as far as they are there; None where they can't be read."""
 
-    def read(name: str) -> Run:
-        path = folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    def read(name: str) -> str:
+        return path.read_text(encoding="utf-8") if (path := folder / name).exists() else ""
 
     try:
-        config, result = read("config.json"), read("result.json")
-        verdict = read("experiment.json").get("verdict", [])
-        history = []
-        if (folder / "history.csv").exists():
-            with (folder / "history.csv").open(encoding="utf-8", newline="") as file:
-                rows = csv.DictReader(file)
-                history = [{f: float(row[f]) for f in CHARTS} for row in rows]
+        names = ("config", "result", "experiment")
+        config, result, experiment = (json.loads(read(f"{name}.json") or "{}") for name in names)
+        rows = csv.DictReader(read("history.csv").splitlines())
+        history = [{field: float(row[field]) for field in CHARTS} for row in rows]
+        verdict = experiment.get("verdict", [])
         run = {**config, **result, "verdict": "; ".join(verdict), "history": history}
         if run["dataset"] == "folder":
             run["dataset"] = Path(config["data_dir"]).name

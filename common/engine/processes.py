@@ -39,8 +39,7 @@ def is_main() -> bool:
 
 
 def join_processes(device_name: str) -> None:
-    """Join the group that torchrun started; nothing where
-    it did not. NCCL between GPUs, gloo between CPUs.
+    """Join the group that torchrun started, if it did: NCCL between GPUs, gloo between CPUs.
 
     Raises:
         UserError: the others don't come.
@@ -50,9 +49,8 @@ def join_processes(device_name: str) -> None:
         return
     cuda = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(
-            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        )
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // sharing))
     patience = timedelta(seconds=float(os.environ.get("JOIN_SECONDS", 120)))
     try:
         store, me, world = next(dist.rendezvous("env://", timeout=patience))
@@ -94,7 +92,8 @@ def _agree(line: str, code: int, error: BaseException | None) -> NoReturn:
     how_to_go_on = signals.leave()
     try:
         with _silent():
-            if not code and _is_lost(error) and not _has_ended(seconds=3):
+            lost = isinstance(error, RuntimeError) and re.search(LOST, str(error), re.IGNORECASE)
+            if not code and lost and not _has_ended(seconds=3):
                 died = "error: another process of this run died or can't be reached; the others"
                 line, code = f"{died} {how_to_go_on}", 2
             code, first = _end(code or 1)
@@ -121,10 +120,6 @@ def _silent() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def _is_lost(error: BaseException | None) -> bool:
-    return isinstance(error, RuntimeError) and bool(re.search(LOST, str(error), re.IGNORECASE))
 
 
 def _has_ended(seconds: float) -> bool:
@@ -215,11 +210,7 @@ def share_buffers(*models: nn.Module) -> None:
 
 def from_main(value: Any) -> Any:
     """What the main process holds, in every process."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+    return from_all(value)[0]
 
 
 def gather_rows(mine: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
@@ -229,25 +220,22 @@ def gather_rows(mine: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         mine: on the CPU; None where a process got no row.
     """
     parts = [part for part in from_all(mine) if part is not None]
-    return tuple(_interleaved(tensors) for tensors in zip(*parts))
-
-
-def _interleaved(parts: tuple[Tensor, ...]) -> Tensor:
-    whole = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
-    for r, part in enumerate(parts):
-        whole[r :: len(parts)] = part
-    return whole
+    in_order = []
+    for tensors in zip(*parts):
+        whole = tensors[0].new_empty((sum(map(len, tensors)), *tensors[0].shape[1:]))
+        for r, tensor in enumerate(tensors):
+            whole[r :: len(tensors)] = tensor
+        in_order.append(whole)
+    return tuple(in_order)
 
 
 def parallel(model: nn.Module, device: torch.device, sync_bn: bool = False) -> nn.Module:
-    """DistributedDataParallel around `model` where
-    there are several processes; else the model itself.
-    """
+    """DistributedDataParallel around `model`; where there is one process, the model itself."""
     if world_size() == 1:
         return model
-    if sync_bn and device.type != "cuda":
-        raise UserError("--sync-bn: torch has SyncBatchNorm on GPUs only")
     if sync_bn:
+        if device.type != "cuda":
+            raise UserError("--sync-bn: torch has SyncBatchNorm on GPUs only")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 

@@ -5,7 +5,7 @@ that all other pages of the course stand in.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from numbers import Integral, Real
 from pathlib import Path
@@ -28,7 +28,6 @@ def write_report(
     figures: Sequence[Path],
     *,
     notes: Sequence[str] = (),
-    captions: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `folder/report.html` and return its path.
 
@@ -37,24 +36,16 @@ def write_report(
         tables: heading and rows; columns are the rows' keys, in order of appearance.
         figures: PNG files, embedded in this order.
         notes: sentences under the title: what was run, the verdict.
-        captions: caption by the figure's file stem; a figure without one has only its own title.
 
     Raises:
         FileNotFoundError: a figure is missing.
         ValueError: a figure is not a PNG.
     """
-    captions = captions or {}
     body = [f"<h1>{escape(title)}</h1>"]
     body += [f'<p class="note">{escape(note)}</p>' for note in notes]
     if facts:
         body.append(_facts(facts))
-    for figure in map(Path, figures):
-        try:
-            body.append(
-                figure_html(figure.read_bytes(), figure.stem, captions.get(figure.stem, ""))
-            )
-        except ValueError:
-            raise ValueError(f"{figure} is not a PNG") from None
+    body += [figure_html(figure.read_bytes(), figure.name) for figure in figures]
     body += [_table(heading, rows) for heading, rows in tables.items() if rows]
     path = Path(folder) / "report.html"
     write_atomically(path, page(title, "\n".join(body)))
@@ -73,11 +64,11 @@ def page(title: str, body: str, style: str = "", script: str = "") -> str:
 def facts_of(result: Mapping[str, Any]) -> dict[str, str]:
     """What one looks for first in a result.json."""
     low, high = result["test_top1_interval"]
-    return {
+    facts = {
         "Test accuracy": f"{result['test_top1']:.2%}{_top5(result)}",
         "95% interval": f"{low:.1%} to {high:.1%}, if the test images are drawn at random",
-        **({"Without a network": told} if (told := _baselines(result)) else {}),
-        **({"Warning": told} if (told := _no_better_than_a_guess(result)) else {}),
+        "Without a network": _baselines(result),
+        "Warning": _no_better_than_a_guess(result),
         "Validation accuracy": f"{result['val_top1']:.2%}, at epoch {result['best_epoch']} of "
         f"{result['epochs']}",
         "Parameters": f"{result['params']:,}",
@@ -87,22 +78,21 @@ def facts_of(result: Mapping[str, Any]) -> dict[str, str]:
         "Training": f"{result['train_seconds']:.0f} s, {result['images_per_second']:,.0f} images/s",
         "Device": f"{result['hardware']}, torch {result['torch_version']}",
     }
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def outcome_of(result: Mapping[str, Any]) -> str:
     """The last lines of a run on the terminal."""
     low, high = result["test_top1_interval"]
-    lines = [
-        f"test       top-1 {result['test_top1']:.2%} (95% interval {low:.1%} to {high:.1%})"
+    lines = {
+        "test": f"top-1 {result['test_top1']:.2%} (95% interval {low:.1%} to {high:.1%})"
         f"{_top5(result)}, with the weights of epoch {result['best_epoch']}",
-        f"cost       {result['train_seconds']:.0f} s of training, {result['latency_ms']:.2f} ms an "
+        "beside it": _baselines(result),
+        "cost": f"{result['train_seconds']:.0f} s of training, {result['latency_ms']:.2f} ms an "
         f"image, {result['peak_memory_mb']:.0f} MB",
-    ]
-    if told := _baselines(result):
-        lines.insert(1, f"beside it  {told}")
-    if told := _no_better_than_a_guess(result):
-        lines.append(f"warning    {told}")
-    return "\n".join(lines)
+        "warning": _no_better_than_a_guess(result),
+    }
+    return "\n".join(f"{name:10} {line}" for name, line in lines.items() if line)
 
 
 def _baselines(result: Mapping[str, Any]) -> str:
@@ -163,24 +153,23 @@ def figure_html(png: bytes, name: str, caption: str = "") -> str:
 
 def _table(heading: str, rows: Sequence[Mapping[str, object]]) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    numeric = {column for column in columns if all(_is_number(row.get(column)) for row in rows)}
+    kinds = {
+        column: ' class="number"' if all(_is_number(row.get(column)) for row in rows) else ""
+        for column in columns
+    }
 
-    def cell(tag: str, column: str, text: str) -> str:
-        kind = ' class="number"' if column in numeric else ""
-        return f"<{tag}{kind}>{escape(text)}</{tag}>"
+    def line(tag: str, texts: Iterable[str]) -> str:
+        cells = (f"<{tag}{kinds[c]}>{escape(t)}</{tag}>" for c, t in zip(columns, texts))
+        return f"<tr>{''.join(cells)}</tr>"
 
-    lines = ["<tr>" + "".join(cell("th", column, _words(column)) for column in columns) + "</tr>"]
-    lines += [
-        "<tr>" + "".join(cell("td", c, _text(row.get(c))) for c in columns) + "</tr>"
-        for row in rows
-    ]
-    lines.insert(1, "</thead><tbody>")
-    table = '<div class="scroll"><table><thead>' + "\n".join(lines) + "</tbody></table></div>"
-    if len(rows) > LONG_TABLE:
-        return (
-            f"<details><summary>{escape(heading)} ({len(rows):,} rows)</summary>{table}</details>"
-        )
-    return f"<h2>{escape(heading)}</h2>{table}"
+    head = line("th", map(_words, columns))
+    body = "\n".join(line("td", (_text(row.get(c)) for c in columns)) for row in rows)
+    table = (
+        f'<div class="scroll"><table><thead>{head}\n</thead><tbody>\n{body}</tbody></table></div>'
+    )
+    if len(rows) <= LONG_TABLE:
+        return f"<h2>{escape(heading)}</h2>{table}"
+    return f"<details><summary>{escape(heading)} ({len(rows):,} rows)</summary>{table}</details>"
 
 
 def _is_number(value: object) -> bool:

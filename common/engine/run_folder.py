@@ -34,33 +34,22 @@ class RunFolder:
         Raises:
             UserError: the folder can't be written; better now than after the first epoch.
         """
-        folder = None
+        found = None
         if processes.is_main():
-            folder = cls._find(config, lesson)
-            claim_folder(Path(folder[0]))
-        folder, resumed = processes.from_main(folder)
-        RunFolder.current = cls(Path(folder), config, lesson, resumed)
+            given = Path(config.resume)
+            where = given if given.is_dir() else given.parent
+            found = (where, True) if config.resume else _new(config, lesson)
+            claim_folder(found[0])
+        folder, resumed = processes.from_main(found)
+        RunFolder.current = cls(folder, config, lesson, resumed)
         return RunFolder.current
-
-    @classmethod
-    def _find(cls, config: Any, lesson: str) -> tuple[str, bool]:
-        if config.resume:
-            path = Path(config.resume)
-            return str(path if path.is_dir() else path.parent), True
-        model, *others = config.model.split(",")  # lesson 7 compares many
-        model = model.strip().replace(":", "-")  # torchvision:NAME; Windows has no colon in names
-        model += f"-and-{len(others)}-more" if others else ""
-        stem = f"{config.experiment or model}-{config.dataset}-s{config.seed}"
-        plain = {"lesson": lesson, **config.to_dict(), "resume": ""}
-        return new(Path(config.run_dir), lesson, stem, plain)
 
     # -- checkpoints
 
     def save(self, state: dict[str, Any]) -> None:
         if processes.is_main():
-            checkpoint.save(
-                self.last, {"lesson": self.lesson, "world": processes.world_size(), **state}, True
-            )
+            of_run = {"lesson": self.lesson, "world": processes.world_size()}
+            checkpoint.save(self.last, {**of_run, **state}, keep_previous=True)
 
     def load(self, data: Any) -> dict[str, Any] | None:
         """The state to go on from, or None at the start.
@@ -75,25 +64,39 @@ class RunFolder:
         path = path if path.is_file() else self.last
         if not path.exists() and not checkpoint.previous(self.last).exists():
             if processes.is_main():
-                print(
-                    f"resume     {self.folder} was stopped before its first checkpoint: "
-                    f"starting over"
-                )
+                why = "was stopped before its first checkpoint"
+                print(f"resume     {self.folder} {why}: starting over")
             return None
         state = checkpoint.load_latest(path)
-        here = {"lesson": self.lesson, "data": data.fingerprint, "world": processes.world_size()}
-        check(state, path, self.last, here, self.config)
+        self._check(state, path, data)
         if processes.is_main():
-            meter = state["meter"]
-            print(
-                f"resume     after {meter['epoch']} epochs and {meter['batch']} batches", flush=True
-            )
+            done = "{epoch} epochs and {batch} batches".format(**state["meter"])
+            print(f"resume     after {done}", flush=True)
         return state
 
+    def _check(self, state: Mapping[str, Any], path: Path, data: Any) -> None:
+        if "optimizer" not in state:
+            raise UserError(f"{path} holds weights only, no training state: resume {self.last}")
+        checkpoint.check(state, checkpoint.LAST, path)
+        if state["lesson"] != self.lesson:
+            raise UserError(f"{path} is of {state['lesson']}, not of {self.lesson}")
+        now = self.config.to_dict()
+        for name, value in state["config"].items():
+            if name not in self.config.FREE_ON_RESUME and now.get(name) != value:
+                raise UserError(
+                    f"{path} was made with {name} {value}, not {now.get(name)}: start a new run "
+                    "instead"
+                )
+        if state["data"] != data.fingerprint:
+            where = self.config.data_dir
+            raise UserError(f"{path}: the images in {where} have changed since this run began")
+        if state["world"] != (world := processes.world_size()):
+            raise UserError(
+                f"{path} was made by {state['world']} processes, not {world}: resume with as many"
+            )
+
     def save_best(self, model: nn.Module, best: dict[str, Any], data: Any) -> None:
-        """The weights of the best epoch, with what it
-        takes to use them: classes and normalisation.
-        """
+        """The weights of the best epoch, with the classes and the normalisation to use them by."""
         if processes.is_main():
             state = {
                 "lesson": self.lesson,
@@ -126,65 +129,37 @@ def how_to_go_on() -> str | None:
     return run.farewell() if run is not None and run.last.exists() else None
 
 
-def new(run_dir: Path, lesson: str, stem: str, settings: Mapping[str, Any]) -> tuple[str, bool]:
+def _new(config: Any, lesson: str) -> tuple[Path, bool]:
     """Make RUN_DIR/LESSON/STEM-TIME with config.json in it; the folder, and False: not resumed.
 
     Raises:
         UserError: it can't be made or written; better now than after the first epoch.
     """
-    parent = run_dir / lesson
+    model, *others = config.model.split(",")  # lesson 7 compares many
+    model = model.strip().replace(":", "-")  # torchvision:NAME; Windows has no colon in names
+    model += f"-and-{len(others)}-more" if others else ""
+    stem = f"{config.experiment or model}-{config.dataset}-s{config.seed}"
+    settings = {"lesson": lesson, **config.to_dict(), "resume": ""}
+    parent = Path(config.run_dir) / lesson
     # torchrun starts its processes again after a fault, with the flags of the first time.
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         for earlier in sorted(parent.glob(f"{stem}-*"), reverse=True):
             if (earlier / "last.pt").exists() and _settings(earlier) == settings:
-                return str(earlier), True
-    name = base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+                return earlier, True
+    folder = base = parent / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     for again in range(2, 1000):
         try:
-            (parent / name).mkdir(parents=True)
+            folder.mkdir(parents=True)
             break
         except FileExistsError:
             if not parent.is_dir():
-                raise UserError(f"--run-dir {run_dir}: a file is in the way") from None
-            name = f"{base}-{again}"
+                raise UserError(f"--run-dir {config.run_dir}: a file is in the way") from None
+            folder = base.with_name(f"{base.name}-{again}")
         except OSError as error:
-            raise UserError(f"--run-dir {run_dir} can't be written ({error.strerror})") from None
-    write_json(parent / name / "config.json", settings)
-    return str(parent / name), False
-
-
-def check(
-    state: Mapping[str, Any], path: Path, last: Path, here: Mapping[str, Any], config: Any
-) -> None:
-    """Whether a checkpoint is of the run that would go on from it.
-
-    Args:
-        here: "lesson", "data" (the fingerprint of the images) and "world" (processes) of that run.
-
-    Raises:
-        UserError: it holds weights only, or is of another lesson, config, dataset or number of
-            processes.
-    """
-    if "optimizer" not in state:
-        raise UserError(f"{path} holds weights only, no training state: resume {last}")
-    checkpoint.check(state, checkpoint.LAST, path)
-    if state["lesson"] != here["lesson"]:
-        raise UserError(f"{path} is of {state['lesson']}, not of {here['lesson']}")
-    now = config.to_dict()
-    for name, value in state["config"].items():
-        if name not in config.FREE_ON_RESUME and now.get(name) != value:
-            raise UserError(
-                f"{path} was made with {name} {value}, not {now.get(name)}: start a new run instead"
-            )
-    if state["data"] != here["data"]:
-        raise UserError(
-            f"{path}: the images in {config.data_dir} have changed since this run began"
-        )
-    if state["world"] != here["world"]:
-        raise UserError(
-            f"{path} was made by {state['world']} processes, not {here['world']}: resume with as "
-            "many"
-        )
+            why = f"can't be written ({error.strerror})"
+            raise UserError(f"--run-dir {config.run_dir} {why}") from None
+    write_json(folder / "config.json", settings)
+    return folder, False
 
 
 def _settings(folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,4 @@
-"""Where images come from: scikit-learn's digits, downloads
-that can break, folders as people really have them.
-"""
+"""Where images come from: scikit-learn's digits, downloads, folders as people really have them."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,9 +62,7 @@ class Pictures:
 
 @dataclass
 class Source:
-    """A dataset before it is cut into batches. `val`
-    is None where it has to be split off `train`.
-    """
+    """A dataset before it is cut into batches. `val` is None: it has to be split off `train`."""
 
     name: str
     class_names: list[str]
@@ -88,13 +84,9 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the images, their order or their
-        labels do: a resumed run must meet the same ones.
-        """
+        """Changes with the images, their order or labels: a resumed run must meet the same ones."""
         digest = hashlib.sha256(repr(self.class_names).encode())
-        for part in (self.train, self.val, self.test):
-            if part is None:
-                continue
+        for part in filter(None, (self.train, self.val, self.test)):
             digest.update(part.labels.numpy().tobytes())
             if part.paths is not None:
                 digest.update("\n".join(Path(p).name for p in part.paths).encode())
@@ -121,9 +113,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def channel_mean_std(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(3,) each, of pixels in [0, 1]; the sums are exact integers, so no order of adding changes
-    them.
-    """
+    """(3,) each, of pixels in [0, 1]; the counts are exact: no order of adding changes them."""
     count = pixels.numel() // pixels.shape[1]
     histogram = torch.stack(
         [torch.bincount(c.flatten().long(), minlength=256) for c in pixels.unbind(1)]
@@ -138,26 +128,23 @@ def channel_mean_std(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def choose_dataset(name: str, data_dir: str, gpu: bool) -> tuple[str, str]:
-    """What `auto` means here, and one line that says
-    why; an explicit name is never swapped for another.
-    """
+    """What `auto` means here, and one line that says why; another name stays as it is."""
     if name != "auto":
         return name, ""
-    if cifar_is_here("cifar10", data_dir):
+    kind = _torchvision_class("cifar10")
+    if any((Path(data_dir) / there).exists() for there in (kind.base_folder, kind.filename)):
         return "cifar10", f"CIFAR-10, found in {data_dir} (--dataset digits is quicker)"
-    if gpu:
-        try:
-            load_cifar("cifar10", data_dir)
-            return (
-                "cifar10",
-                f"CIFAR-10, downloaded to {data_dir} (--dataset digits needs no download)",
-            )
-        except UserError as error:
-            return "digits", f"digits, since {error}"
-    return "digits", (
-        f"digits, since there is no GPU and no CIFAR-10 in {data_dir} (--dataset cifar10 "
-        f"downloads it, 170 MB)"
-    )
+    if not gpu:
+        return "digits", (
+            f"digits, since there is no GPU and no CIFAR-10 in {data_dir} (--dataset cifar10 "
+            "downloads it, 170 MB)"
+        )
+    try:
+        load_cifar("cifar10", data_dir)
+    except UserError as error:
+        return "digits", f"digits, since {error}"
+    why = f"CIFAR-10, downloaded to {data_dir} (--dataset digits needs no download)"
+    return "cifar10", why
 
 
 def load_source(config: object) -> Source:
@@ -197,19 +184,14 @@ def load_digits() -> Source:
 
 def load_mnist(name: str, data_dir: str) -> Source:
     """MNIST or Fashion-MNIST, padded from 28x28 to 32x32 as LeNet-5 took it."""
-    from torchvision import datasets
-
-    kind = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[name]
+    kind = _torchvision_class(name)
     raw = Path(data_dir) / kind.__name__ / "raw"
-    missing = [r for r in kind.resources if not (raw / r[0].removesuffix(".gz")).exists()]
-    if missing:
-        with one_at_a_time(raw):
-            for filename, md5 in missing:
-                if (raw / filename.removesuffix(".gz")).exists():
-                    continue  # by another process, meanwhile
-                mirrors = kind.mirrors if isinstance(kind.mirrors, list) else [kind.mirrors]
-                archive = fetch([mirror + filename for mirror in mirrors], raw / filename, md5)
-                unpack_gzip(archive)
+    for filename, md5 in kind.resources:
+        if not (raw / filename).with_suffix("").exists():
+            with one_at_a_time(raw):
+                if not (raw / filename).with_suffix("").exists():  # nor by another process
+                    archive = fetch([m + filename for m in kind.mirrors], raw / filename, md5)
+                    unpack_gzip(archive)
     splits = []
     for train in (True, False):
         data = kind(data_dir, train=train)
@@ -218,18 +200,9 @@ def load_mnist(name: str, data_dir: str) -> Source:
     return Source(name, list(data.classes), *splits, flips=name == "fashion_mnist")
 
 
-def cifar_is_here(name: str, data_dir: str) -> bool:
-    """Whether the unpacked batches, or the archive to unpack, are in the data folder."""
-    kind = _cifar_class(name)
-    return (Path(data_dir) / kind.base_folder).is_dir() or (
-        Path(data_dir) / kind.filename
-    ).is_file()
-
-
 def load_cifar(name: str, data_dir: str) -> Source:
     """CIFAR-10 or CIFAR-100 from the data folder, downloaded and unpacked where it is not there."""
-    kind = _cifar_class(name)
-    root = Path(data_dir)
+    kind, root = _torchvision_class(name), Path(data_dir)
     if not (root / kind.base_folder).is_dir():
         with one_at_a_time(root):
             if not (root / kind.base_folder).is_dir():  # nor by another process, meanwhile
@@ -238,10 +211,8 @@ def load_cifar(name: str, data_dir: str) -> Source:
     try:
         parts = [kind(data_dir, train=train) for train in (True, False)]
     except RuntimeError:
-        raise UserError(
-            f"{root / kind.base_folder} is damaged (a checksum differs): delete the folder and "
-            f"run again"
-        ) from None
+        why = f"{root / kind.base_folder} is damaged (a checksum differs)"
+        raise UserError(f"{why}: delete the folder and run again") from None
     splits = [
         Pictures(torch.tensor(p.targets), torch.from_numpy(p.data).permute(0, 3, 1, 2))
         for p in parts
@@ -249,10 +220,11 @@ def load_cifar(name: str, data_dir: str) -> Source:
     return Source(name, list(parts[0].classes), *splits)
 
 
-def _cifar_class(name: str) -> type:
+def _torchvision_class(name: str) -> type:
     from torchvision import datasets
 
-    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    names = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+    return getattr(datasets, names.get(name, name.upper()))
 
 
 # ------------------------------------------------------------------------------------ image folders
@@ -273,71 +245,54 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: no such folder")
-    split_dirs = {s: root / s for s in ("train", "val", "test") if (root / s).is_dir()}
-    if "train" not in split_dirs:
-        if split_dirs:
-            raise UserError(f"{root} has {' and '.join(split_dirs)} but no train folder")
-        classes, every, notes = _scan(root)
-        rest, test = stratified_split(every.labels, 0.1, seed)
-        if len(test) == 0:
-            raise UserError(f"{root}: two images or fewer of every class are too few to split")
-        train = every.take(rest)
-        _leave_some_for_validation(train, root)
-        return Source(name, classes, train, every.take(test), notes=notes, drawn=0.1)
-    if len(split_dirs) == 1:
+    dirs = {s: root / s for s in ("train", "val", "test") if (root / s).is_dir()}
+    if dirs and "train" not in dirs:
+        raise UserError(f"{root} has {' and '.join(dirs)} but no train folder")
+    if len(dirs) == 1:
         raise UserError(
             f"{root} has train but neither val nor test: add one, or put the classes into "
             f"{root} itself"
         )
-    classes, train, notes = _scan(split_dirs["train"])
-    others = {}
-    for split, folder in split_dirs.items():
-        if split == "train":
-            continue
-        names, others[split], more = _scan(folder)
-        notes += more
-        if names != classes:
-            odd = sorted(set(names) ^ set(classes))[0]
-            where = split_dirs["train"] if odd in names else folder
-            raise UserError(
-                f"class {odd!r} is missing in {where}: labels would shift, so train and {split} "
-                f"must have the "
-                "same class folders"
-            )
-    splits, notes = _apart({"train": train, **others}, notes)
-    test = splits.get("test") or splits.pop("val")
-    if "val" not in splits:
-        _leave_some_for_validation(splits["train"], split_dirs["train"])
-    return Source(name, classes, splits["train"], test, splits.get("val"), notes=notes)
-
-
-def _leave_some_for_validation(train: Pictures, folder: Path) -> None:
-    """Said before thousands of files are read: `stratified_split` takes none of two."""
-    if train.labels.bincount().max() < 3:
+    if not dirs:
+        classes, every, notes = _scan(root)
+        splits = [every.take(rows) for rows in stratified_split(every.labels, 0.1, seed)]
+    else:
+        scanned = {split: _scan(folder) for split, folder in dirs.items()}
+        classes = scanned["train"][0]
+        for split, (names, _, _) in scanned.items():
+            if odd := sorted(set(names) ^ set(classes)):
+                where = dirs["train"] if odd[0] in names else dirs[split]
+                raise UserError(
+                    f"class {odd[0]!r} is missing in {where}: labels would shift, so train and "
+                    f"{split} must have the same class folders"
+                )
+        notes = [note for _, _, more in scanned.values() for note in more]
+        splits = _apart({split: pictures for split, (_, pictures, _) in scanned.items()}, notes)
+    train, *val, test = splits
+    # Said before thousands of files are read: `stratified_split` takes none of two.
+    if not val and train.labels.bincount().max() < 3:
         raise UserError(
-            f"{folder}: too few images to split into train, validation and test; at least four of "
-            "a class are needed"
+            f"{dirs.get('train', root)}: too few images to split into train, validation and test; "
+            "at least four of a class are needed"
         )
+    return Source(name, classes, train, test, *val, notes=notes, drawn=0.0 if dirs else 0.1)
 
 
-def _apart(splits: dict[str, Pictures], notes: list[str]) -> tuple[dict[str, Pictures], list[str]]:
-    """Each file in one split only, the first that has it: a link may lead into another one."""
+def _apart(splits: dict[str, Pictures], notes: list[str]) -> list[Pictures]:
+    """Each file in one split only, the first that has it: a link may lead into another one. What is
+    left out is added to `notes`.
+    """
     owner: dict[tuple[int, int], str] = {}
-    out, notes = {}, list(notes)
+    apart = []
     for name, pictures in splits.items():
-        rows = []
-        for row, path in enumerate(pictures.paths):
-            status = os.stat(path)
-            if owner.setdefault((status.st_dev, status.st_ino), name) == name:
-                rows.append(row)
+        files = [(status.st_dev, status.st_ino) for status in map(os.stat, pictures.paths)]
+        rows = [i for i, file in enumerate(files) if owner.setdefault(file, name) == name]
         if not rows:
             raise UserError(f"all files of {name} are links into another split: nothing is left")
-        if len(rows) < len(pictures):
-            count = len(pictures) - len(rows)
+        if count := len(files) - len(rows):
             notes.append(f"{count:,} files of {name} are links into another split: left out")
-            pictures = pictures.take(torch.tensor(rows))
-        out[name] = pictures
-    return out, notes
+        apart.append(pictures.take(torch.tensor(rows)))
+    return apart
 
 
 def _scan(folder: Path) -> tuple[list[str], Pictures, list[str]]:
@@ -345,8 +300,7 @@ def _scan(folder: Path) -> tuple[list[str], Pictures, list[str]]:
     decoder. Hidden files and other types are passed over.
     """
     here = os.path.realpath(folder)
-    with _readable(folder):
-        entries = [d.name for d in os.scandir(folder) if d.is_dir()]
+    _, entries, _ = next(os.walk(folder, onerror=_refuse))
     # A link to the folder that it lies in, or to one further up, is no class but a loop.
     loops = {n for n in entries if f"{here}/".startswith(os.path.realpath(folder / n) + "/")}
     classes = sorted(n for n in entries if n not in NO_CLASSES | loops and not n.startswith("."))
@@ -354,8 +308,7 @@ def _scan(folder: Path) -> tuple[list[str], Pictures, list[str]]:
         raise UserError(f"{folder}: no class folders in it (expected {folder}/CLASS/IMAGE)")
     if len(classes) == 1:
         raise UserError(f"{folder}: one class only ({classes[0]}); there is nothing to tell apart")
-    paths, labels, readable = [], [], _decodable()
-    left_out: Counter[str] = Counter()
+    paths, labels, left_out, readable = [], [], Counter(), _decodable()
     for label, name in enumerate(classes):
         found, missing = [], Counter()
         for path in _files_below(folder / name):
@@ -387,11 +340,7 @@ def _files_below(folder: Path) -> Iterator[str]:
     """The files of a folder and of those in it, links followed but never upwards or in a circle."""
     above = Path(os.path.realpath(folder)).parents
     seen = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename} can't be read ({error.strerror})") from None
-
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -401,12 +350,8 @@ def _files_below(folder: Path) -> Iterator[str]:
         yield from (os.path.join(parent, file) for file in files if not file.startswith("."))
 
 
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder} can't be read ({error.strerror})") from None
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename} can't be read ({error.strerror})") from None
 
 
 def _decodable() -> set[str]:
@@ -434,21 +379,20 @@ def shared_content(source: Source, most: int = 200_000) -> list[str]:
     parts = {name: part.paths for name, part in splits.items() if part and part.paths}
     if sum(map(len, parts.values())) > most:
         return []
-    sizes = {name: [os.path.getsize(path) for path in paths] for name, paths in parts.items()}
-    common = Counter(size for name in sizes for size in set(sizes[name]))
+    files = [(name, path, os.path.getsize(path)) for name in parts for path in parts[name]]
+    splits_with = Counter(size for size, _ in {(size, name) for name, _, size in files})
     first: dict[bytes, tuple[str, str]] = {}
     twice: dict[tuple[str, str], list[str]] = {}
-    for name, paths in parts.items():
-        for path, size in zip(paths, sizes[name]):
-            if common[size] == 1:
-                continue
-            with open(path, "rb") as file:
-                content = file.read(4096)
-                file.seek(max(0, size - 4096))
-                content += file.read(4096) + str(size).encode()
-            where, other = first.setdefault(content, (name, path))
-            if where != name:
-                twice.setdefault((where, name), []).append(f"{other} = {path}")
+    for name, path, size in files:
+        if splits_with[size] == 1:
+            continue
+        with open(path, "rb") as file:
+            content = file.read(4096)
+            file.seek(max(0, size - 4096))
+            content += file.read(4096) + str(size).encode()
+        where, other = first.setdefault(content, (name, path))
+        if where != name:
+            twice.setdefault((where, name), []).append(f"{other} = {path}")
     return [
         f"{len(pairs):,} pictures of {a} are in {b} too, so {b} is no independent measure: "
         f"{pairs[0]}"
@@ -456,27 +400,20 @@ def shared_content(source: Source, most: int = 200_000) -> list[str]:
     ]
 
 
-def usual_side(paths: list[str], sample: int = 64) -> int:
-    """Median of the shorter sides of some of the images, in pixels, from their headers."""
+def size_of_folder(data_dir: str) -> tuple[int, int]:
+    """The side to train at, that of the pictures where they are small (the median of 64 of them, by
+    their headers), else ImageNet's 224; and how many there are to train on.
+    """
     from PIL import Image
 
-    sides = []
-    for path in paths[:: max(1, len(paths) // sample)][:sample]:
-        try:
-            with Image.open(path) as image:
-                sides.append(min(image.size))
-        except (OSError, ValueError, SyntaxError):
-            continue  # named when it is read
-    return int(np.median(sides)) if sides else 224
-
-
-def size_of_folder(data_dir: str) -> tuple[int, int]:
-    """The side to train at, that of the pictures where they are small, else ImageNet's 224; and
-    how many there are to train on.
-    """
     source = load_folder(data_dir, seed=0)
-    side = usual_side(source.train.paths)
-    count = len(source.train) if source.val else round(0.9 * len(source.train))
+    paths, sides = source.train.paths, []
+    for path in paths[:: max(1, len(paths) // 64)][:64]:
+        # A broken one is named when it is read.
+        with suppress(OSError, ValueError, SyntaxError), Image.open(path) as image:
+            sides.append(min(image.size))
+    side = int(np.median(sides or [224]))
+    count = len(paths) if source.val else round(0.9 * len(paths))
     return side if side <= 64 else 224, count
 
 
@@ -494,15 +431,12 @@ def read_image(path: str) -> Tensor:
             image = to_rgb(ImageOps.exif_transpose(image))
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path} can't be read as an image ({error}): repair or remove it"
-        ) from None
+        why = f"can't be read as an image ({error})"
+        raise UserError(f"{path} {why}: repair or remove it") from None
 
 
 def to_rgb(image: Image) -> Image:
-    """Any PIL mode to RGB without losing what is seen:
-    12- and 16-bit and float greys are scaled, alpha lies on white.
-    """
+    """Any PIL mode to RGB, as it is seen: 12- and 16-bit and float greys scaled, alpha on white."""
     from PIL import Image
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

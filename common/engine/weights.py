@@ -17,26 +17,16 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 
 @dataclass
 class Bundle:
-    """Weights with what it takes to use them.
+    """Weights with what it takes to use them."""
 
-    Attributes:
-        name: the model's, as in its lesson's MODELS.
-        trained_on: in words.
-        top1: accuracy on the test images of what it was trained on.
-        class_names: that its classifier tells apart, in the order of its logits.
-        mean: (3,), of pixels in [0, 1], what its inputs were normalised with; so is `std`.
-        image_size: side in pixels of its inputs.
-        state: in float32.
-    """
-
-    name: str
-    trained_on: str
-    top1: float
-    class_names: list[str]
-    mean: Tensor
-    std: Tensor
-    image_size: int
-    state: dict[str, Tensor]
+    name: str  # the model's, as in its lesson's MODELS
+    trained_on: str  # in words
+    top1: float  # accuracy on the test images of what it was trained on
+    class_names: list[str]  # in the order of its logits
+    mean: Tensor  # (3,), of pixels in [0, 1]: what its inputs were normalised with
+    std: Tensor  # (3,), likewise
+    image_size: int  # side in pixels of its inputs
+    state: dict[str, Tensor]  # in float32
 
     def describe(self) -> str:
         return (

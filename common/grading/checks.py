@@ -58,8 +58,7 @@ def parameters(trial: Trial) -> None:
 def layers(trial: Trial) -> None:
     """The same layers with weights, in any order and under any names."""
     _must_build(trial)
-    difference = layer_difference(trial)
-    if difference:
+    if difference := layer_difference(trial):
         raise Wrong(difference)
 
 
@@ -68,17 +67,15 @@ def values(trial: Trial) -> None:
     and train mode. Dropout and its like drop the same on both sides.
     """
     _must_run(trial)
+    mine, theirs = trial.mine, trial.theirs
     where = "with the reference's weights and the same input ({} mode), "
-    _must_agree(trial, "eval", where.format("eval"))
-    if "train_flipped" in trial.mine and agree(trial.mine["train_flipped"], trial.theirs["train"]):
-        return
-    _must_agree(trial, "train", where.format("train"))
+    _must_agree(mine["eval"], theirs["eval"], where.format("eval"))
+    if not agree(mine.get("train_flipped"), theirs["train"]):
+        _must_agree(mine["train"], theirs["train"], where.format("train"))
 
 
 def gradients(trial: Trial) -> None:
-    """Every parameter that takes part in the reference's output gets a gradient, and so does the
-    input.
-    """
+    """Every parameter that the reference's output needs gets a gradient, and so does the input."""
     _must_run(trial)
     lost = trial.mine["no_gradient"]
     if len(lost) > len(trial.theirs["no_gradient"]):
@@ -101,34 +98,30 @@ def modes(trial: Trial) -> None:
     """train() and eval() differ where they should (BatchNorm, dropout), and nowhere else."""
     _must_run(trial)
     mine, theirs = trial.mine, trial.theirs
-    if not mine["eval_repeats"]:
-        raise Wrong(
-            "two passes in eval mode give different outputs: something random stays on (dropout?)"
-        )
-    if mine["eval_changes"]:
-        raise Wrong(f"a pass in eval mode changes {_names(mine['eval_changes'])}")
-    if mine["train_repeats"] and not theirs["train_repeats"]:
-        raise Wrong(
-            "nothing is random in train mode: dropout or stochastic depth is missing or always off"
-        )
-    if theirs["train_repeats"] and not mine["train_repeats"]:
-        raise Wrong("two passes in train mode differ: something is random that should not be")
-    if mine["train_is_eval"] != theirs["train_is_eval"]:
-        same, differ = "gives the same output", "gives another output"
-        wanted, came = (same, differ) if theirs["train_is_eval"] else (differ, same)
-        raise Wrong(
-            f"train mode {came} as eval mode, where the reference {wanted}: see BatchNorm, dropout"
-        )
-    if (mine["train_changes"] == 0) != (theirs["train_changes"] == 0):
-        raise Wrong(
-            "a pass in train mode should update BatchNorm's statistics where the reference does"
-        )
+    same, differ = "gives the same output", "gives another output"
+    wanted, came = (same, differ) if theirs["train_is_eval"] else (differ, same)
+    for wrong, text in (
+        (not mine["eval_repeats"],
+         "two passes in eval mode give different outputs: something random stays on (dropout?)"),
+        (mine["eval_changes"], f"a pass in eval mode changes {_names(mine['eval_changes'])}"),
+        (mine["train_repeats"] and not theirs["train_repeats"],
+         "nothing is random in train mode: dropout or stochastic depth is missing or always off"),
+        (theirs["train_repeats"] and not mine["train_repeats"],
+         "two passes in train mode differ: something is random that should not be"),
+        (mine["train_is_eval"] != theirs["train_is_eval"],
+         f"train mode {came} as eval mode, where the reference {wanted}: see BatchNorm, dropout"),
+        ((mine["train_changes"] == 0) != (theirs["train_changes"] == 0),
+         "a pass in train mode should update BatchNorm's statistics where the reference does"),
+    ):  # fmt: skip
+        if wrong:
+            raise Wrong(text)
 
 
 def identity(trial: Trial) -> None:
     """With every weight at zero, only what bypasses the weights is left: the shortcut."""
     _must_run(trial)
-    _must_agree(trial, "zero", "with every weight at zero, only the shortcut is left, but ")
+    where = "with every weight at zero, only the shortcut is left, but "
+    _must_agree(trial.mine["zero"], trial.theirs["zero"], where)
 
 
 def initial(trial: Trial) -> None:
@@ -169,51 +162,30 @@ def _alike(a: list[float], b: list[float]) -> bool:
 
 def result(trial: Trial) -> None:
     """The expression's value."""
-    if "error" in trial.mine:
-        raise Wrong(trial.mine["error"])
-    difference = value_difference(trial.mine["value"], trial.theirs["value"])
-    if difference:
+    _must_build(trial)
+    if difference := value_difference(trial.mine["value"], trial.theirs["value"]):
         raise Wrong(difference)
 
 
 def unseen(trial: Trial) -> None:
     """All of the above that the exercise asks for, on sizes that the assignment does not print."""
-    for check in trial.asked:
-        if check in BY_PROBE[trial.case.probe]:
-            CHECKS[check](trial)
+    for check in (shape, parameters, layers, values, result):
+        if check.__name__ in trial.asked and trials_of(check.__name__, [trial], []):
+            check(trial)
 
 
-CHECKS: dict[str, Callable[[Trial], None]] = {
-    check.__name__: check
-    for check in (
-        *(shape, parameters, layers, values, gradients, modes, identity, initial, result, unseen),
-    )
-}
-ALL_CASES = (
-    "not done yet",
-    "missing",
-    "not allowed",
-    "not readable",
-    "syntax error",
-    "while it was imported",
-)  # said without a case
-BY_PROBE = {
-    "evaluate": ("result",),
-    "count": ("parameters", "layers"),
-    "observe": ("shape", "parameters", "layers", "values"),
-}
+_ALL = (shape, parameters, layers, values, gradients, modes, identity, initial, result, unseen)
+CHECKS: dict[str, Callable[[Trial], None]] = {check.__name__: check for check in _ALL}
+ALL_CASES = ("not done yet", "missing", "not allowed", "not readable", "syntax error",
+             "while it was imported")  # said without a case  # fmt: skip
 
 
 def trials_of(check: str, trials: list[Trial], hidden: list[Trial]) -> list[Trial]:
     """The trials that `check` is about, of the exercise's visible and its hidden ones."""
     if check == "unseen":
         return hidden
-    probes = {
-        "result": ("evaluate",),
-        "parameters": ("count", "observe"),
-        "layers": ("count", "observe"),
-    }
-    return [t for t in trials if t.case.probe in probes.get(check, ("observe",))]
+    probes = {"result": "evaluate", "parameters": "count observe", "layers": "count observe"}
+    return [t for t in trials if t.case.probe in probes.get(check, "observe").split()]
 
 
 def failures(check: str, trials: list[Trial]) -> list[tuple[Trial, str]]:
@@ -235,25 +207,21 @@ def failures(check: str, trials: list[Trial]) -> list[tuple[Trial, str]]:
 def agree(mine: Any, theirs: Any) -> bool:
     """Whether two lists of tensors, as they were sent, are the same numbers."""
     try:
-        ours, wanted = _arrays(mine), _arrays(theirs)
-        for got, right in zip(ours, wanted):
-            _must_equal(got, right, "")
+        _must_agree(mine, theirs, "")
     except (Wrong, KeyError, TypeError, ValueError):
         return False
-    return len(ours) == len(wanted) > 0
+    return len(theirs) > 0
 
 
 def sketch_of(tensors: list[dict], most: int) -> list[dict]:
     """The same sample of a sample that a worker makes."""
     thin = []
-    for (shape, numbers), item in zip(_arrays(tensors), tensors):
+    for item in tensors:
+        kind, shape, _ = item["$tensor"]
+        numbers = _array(item)
         numbers = numbers[:: -(-len(numbers) // most) or 1]
-        data = base64.b64encode(numbers.tobytes()).decode()
-        thin.append({"$tensor": [item["$tensor"][0], shape, data]})
+        thin.append({"$tensor": [kind, shape, base64.b64encode(numbers.tobytes()).decode()]})
     return thin
-
-
-# ------------------------------------------------------------------------------------------ helpers
 
 
 def _must_build(trial: Trial) -> None:
@@ -272,9 +240,8 @@ def _shapes(shapes: list[list[int]]) -> str:
 
 
 def _names(names: list[str]) -> str:
-    return ", ".join(map(str, names[:4])) + (
-        f" and {len(names) - 4} more" if len(names) > 4 else ""
-    )
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(map(str, names[:4])) + more
 
 
 def _array(encoded: dict) -> np.ndarray:
@@ -285,32 +252,24 @@ def _array(encoded: dict) -> np.ndarray:
     return np.frombuffer(base64.b64decode(data), dtype=kind)
 
 
-def _arrays(encoded: list[dict]) -> list[tuple[list[int], np.ndarray]]:
-    return [(item["$tensor"][1], _array(item)) for item in encoded]
-
-
-def _must_agree(trial: Trial, what: str, where: str) -> None:
-    mine, theirs = _arrays(trial.mine[what]), _arrays(trial.theirs[what])
+def _must_agree(mine: list[dict], theirs: list[dict], where: str) -> None:
     if len(mine) != len(theirs):
         raise Wrong(f"{where}{len(theirs)} output tensors are expected, and {len(mine)} came")
     for got, wanted in zip(mine, theirs):
         _must_equal(got, wanted, where)
 
 
-def _must_equal(
-    got: tuple[list[int], np.ndarray], wanted: tuple[list[int], np.ndarray], where: str
-) -> None:
-    (got_shape, a), (wanted_shape, b) = got, wanted
-    if got_shape != wanted_shape or a.shape != b.shape:
-        raise Wrong(f"{where}the shape is {tuple(got_shape)} and should be {tuple(wanted_shape)}")
+def _must_equal(got: dict, wanted: dict, where: str = "") -> None:
+    a, b, shape, right = _array(got), _array(wanted), got["$tensor"][1], wanted["$tensor"][1]
+    if shape != right or a.shape != b.shape:
+        raise Wrong(f"{where}the shape is {tuple(shape)} and should be {tuple(right)}")
     if not np.isfinite(a).all():
         raise Wrong(f"{where}the output has infinite or undefined numbers")
-    largest, scale = np.abs(a - b).max(initial=0), max(1.0, np.abs(b).max(initial=0))
-    if largest <= TOLERANCE * scale:
+    far, largest = np.abs(a - b).max(initial=0), np.abs(b).max(initial=0)
+    scale = max(1.0, largest)
+    if far <= TOLERANCE * scale:
         return
-    text = (
-        f"{where}the output is off by up to {largest:.3g}, where values reach {np.abs(b).max():.3g}"
-    )
+    text = f"{where}the output is off by up to {far:.3g}, where values reach {largest:.3g}"
     if np.ptp(a) == 0 < np.ptp(b):
         text += f"; every number is {a.flat[0]:.3g}: it does not depend on the input"
     elif np.allclose(np.maximum(a, 0), b, atol=TOLERANCE * scale):
@@ -328,11 +287,8 @@ def _scaled(a: np.ndarray, b: np.ndarray, scale: float) -> str:
         return ""
     factor = float(a @ b / (a @ a))
     if factor and np.allclose(factor * a, b, atol=TOLERANCE * scale):
-        return (
-            f"; it is 1/{factor:.4g} of what it should be"
-            if abs(factor) > 1
-            else (f"; it is {1 / factor:.4g} times what it should be")
-        )
+        share = f"1/{factor:.4g} of" if abs(factor) > 1 else f"{1 / factor:.4g} times"
+        return f"; it is {share} what it should be"
     shift = float((b - a).mean())
     if np.allclose(a + shift, b, atol=TOLERANCE * scale):
         return f"; {shift:.3g} is missing in every place"
@@ -346,31 +302,25 @@ def layer_difference(trial: Trial) -> str:
     """
     mine = [(str(name), str(text)) for name, text in trial.mine["layers"]]
     theirs = [str(text) for _, text in trial.theirs["layers"]]
-    if sorted(text for _, text in mine) == sorted(theirs):
-        return ""
     texts = [text for _, text in mine]
+    if sorted(texts) == sorted(theirs):
+        return ""
     pairs: list[tuple[tuple[str, str], str]] = []
     extra: list[tuple[str, str]] = []
     missing: list[str] = []
-    matcher = difflib.SequenceMatcher(None, texts, theirs, autojunk=False)
-    for tag, i, j, k, m in matcher.get_opcodes():
-        if tag == "equal":
-            continue
-        ours, wanted = mine[i:j], theirs[k:m]
+    for _, i, j, k, m in difflib.SequenceMatcher(None, texts, theirs, autojunk=False).get_opcodes():
         # The same number in the same gap: one for one. Else the same kind of layer, in order.
-        if len(ours) != len(wanted):
-            ours, wanted, more, less = _by_kind(ours, wanted)
-            extra += more
-            missing += less
-        pairs += [(a, b) for a, b in zip(ours, wanted) if a[1] != b]
-    for layer in list(extra):  # the same layer at another place is no difference
-        if layer[1] in missing:
-            extra.remove(layer)
-            missing.remove(layer[1])
-    if extra and missing:  # parted by what stands between them
-        ours, wanted, extra, missing = _by_kind(extra, missing)
-        pairs += zip(ours, wanted)
-    lines = [f"{name} is a {text}; expected {wanted}" for (name, text), wanted in pairs]
+        if j - i == m - k:
+            pairs += zip(mine[i:j], theirs[k:m])
+        else:
+            paired, more, less = _by_kind(mine[i:j], theirs[k:m])
+            pairs, extra, missing = pairs + paired, extra + more, missing + less
+    parted, extra, missing = _by_kind(extra, missing)  # by what stands between them
+    lines = [
+        f"{name} is a {text}; expected {wanted}"
+        for (name, text), wanted in pairs + parted
+        if text != wanted
+    ]
     lines += [
         f"there is no {text}" + (f", {times} times" if times > 1 else "")
         for text, times in Counter(missing).items()
@@ -382,21 +332,17 @@ def layer_difference(trial: Trial) -> str:
 
 def _by_kind(
     ours: list[tuple[str, str]], wanted: list[str]
-) -> tuple[list[tuple[str, str]], list[str], list[tuple[str, str]], list[str]]:
-    """Pairs of a kind in their order, and what is left over on both sides."""
-    paired, matched, left = [], [], list(wanted)
-    more = []
-    for layer in ours:
-        kind = _kind(layer[1])
-        partner = next((text for text in left if text == layer[1]), None)
-        partner = partner or next((text for text in left if _kind(text) == kind), None)
-        if partner is None:
-            more.append(layer)
-        else:
-            left.remove(partner)
-            paired.append(layer)
-            matched.append(partner)
-    return paired, matched, more, left
+) -> tuple[list[tuple[tuple[str, str], str]], list[tuple[str, str]], list[str]]:
+    """Pairs of equal layers, then of a kind in their order; and what is left on both sides."""
+    pairs, more, left = [], list(ours), list(wanted)
+    for key in (str, _kind):
+        for layer in list(more):
+            partner = next((text for text in left if key(text) == key(layer[1])), None)
+            if partner is not None:
+                pairs.append((layer, partner))
+                more.remove(layer)
+                left.remove(partner)
+    return pairs, more, left
 
 
 def _kind(text: str) -> str:
@@ -404,42 +350,35 @@ def _kind(text: str) -> str:
     return "convolution" if "convolution" in text else text.split()[0]
 
 
-def value_difference(mine: Any, theirs: Any, where: str = "") -> str:
-    """'' if two values of plain data agree (floats to 1e-6), else what was expected where."""
-    if isinstance(theirs, dict) and "$tensor" in theirs:
-        if not isinstance(mine, dict) or "$tensor" not in mine:
-            return f"{where}expected {_short(theirs)}, got {_short(mine)}"
+def value_difference(mine: Any, theirs: Any) -> str:
+    """'' if two values of plain data agree (floats to 1e-6), else what was expected."""
+    difference = f"expected {_short(theirs)}, got {_short(mine)}"
+    if _is_tensor(theirs) and _is_tensor(mine):
         try:
-            _must_equal(*_arrays([mine]), *_arrays([theirs]), where)
+            _must_equal(mine, theirs)
         except Wrong as wrong:
             return str(wrong)
         return ""
-    if isinstance(theirs, (dict, list)) and type(mine) is type(theirs) and len(mine) == len(theirs):
-        keys = theirs if isinstance(theirs, dict) else range(len(theirs))
-        for key in keys:
+    several = isinstance(theirs, (dict, list)) and not _is_tensor(theirs)
+    if several and type(mine) is type(theirs) and len(mine) == len(theirs):
+        for key in theirs if isinstance(theirs, dict) else range(len(theirs)):
             if isinstance(theirs, dict) and key not in mine:
-                return f"{where}{key} is missing from {_short(mine)}"
+                return f"{key} is missing from {_short(mine)}"
             inner = value_difference(mine[key], theirs[key])
-            if inner and "$tensor" in str(theirs):  # the numbers themselves say little
-                return f"{where}part {key}: {inner}"
-            if inner:
-                return f"{where}expected {_short(theirs)}, got {_short(mine)}"
+            if inner:  # tensors: the numbers themselves say little
+                return f"part {key}: {inner}" if "$tensor" in str(theirs) else difference
         return ""
     if isinstance(theirs, float) and isinstance(mine, (int, float)) and not isinstance(mine, bool):
-        return (
-            ""
-            if np.isclose(mine, theirs, rtol=1e-6, atol=1e-9)
-            else f"{where}expected {theirs:g}, got {mine:g}"
-        )
-    if isinstance(theirs, bool) == isinstance(mine, bool) and mine == theirs:
-        return ""
-    return f"{where}expected {_short(theirs)}, got {_short(mine)}"
+        close = np.isclose(mine, theirs, rtol=1e-6, atol=1e-9)
+        return "" if close else f"expected {theirs:g}, got {mine:g}"
+    same = isinstance(theirs, bool) == isinstance(mine, bool) and mine == theirs
+    return "" if same else difference
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, dict) and "$tensor" in value
 
 
 def _short(value: Any) -> str:
-    text = (
-        f"a tensor of shape {tuple(value['$tensor'][1])}"
-        if isinstance(value, dict) and "$tensor" in value
-        else repr(value)
-    )
+    text = f"a tensor of shape {tuple(value['$tensor'][1])}" if _is_tensor(value) else repr(value)
     return text if len(text) <= 200 else text[:200] + "..."

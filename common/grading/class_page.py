@@ -1,8 +1,7 @@
-"""class.html: what the marks of a class say, for its teacher. It shows names.
+"""class.html, beside grades.csv and made from it, for the teacher: it shows names.
 
-Beside grades.csv, from grades.csv: how the totals spread, which exercises were hard and which tell
-the strong from the weak, which mistakes were made and by whom, and which submissions resemble each
-other. A resemblance is evidence to look at and never a verdict.
+How the totals spread, which exercises were hard and which tell the strong from the weak, which
+mistakes were made and by whom, and which submissions resemble each other.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ import io
 import keyword
 import re
 import tokenize
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
+from functools import partial
 from html import escape
 from itertools import combinations
 from statistics import correlation, mean, median
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from common.engine.report import SORT, page
 from common.grading.exercises import exercises, lesson_path, worth
 from common.grading.holes import take_out
-from common.grading.platforms import by_exercise
+from common.grading.platforms import grouped, points_of
 
 if TYPE_CHECKING:
     from common.grade import Grade
@@ -43,6 +43,7 @@ td { vertical-align: top; }
 pre { margin: 0; white-space: pre-wrap; font-size: .85em; }
 mark { background: var(--mark); color: inherit; } h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
 """
+EXERCISES = ("exercise", "", "mean", "full", "none", "separates", "seconds", "at most")
 
 
 class Html(str):
@@ -50,46 +51,38 @@ class Html(str):
 
 
 def class_page(grades: Sequence[Grade], submissions: Sequence[Submission]) -> str:
-    """The whole page, which needs no network.
-
-    Args:
-        grades: the lines of grades.csv, of all students and exercises.
-        submissions: what they handed in, to be compared.
-    """
-    totals: dict[str, float] = {}
-    for grade in grades:
-        totals[grade.student] = totals.get(grade.student, 0.0) + grade.score
+    """The whole page, which needs no network: of grades.csv, and of what was handed in."""
+    totals = {name: points_of(group)[0] for name, group in grouped(grades, "student").items()}
     most = sum({g.exercise: g.max_score for g in grades}.values())
     lessons = sorted({g.lesson for g in grades})
-    several = "lessons" if len(lessons) > 1 else "lesson"
-    exercise_heads = ("exercise", "", "mean", "full", "none", "separates", "seconds", "at most")
-    body = [
-        f"<h1>{len(totals)} students, {several} {', '.join(lessons)}</h1>",
-        '<p class="note">For the instructor alone: this page shows names and code.</p>',
-        f"<p>Mean {mean(totals.values()):.1f} and median {median(totals.values()):.1f} of "
-        f"{most:g} points; marked in {sum(g.seconds for g in grades):.0f} s of work.</p>",
-        _histogram(totals, most),
-        "<h2>Exercises</h2>",
-        _table(exercise_heads, _exercise_rows(grades, totals)),
-        '<p class="note">Full and none: how many have all of the points, and no point. An exercise '
-        "separates if those who have its points have more of the other points too; the number is "
-        "the correlation of its points with the rest of the total. Below 0.2 it hardly tells the "
-        "strong from the weak, and where all have the same it tells nothing. Seconds: what it took "
-        "to mark, in the middle and at most.</p>",
-        "<h2>Mistakes</h2>",
-        _table(("students", "mistake", "exercise", "who"), mistakes(grades)),
-        "<h2>Checks that were lost</h2>",
-        _checks(grades),
-        _students(grades, totals),
-        "<h2>Submissions that resemble each other</h2>",
-        _pairs(submissions, lessons),
-    ]
-    return page("The class", "\n".join(body), STYLE, SORT)
+    plural = "s" if len(lessons) > 1 else ""
+    told, spent = totals.values(), sum(g.seconds for g in grades)
+    body = f"""<h1>{len(totals)} students, lesson{plural} {", ".join(lessons)}</h1>
+<p class="note">For the instructor alone: this page shows names and code.</p>
+<p>Mean {mean(told):.1f} and median {median(told):.1f} of {most:g} points; \
+marked in {spent:.0f} s of work.</p>
+{_histogram(totals, most)}
+<h2>Exercises</h2>
+{_table(EXERCISES, _exercise_rows(grades, totals))}
+<p class="note">Full and none: how many have all of the points, and no point. An exercise \
+separates if those who have its points have more of the other points too; the number is \
+the correlation of its points with the rest of the total. Below 0.2 it hardly tells the \
+strong from the weak, and where all have the same it tells nothing. Seconds: what it took \
+to mark, in the middle and at most.</p>
+<h2>Mistakes</h2>
+{_table(("students", "mistake", "exercise", "who"), mistakes(grades))}
+<h2>Checks that were lost</h2>
+<p class="note">How many students lost points by it, and in small figures its points.</p>\
+{_checks(grades)}
+<details><summary>Points of each student</summary>{_points(grades, totals)}</details>
+<h2>Submissions that resemble each other</h2>
+{_pairs(submissions, lessons)}"""
+    return page("The class", body, STYLE, SORT)
 
 
 def _histogram(totals: Mapping[str, float], most: float) -> str:
     """Ten bins of a tenth of the points each; the last holds the full marks."""
-    bins = Counter(min(9, int(10 * total / most)) if most else 0 for total in totals.values())
+    bins = Counter(min(9, int(10 * total / most)) for total in totals.values())
     rows = [
         (
             f"{most * i / 10:g} to {most * (i + 1) / 10:g}",
@@ -103,7 +96,7 @@ def _histogram(totals: Mapping[str, float], most: float) -> str:
 
 def _exercise_rows(grades: Sequence[Grade], totals: Mapping[str, float]) -> list[tuple[str, ...]]:
     rows = []
-    for number, group in by_exercise(grades).items():
+    for number, group in grouped(grades, "exercise").items():
         scores, seconds = [g.score for g in group], [g.seconds for g in group]
         rest = [totals[g.student] - g.score for g in group]
         told = "all alike"
@@ -113,9 +106,8 @@ def _exercise_rows(grades: Sequence[Grade], totals: Mapping[str, float]) -> list
         rows.append(
             (
                 number, group[0].title, f"{mean(scores):.1f} of {group[0].max_score:g}",
-                str(sum(g.score >= g.max_score for g in group)),
-                str(sum(s <= 0 for s in scores)), told,
-                f"{median(seconds):.1f}", f"{max(seconds):.1f}",
+                str(sum(g.score >= g.max_score for g in group)), str(sum(s <= 0 for s in scores)),
+                told, f"{median(seconds):.1f}", f"{max(seconds):.1f}",
             )
         )  # fmt: skip
     return rows
@@ -123,38 +115,31 @@ def _exercise_rows(grades: Sequence[Grade], totals: Mapping[str, float]) -> list
 
 def _checks(grades: Sequence[Grade]) -> str:
     """For each exercise and check its points and how many lost some of them; darker is more."""
-    points: dict[tuple[str, str], float] = {}
-    for row in worth(tuple({g.lesson for g in grades})):
-        key = row.exercise, row.check
-        points[key] = points.get(key, 0.0) + row.points
+    points = {(r.exercise, r.check): r.points for r in worth(tuple({g.lesson for g in grades}))}
     lost = Counter((g.exercise, check) for g in grades for check in g.failed.split())
     heads = list(dict.fromkeys(check for _, check in points))
     rows = []
-    for number, group in by_exercise(grades).items():
+    for number, group in grouped(grades, "exercise").items():
         cells = []
         for check in heads:
             count = lost[number, check]
             share = f"--share:{count / len(group):.0%}"
             told = f'<span class="lost" style="{share}">{count}</span>'
-            worth_it = points.get((number, check))
-            cells.append(Html(f"{told} <small>{worth_it:g}</small>") if worth_it else "")
+            at_most = points.get((number, check))
+            cells.append(Html(f"{told} <small>{at_most:g}</small>") if at_most else "")
         rows.append((number, *cells))
-    return (
-        '<p class="note">How many students lost points by it, and in small figures its points.</p>'
-        + _table(("exercise", *heads), rows)
-    )
+    return _table(("exercise", *heads), rows)
 
 
-def _students(grades: Sequence[Grade], totals: Mapping[str, float]) -> str:
+def _points(grades: Sequence[Grade], totals: Mapping[str, float]) -> str:
     """Points by student and exercise; a click on a head sorts."""
-    numbers = list(by_exercise(grades))
+    numbers = list(grouped(grades, "exercise"))
     score = {(g.student, g.exercise): g.score for g in grades}
     rows = [
         (name, f"{total:g}", *(f"{score.get((name, number), 0):g}" for number in numbers))
         for name, total in totals.items()
     ]
-    table = _table(("student", "total", *numbers), rows, sortable=True)
-    return f"<details><summary>Points of each student</summary>{table}</details>"
+    return _table(("student", "total", *numbers), rows, sortable=True)
 
 
 def mistakes(grades: Sequence[Grade]) -> list[tuple[str, ...]]:
@@ -162,24 +147,20 @@ def mistakes(grades: Sequence[Grade]) -> list[tuple[str, ...]]:
     whatever the numbers around it; another message counts without its numbers. What the same
     students did in several exercises is one line.
     """
-    made: dict[tuple[str, str], list[str]] = {}
+    made: dict[tuple[str, str], list[str]] = defaultdict(list)
     for grade in grades:
-        found = [_mistake(message) for message in grade.message.split(" | ") if message]
-        for what in dict.fromkeys(found):
-            made.setdefault((grade.exercise, what), []).append(grade.student)
-    merged: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for what in dict.fromkeys(map(_mistake, filter(None, grade.message.split(" | ")))):
+            made[grade.exercise, what].append(grade.student)
+    merged: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     for (number, what), who in made.items():
-        merged.setdefault((what, tuple(sorted(who))), []).append(number)
+        merged[what, tuple(sorted(who))].append(number)
     students, every = len({g.student for g in grades}), len({g.exercise for g in grades})
-    return [
-        (
-            f"{len(who)} of {students}",
-            what,
-            "all" if 1 < every == len(numbers) else ", ".join(numbers),
-            ", ".join(who),
-        )
-        for (what, who), numbers in sorted(merged.items(), key=lambda item: -len(item[0][1]))
+    rows = [
+        (what, who, "all" if 1 < every == len(numbers) else ", ".join(numbers))
+        for (what, who), numbers in merged.items()
     ]
+    rows.sort(key=lambda row: -len(row[1]))
+    return [(f"{len(who)} of {students}", what, where, ", ".join(who)) for what, who, where in rows]
 
 
 def _mistake(message: str) -> str:
@@ -201,9 +182,8 @@ def own(source: str, lesson: str) -> dict[str, str]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
-    kinds = ast.ClassDef, ast.FunctionDef
-    nodes = [n for n in tree.body if isinstance(n, kinds) and n.name in wanted]
-    return {node.name: ast.get_source_segment(source, node) or "" for node in nodes}
+    nodes = [n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+    return {n.name: ast.get_source_segment(source, n) or "" for n in nodes if n.name in wanted}
 
 
 def shingles(source: str) -> set[tuple[str, ...]]:
@@ -236,12 +216,14 @@ def _pairs(submissions: Sequence[Submission], lessons: Sequence[str]) -> str:
     """The pairs above ALIKE, the most alike first, part by part beside each other; and who hands in
     the course's own text.
     """
-    shown, copied = [], []
+    shown: list[tuple[float, Callable[[], str]]] = []
+    copied = []
     for lesson in lessons:
         whole = lesson_path(lesson).read_text(encoding="utf-8")
         starter = take_out(whole, list(exercises(lesson).values()))
         given, course = shingles(starter), {n: shingles(t) for n, t in own(whole, lesson).items()}
-        parts, verbatim = {}, {}
+        parts: dict[str, dict[str, str]] = {}
+        verbatim: dict[str, list[str]] = defaultdict(list)
         for submission in submissions:
             try:
                 source = submission.source(lesson)[1].decode("utf-8", "replace")
@@ -251,7 +233,7 @@ def _pairs(submissions: Sequence[Submission], lessons: Sequence[str]) -> str:
             parts[submission.name] = texts = own(source, lesson)
             for part in [n for n, text in texts.items() if shingles(text) == course[n]]:
                 del texts[part]
-                verbatim.setdefault(part, []).append(submission.name)
+                verbatim[part].append(submission.name)
         copied += [
             (f"{lesson} {part}", ", ".join(who))
             for part, who in verbatim.items()
@@ -261,12 +243,12 @@ def _pairs(submissions: Sequence[Submission], lessons: Sequence[str]) -> str:
         if len(marks) >= 8:  # what half of a class wrote is what anybody writes
             common = Counter(s for mark in marks.values() for s in mark)
             given = given | {s for s, n in common.items() if n > len(marks) / 2}
-        theirs = {name: mark - given for name, mark in marks.items()}
         lines = {line.strip() for line in starter.splitlines()}
         for a, b in combinations(marks, 2):
-            if (share := alike(theirs[a], theirs[b])) >= ALIKE:
-                shown.append((share, lesson, a, b, parts[a], parts[b], given, lines))
-    intro = (
+            if (share := alike(marks[a] - given, marks[b] - given)) >= ALIKE:
+                head = f"{a} and {b}, lesson {lesson}: {share:.0%}"
+                shown.append((share, partial(_pair, head, parts[a], parts[b], given, lines)))
+    text = [
         f'<p class="note">Compared are runs of {SHINGLE} tokens, without the starter\'s code, '
         "comments, layout and the names of variables, without parts that are the course's own "
         "text, and in a class of eight or more without what half of it wrote. Shown are pairs that "
@@ -275,19 +257,9 @@ def _pairs(submissions: Sequence[Submission], lessons: Sequence[str]) -> str:
         "more than a third, but single parts share up to 52%. Nine pairs are few: they can't rule "
         "out that one honest pair in four is shown. So a pair is a reason to look and to ask, and "
         "never a proof.</p>"
-    )
-    text = [intro] if shown else [intro, "<p>There is no such pair.</p>"]
-    for share, lesson, a, b, first, second, given, lines in sorted(shown, key=lambda s: -s[0])[:50]:
-        inside = []
-        for name in first:
-            if name in second:
-                part = alike(shingles(first[name]) - given, shingles(second[name]) - given)
-                beside = "".join(_beside(first[name], second[name], lines))
-                inside.append(
-                    f'<h3>{escape(name)}: {part:.0%}</h3><div class="beside">{beside}</div>'
-                )
-        head = f"{escape(a)} and {escape(b)}, lesson {lesson}: {share:.0%}"
-        text.append(f"<details><summary>{head}</summary>{''.join(inside)}</details>")
+    ]
+    shown.sort(key=lambda pair: -pair[0])
+    text += [show() for _, show in shown[:50]] or ["<p>There is no such pair.</p>"]
     if copied:
         text += [
             "<h3>The course's own text, but for names and comments</h3>",
@@ -296,32 +268,41 @@ def _pairs(submissions: Sequence[Submission], lessons: Sequence[str]) -> str:
     return "\n".join(text)
 
 
-def _beside(one: str, two: str, given: set[str]) -> tuple[str, str]:
+def _pair(
+    head: str, one: Mapping[str, str], two: Mapping[str, str], given: set, lines: set[str]
+) -> str:
+    """The parts that both have, beside each other."""
+    inside = []
+    for name in [name for name in one if name in two]:
+        share = alike(shingles(one[name]) - given, shingles(two[name]) - given)
+        beside = _beside(one[name], two[name], lines)
+        inside.append(f'<h3>{escape(name)}: {share:.0%}</h3><div class="beside">{beside}</div>')
+    return f"<details><summary>{escape(head)}</summary>{''.join(inside)}</details>"
+
+
+def _beside(one: str, two: str, given: set[str]) -> str:
     """Two pieces of code as HTML; lines that both have, and that were not given, are marked."""
-    lines = [text.splitlines()[:LINES] for text in (one, two)]
-    matcher = SequenceMatcher(None, *([line.strip() for line in text] for text in lines), False)
+    texts = [text.splitlines()[:LINES] for text in (one, two)]
+    matcher = SequenceMatcher(None, *([line.strip() for line in text] for text in texts), False)
     same: tuple[set[int], set[int]] = set(), set()
-    for block in matcher.get_matching_blocks():
-        same[0].update(range(block.a, block.a + block.size))
-        same[1].update(range(block.b, block.b + block.size))
+    for i, j, size in matcher.get_matching_blocks():
+        same[0].update(range(i, i + size))
+        same[1].update(range(j, j + size))
     cells = []
-    for text, marked in zip(lines, same):
-        shown = (
-            f"<mark>{escape(line)}</mark>"
-            if i in marked and line.strip() not in given
-            else escape(line)
-            for i, line in enumerate(text)
-        )
-        cells.append("<pre>" + "\n".join(shown) + "</pre>")
-    return cells[0], cells[1]
+    for text, marked in zip(texts, same):
+        lines = [escape(line) for line in text]
+        for i in marked:
+            if text[i].strip() not in given:
+                lines[i] = f"<mark>{lines[i]}</mark>"
+        cells.append("<pre>" + "\n".join(lines) + "</pre>")
+    return "".join(cells)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], sortable: bool = False) -> str:
     if not rows:
         return "<p>None.</p>"
     head = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    lines = ["".join(map(_cell, row)) for row in rows]
-    cells = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    cells = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     kind = ' class="sortable"' if sortable else ""
     return (
         f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead>\n<tbody>{cells}</tbody>'

@@ -11,14 +11,12 @@ from __future__ import annotations
 import ctypes
 import os
 import site
+import struct
 import sys
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
+LINUX = sys.platform.startswith("linux")
 # What a submission may not take its models from, so its files are not on the list.
 FINISHED_MODELS = ("torchvision", "timm")
 
@@ -29,56 +27,46 @@ _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | 1 << 14 | 1 << 15  # and trunc
 _READ = _READ_FILE | _READ_DIR
 
 
-def available() -> bool:
-    """Whether this kernel keeps such lists."""
-    return _abi() > 0
+def available() -> int:
+    """The version of these lists that this kernel keeps; 0: none."""
+    try:
+        return _call(_CREATE_RULESET, None, ctypes.c_size_t(0), 1) if LINUX else 0
+    except OSError:
+        return 0
 
 
-def readable(also: Iterable[str | Path] = ()) -> list[Path]:
-    """What Python, torch and the C library may have to open after they were imported.
-
-    Args:
-        also: further files and folders.
-    """
-    libraries = {
-        sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
-    }
-    libraries |= {f"{prefix}/lib" for prefix in (sys.base_prefix, sys.exec_prefix)}
-    libraries |= {*site.getsitepackages(), "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
+def readable(also: str) -> set[Path]:
+    """What Python, torch and the C library may have to open once they are imported, and `also`."""
+    names = "stdlib", "platstdlib", "purelib", "platlib"
+    libraries = {*map(sysconfig.get_path, names), *site.getsitepackages()}
+    libraries |= {f"{sys.base_prefix}/lib", f"{sys.exec_prefix}/lib"}
+    libraries |= {"/lib", "/lib64", "/usr/lib", "/usr/lib64"}
     system = ["/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/zero", "/dev/urandom"]
     system += ["/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu", "/usr/share/zoneinfo"]
-    hidden = {
-        Path(folder, name).resolve() for folder in libraries for name in FINISHED_MODELS if folder
-    }
-    found: dict[Path, None] = {}
-    for folder in libraries:
-        for path in _without(Path(folder or os.devnull).resolve(), hidden):
-            found[path] = None
-    found.update(dict.fromkeys(Path(path).resolve() for path in [*system, *also]))
-    return [path for path in found if path.exists()]
+    folders = {Path(folder).resolve() for folder in libraries}
+    hidden = {Path(f, name).resolve() for f in libraries for name in FINISHED_MODELS}
+    hidden = {path for path in hidden if path.exists()}
+    found = {path for folder in folders for path in _without(folder, hidden)}
+    return found | {Path(path).resolve() for path in (*system, also)}
 
 
-def _without(path: Path, hidden: set[Path]) -> Iterator[Path]:
+def _without(path: Path, hidden: set[Path]) -> list[Path]:
     """`path`, or its children where something below it is to stay hidden."""
-    if path in hidden or not path.exists():
-        return
-    if not any(path in other.parents and other.exists() for other in hidden):
-        yield path
-    elif path.is_dir():
-        for child in path.iterdir():
-            if not child.is_symlink():
-                yield from _without(child, hidden)
+    if path in hidden:
+        return []
+    if not any(path in other.parents for other in hidden):
+        return [path]
+    children = [child for child in path.iterdir() if not child.is_symlink()]
+    return [found for child in children for found in _without(child, hidden)]
 
 
-def confine(reading: Iterable[Path], folder: str) -> None:
-    """From now on this process and its children open nothing but `reading`, and write only in
-    `folder`. They start no program. For good.
+def confine(reading: set[Path], folder: str) -> None:
+    """From now on this process, which must have given up new privileges, and its children open
+    nothing but `reading`, and write only in `folder`. They start no program. For good.
 
     Raises: OSError, where the kernel refuses.
     """
-    abi = _abi()
-    if abi < 1:
-        raise OSError("this kernel has no Landlock")
+    abi = available()
     everything = (1 << (13 + min(abi, 3) - 1 + (abi >= 5))) - 1  # each version knows more of them
     attributes = (ctypes.c_uint64 * 3)(everything, 3, 3)  # files; TCP; signals, abstract sockets
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
@@ -89,7 +77,6 @@ def confine(reading: Iterable[Path], folder: str) -> None:
         _allow(rules, Path(os.devnull), (_READ_FILE | _WRITE_FILE) & everything)
         _allow(rules, Path(folder), everything & ~_EXECUTE)
         _allow(rules, Path(f"/proc/{os.getpid()}"), _READ)
-        _no_new_privileges()
         _call(_RESTRICT_SELF, rules, 0)
     finally:
         os.close(rules)
@@ -103,25 +90,10 @@ def _allow(rules: int, path: Path, access: int) -> None:
     try:
         if not path.is_dir():
             access &= _OF_FILES
-        rule = ctypes.create_string_buffer(
-            access.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder), 12
-        )
+        rule = struct.pack("=Qi", access, fd)
         _call(_ADD_RULE, rules, _RULE_PATH_BENEATH, rule, 0)
     finally:
         os.close(fd)
-
-
-def _abi() -> int:
-    if not sys.platform.startswith("linux"):
-        return 0
-    try:
-        return _call(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
-    except OSError:
-        return 0
-
-
-def _no_new_privileges() -> None:
-    ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which Landlock asks for
 
 
 def _call(number: int, *arguments: object) -> int:

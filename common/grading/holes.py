@@ -7,10 +7,12 @@ import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from common.grading.exercises import Exercise
 
 
-def take_out(source: str, chosen: list[Exercise]) -> str:
+def take_out(source: str, chosen: Iterable[Exercise]) -> str:
     """`source` with the body of every part of the exercises replaced by a NotImplementedError.
 
     Raises: ValueError, if a part is not in the source.
@@ -19,36 +21,14 @@ def take_out(source: str, chosen: list[Exercise]) -> str:
     tree = ast.parse(source)
     messages: dict[ast.FunctionDef, list[str]] = {}
     for exercise in chosen:
+        message = f"Exercise {exercise.number}: {exercise.hint}"
         for part in exercise.parts:
             for function in functions_of(tree, part):
                 # Two exercises may be about the same part: a block, and the block with BatchNorm.
-                messages.setdefault(function, []).append(
-                    f"Exercise {exercise.number}: {exercise.hint}"
-                )
-    for function in sorted(
-        messages, key=lambda f: -f.lineno
-    ):  # from the end, so that line numbers stay true
+                messages.setdefault(function, []).append(message)
+    # From the end, so that line numbers stay true.
+    for function in sorted(messages, key=lambda f: -f.lineno):
         _empty(lines, function, " ".join(messages[function]))
-    return "\n".join(lines) + "\n"
-
-
-def replace_part(source: str, part: str, code: str) -> str:
-    """`source` with one class, function or method replaced by `code`.
-
-    Raises: ValueError, if there is no such thing.
-    """
-    owner, _, method = part.partition(".")
-    indent = " " * 4 * bool(method)
-    try:
-        node = next(n for n in ast.parse(source).body if getattr(n, "name", None) == owner)
-        if method:
-            node = next(n for n in node.body if getattr(n, "name", None) == method)
-    except StopIteration:
-        raise ValueError(f"the lesson has no {part}") from None
-    lines = source.splitlines()
-    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-    new = textwrap.indent(textwrap.dedent(code).strip(), indent)
-    lines[first - 1 : node.end_lineno] = new.splitlines()
     return "\n".join(lines) + "\n"
 
 
@@ -57,14 +37,24 @@ def put_in(source: str, code: str) -> str:
 
     A class without bases stands for its methods alone: `class Block:` with a `forward` changes
     only that.
+
+    Raises: ValueError, if a name is not in the source.
     """
     for node in ast.parse(code).body:
         if isinstance(node, ast.ClassDef) and not node.bases:
             for method in node.body:
-                source = replace_part(source, f"{node.name}.{method.name}", ast.unparse(method))
+                source = _replaced(source, f"{node.name}.{method.name}", method)
         elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            source = replace_part(source, node.name, ast.unparse(node))
+            source = _replaced(source, node.name, node)
     return source
+
+
+def _replaced(source: str, part: str, new: ast.stmt) -> str:
+    lines, old = source.splitlines(), _find(ast.parse(source), part)
+    first = min([old.lineno, *(decorator.lineno for decorator in old.decorator_list)])
+    text = textwrap.indent(ast.unparse(new), " " * old.col_offset)
+    lines[first - 1 : old.end_lineno] = text.splitlines()
+    return "\n".join(lines) + "\n"
 
 
 def functions_of(tree: ast.Module, part: str) -> list[ast.FunctionDef]:
@@ -72,44 +62,31 @@ def functions_of(tree: ast.Module, part: str) -> list[ast.FunctionDef]:
 
     Raises: ValueError, if there is no such thing.
     """
-    owner, _, method = part.partition(".")
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name == part:
-            return [node]
-        if isinstance(node, ast.ClassDef) and node.name == owner:
-            methods = [
-                n for n in node.body if isinstance(n, ast.FunctionDef) and method in ("", n.name)
-            ]
-            if methods:
-                return methods
-    raise ValueError(f"the lesson has no {part}")
+    node = _find(tree, part)
+    if isinstance(node, ast.ClassDef):
+        return [inner for inner in node.body if isinstance(inner, ast.FunctionDef)]
+    return [node]
+
+
+def _find(node: ast.Module, part: str) -> ast.ClassDef | ast.FunctionDef:
+    for name in part.split("."):
+        node = next((n for n in node.body if getattr(n, "name", None) == name), None)
+        if node is None:
+            raise ValueError(f"the lesson has no {part}")
+    return node
 
 
 def _empty(lines: list[str], function: ast.FunctionDef, message: str) -> None:
     """Replace the function's body in `lines`; keep its docstring."""
     first = function.body[0]
-    docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
-    indent = " " * (function.col_offset + 4)
-    body = [indent + line for line in _raise(message, 100 - len(indent))]
-    if docstring:
+    if ast.get_docstring(function) is not None:
         start = first.end_lineno
-    elif first.lineno == function.lineno:  # def f(): return 1
-        line = lines[first.lineno - 1]
-        lines[first.lineno - 1] = line[: first.col_offset].rstrip()
-        start = first.lineno
-    else:
-        start = _header_end(lines, function)
-    lines[start : function.end_lineno] = body
-
-
-def _header_end(lines: list[str], function: ast.FunctionDef) -> int:
-    """Number of lines down to the colon that ends the signature. Comments below it belong to the
-    body.
-    """
-    end = function.body[0].lineno - 1
-    while end > function.lineno and not lines[end - 1].split("#")[0].rstrip().endswith(":"):
-        end -= 1
-    return end
+    else:  # Behind the colon that ends the signature: comments below it belong to the body.
+        start = first.lineno - 1
+        while not lines[start - 1].split("#")[0].rstrip().endswith(":"):
+            start -= 1
+    indent = " " * (function.col_offset + 4)
+    lines[start : function.end_lineno] = [indent + x for x in _raise(message, 100 - len(indent))]
 
 
 def _raise(message: str, width: int) -> list[str]:
@@ -117,19 +94,13 @@ def _raise(message: str, width: int) -> list[str]:
     line = f"raise NotImplementedError({_quoted(message)})"
     if len(line) <= width:
         return [line]
-    pieces, piece = [], ""
-    for word in message.split(" "):
-        if len(_quoted(piece + word)) + 5 > width:
-            pieces.append(piece)
-            piece = ""
-        piece += word + " "
-    pieces.append(piece.rstrip())
-    return ["raise NotImplementedError(", *(f"    {_quoted(piece)}" for piece in pieces), ")"]
+    *pieces, last = textwrap.wrap(
+        message, width - 7, break_long_words=False, break_on_hyphens=False
+    )
+    strings = [_quoted(piece + " ") for piece in pieces] + [_quoted(last)]
+    return ["raise NotImplementedError(", *(f"    {string}" for string in strings), ")"]
 
 
 def _quoted(text: str) -> str:
-    return (
-        "'" + text + "'"
-        if '"' in text and "'" not in text
-        else '"' + text.replace('"', '\\"') + '"'
-    )
+    quote = "'" if '"' in text and "'" not in text else '"'
+    return quote + text.replace(quote, "\\" + quote) + quote

@@ -18,6 +18,7 @@ import tokenize
 import types
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 # What a submission may not take its models from.
 FORBIDDEN = {
@@ -51,7 +52,9 @@ def decode(data: bytes) -> str:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         text = data.decode(encoding)
     except (SyntaxError, UnicodeDecodeError, LookupError):
-        bad = next((i for i, line in enumerate(data.split(b"\n"), 1) if not _is_utf8(line)), 1)
+        text = data.decode(errors="surrogateescape")
+        broken = re.search("[\udc80-\udcff]", text)
+        bad = text.count("\n", 0, broken.start()) + 1 if broken else 1
         raise Trouble(
             f"not readable as text: line {bad} is not UTF-8 and the file declares no other "
             "encoding; save it as UTF-8"
@@ -61,32 +64,21 @@ def decode(data: bytes) -> str:
     return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
 
 
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 # ------------------------------------------------------------------------------- what is refused
 
 
 def refuse_imports(nodes: list[ast.AST], forbidden: dict[str, str], allowed: set[str]) -> None:
-    """Raises: Trouble, at the first place where a finished model is taken from elsewhere.
-
-    What the reference imports itself is allowed.
+    """Raises: Trouble, at the first place where a finished model is taken from elsewhere, unless
+    the reference takes it too.
     """
     for node in nodes:
         for name in names_taken(node):
-            source = next(
-                (what for k, what in forbidden.items() if f"{name}.".startswith(f"{k}.")), None
-            )
+            sources = [what for k, what in forbidden.items() if f"{name}.".startswith(f"{k}.")]
             if LESSON_NAME.match(name):
-                source = "a lesson of the course"
-            if source and name not in allowed:
+                sources = ["a lesson of the course"]
+            if sources and name not in allowed:
                 raise Trouble(
-                    f"not allowed: line {node.lineno} takes from {source} ({name}); "
+                    f"not allowed: line {node.lineno} takes from {sources[0]} ({name}); "
                     "build the model yourself"
                 )
 
@@ -117,11 +109,8 @@ def _dotted(node: ast.expr) -> str:
 
 
 def lock_doors(solution: str) -> None:
-    """The same rule for what the source does not show. It stops the idle, not the determined: see
-    the docs.
-
-    Args:
-        solution: the module that the exercise's parts come from; taken out of what was imported.
+    """The same rule for what the source does not show; `solution` is the module that the exercise
+    comes from. It stops the idle, not the determined: see the docs.
     """
 
     def guard(event: str, args: tuple) -> None:
@@ -145,12 +134,9 @@ def lock_doors(solution: str) -> None:
 class _Placeholders(MetaPathFinder, Loader):
     """In place of torchvision stands something that can be imported, and not used."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: object = None
-    ) -> ModuleSpec | None:
-        if name.partition(".")[0] != "torchvision":
-            return None
-        return ModuleSpec(name, self, is_package=True)
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
+        ours = name.partition(".")[0] == "torchvision"
+        return ModuleSpec(name, self, is_package=True) if ours else None
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         return _Locked(spec.name)
@@ -183,7 +169,7 @@ class Seal:
             *(torch.nn.functional, torch.nn.init, nn, nn.Module, nn.Sequential, nn.ModuleList),
             *(nn.Conv2d, nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm),
             *(nn.modules.batchnorm._NormBase, nn.BatchNorm2d, nn.LayerNorm, nn.Dropout, nn.ReLU),
-            *(torch.overrides, os, sys, *more),
+            *(torch.overrides, os, *more),
         ]
         self.seen = {owner: self._prints(owner) for owner in watched}
 
@@ -198,9 +184,6 @@ class Seal:
         """Raises: Trouble, naming the first thing that was changed."""
         for owner, before in self.seen.items():
             now = self._prints(owner)
-            if owner is sys:  # hooks and streams are the submission's own business
-                now = {name: now.get(name) for name in before}
-                continue
             for name, value in before.items():
                 if now.get(name) != value and name != "Storage":  # it follows the default dtype
                     where = f"{getattr(owner, '__name__', owner)}.{name}"
@@ -244,10 +227,7 @@ def require_parts(tree: ast.Module, parts: list[str], filename: str) -> None:
 
 def borrowed_imports(nodes: list[ast.AST], imports: str) -> dict[str, Any]:
     """The reference's imports, for the grafted definitions, less the names that the submission
-    itself forgot.
-
-    Otherwise a submission without `import torch.nn.functional as F` would work here and nowhere
-    else.
+    itself forgot: without `import torch.nn.functional as F` it would work here and nowhere else.
     """
     used, bound = set(), set(dir(builtins))
     for node in nodes:
@@ -277,82 +257,55 @@ def run_with_grafts(
     lacking: dict[str, str],
     number: str,
 ) -> None:
-    """Run the submission statement by statement, with the reference's in place of other exercises'.
-
-    Statement by statement, because each code object carries one file name: no message shall quote
-    grafted text as the student's.
+    """Run the submission, with the reference's in place of other exercises'. Statement by
+    statement, because each code object carries one file name: no message shall quote grafted text
+    as the student's.
     """
-    own = definitions(tree.body)
     later = []
-    for code, is_own in _statements(tree, filename, own, replace, lacking):
+    for code, is_own in _statements(tree, filename, replace, lacking):
         try:
             exec(code, namespace)
         except NameError:
             if is_own:
                 raise
             later.append(code)  # what the submission lacks may need what comes further down
-        except NotImplementedError as error:  # another exercise's hole, which this doesn't need
-            if not str(error).startswith("Exercise") or str(error).startswith(
-                f"Exercise {number}:"
-            ):
+        except NotImplementedError as error:
+            hole = str(error)  # another exercise's, which this doesn't need
+            if not hole.startswith("Exercise") or hole.startswith(f"Exercise {number}:"):
                 raise
     for code in later:
         with contextlib.suppress(Exception):
             exec(code, namespace)
     for name, code in replace.items():
         owner, _, method = name.rpartition(".")
-        if owner and isinstance(namespace.get(owner), type):
-            _put_method(namespace, owner, method, unpack(code))
+        mine = namespace.get(owner)
+        if isinstance(mine, type):
+            exec(unpack(code), namespace)  # a class of that name, with nothing but the method
+            function = vars(namespace[owner])[method]
+            for cell in function.__closure__ or ():
+                cell.cell_contents = mine  # what super() means in it
+            namespace[owner] = mine
+            setattr(mine, method, function)
 
 
 def _statements(
-    tree: ast.Module,
-    filename: str,
-    own: dict[str, ast.stmt],
-    replace: dict[str, str],
-    lacking: dict[str, str],
+    tree: ast.Module, filename: str, replace: dict[str, str], lacking: dict[str, str]
 ) -> Iterator[tuple[types.CodeType, bool]]:
     """With each statement comes whether it belongs to the submission, or stands in for what it
-    lacks.
+    lacks: that comes behind the imports.
     """
     future = __future__.annotations.compiler_flag
     declared = any(isinstance(n, ast.ImportFrom) and n.module == "__future__" for n in tree.body)
 
     def code(node: ast.stmt) -> types.CodeType:
+        if (graft := replace.get(getattr(node, "name", ""))) is not None:
+            return unpack(graft)
         module = ast.Module([node], [])
         return compile(module, filename, "exec", flags=future * declared, dont_inherit=True)
 
-    imports = 0
-    while imports < len(tree.body) and isinstance(
-        tree.body[imports], (ast.Expr, ast.Import, ast.ImportFrom)
-    ):
-        imports += 1
-    for node in tree.body[:imports]:
-        yield code(node), True
-    for name, text in lacking.items():
-        if name not in own:
-            yield unpack(text), False
-    for node in tree.body[imports:]:
-        name = getattr(node, "name", None)
-        if name in replace:
-            yield unpack(replace[name]), True
-        else:
-            yield code(node), True
-
-
-def _put_method(namespace: dict[str, Any], owner: str, method: str, code: types.CodeType) -> None:
-    """Put one method of the reference into the submission's class. `code` defines a class that
-    has nothing else.
-    """
-    place: dict[str, Any] = dict(namespace)
-    exec(code, place)
-    function = vars(place[owner])[method]
-    cells = tuple(
-        types.CellType(namespace[owner]) if name == "__class__" else cell
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ())
-    )
-    moved = types.FunctionType(
-        function.__code__, namespace, method, function.__defaults__, cells or None
-    )
-    moved.__kwdefaults__ = function.__kwdefaults__
-    setattr(namespace[owner], method, moved)
+    top = (ast.Expr, ast.Import, ast.ImportFrom)
+    imports = list(takewhile(lambda node: isinstance(node, top), tree.body))
+    own = definitions(tree.body)
+    yield from ((code(node), True) for node in imports)
+    yield from ((unpack(text), False) for name, text in lacking.items() if name not in own)
+    yield from ((code(node), True) for node in tree.body[len(imports) :])

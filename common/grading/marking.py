@@ -10,6 +10,7 @@ import __future__
 
 import ast
 import base64
+import contextlib
 import hashlib
 import json
 import marshal
@@ -23,16 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.grading.checks import (
-    ALL_CASES,
-    Trial,
-    agree,
-    failures,
-    layer_difference,
-    sketch_of,
-    trials_of,
-    value_difference,
-)
+from common.grading import checks
+from common.grading.checks import agree
 from common.grading.exercises import (
     ROOT,
     Case,
@@ -49,14 +42,13 @@ from common.grading.holes import functions_of, put_in
 from common.grading.sandbox import Host, Limits, Worker, WorkerLost
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
-SOURCE_LIMIT = (
-    1 << 20
-)  # bytes of a submitted file; of a notebook, with its pictures, ten times that
+SOURCE_LIMIT = 1 << 20  # bytes of a file; of a notebook, with its pictures, ten times that
 MARKED = (".py", ".ipynb")
 PACKED = (".zip", ".gz", ".tgz", ".tar", ".7z", ".rar", ".xz", ".bz2")
 MESSAGE_LIMIT = 1000  # characters of one result's message
+Seen = dict[str, Any]  # one observation: what a worker told of one case
 SKETCH = 256  # numbers of an output, enough to tell one variant from another; as in `probes`
 
 
@@ -90,69 +82,59 @@ class Submission:
 
     def source(self, lesson: str, only: bool = False) -> tuple[str, bytes]:
         """File name and content of what was submitted for `lesson`; of a notebook its code cells.
+        `only`: no other lesson is marked, so that a file of any name can be meant.
 
-        Args:
-            only: no other lesson is marked, so that a file of any name can be meant.
-
-        Raises: ValueError, with a line for the student, if there is no such file or it can't be
-            taken.
+        Raises: ValueError, a line for the student: there is no such file, or it can't be taken.
         """
-        wanted = file_name(lesson)
         if self.path.is_symlink():
             raise ValueError(f"{self.path.name} is a link; links are not followed")
         if self.path.resolve() == ROOT:  # the lessons themselves
-            return wanted, lesson_path(lesson).read_bytes()
-        if not self.path.is_dir():
-            candidates = [self.path]
-        else:
-            everything = sorted(
-                p for p in self.path.rglob("*") if not is_hidden(p.relative_to(self.path))
-            )
-            files = [p for p in everything if p.suffix.lower() in MARKED]
-            stem = Path(wanted).stem.lower()
-            candidates = [p for p in files if p.stem.lower() == stem]
-            candidates = candidates or [p for p in files if re.match(rf"{lesson}\D", p.name)]
-            if not candidates and only and len(files) == 1:
-                candidates = files
-            # A notebook beside the script that was made of it, or the other way round.
-            scripts = [p for p in candidates if p.suffix.lower() == ".py"]
-            candidates = scripts or candidates
-            if not candidates:
-                packed = [p.name for p in everything if p.suffix.lower() in PACKED]
-                names = ", ".join(p.name for p in files[:5])
-                there = f"there is {names}" if names else "there is no .py file at all"
-                if packed:
-                    there = f"{packed[0]} is not unpacked: hand in the files themselves"
-                raise ValueError(f"missing file: no {wanted}; {there}")
-        if len(candidates) > 1:
-            places = ", ".join(str(p.relative_to(self.path)) for p in candidates[:3])
-            raise ValueError(f"more than one file for lesson {lesson}: {places}; leave one")
-        path = candidates[0]
-        suffix = path.suffix.lower()
-        if suffix in PACKED:
+            return file_name(lesson), lesson_path(lesson).read_bytes()
+        path = self._file(lesson, only) if self.path.is_dir() else self.path
+        if path.suffix.lower() in PACKED:
             raise ValueError(f"{path.name} is not unpacked: hand in the .py or .ipynb file itself")
-        data = _read(path)
-        return (path.name, code_of_notebook(path.name, data) if suffix == ".ipynb" else data)
+        return path.name, _code(path)
+
+    def _file(self, lesson: str, only: bool) -> Path:
+        """The one of the folder that is meant."""
+        wanted = file_name(lesson)
+        inside = sorted(p for p in self.path.rglob("*") if not is_hidden(p.relative_to(self.path)))
+        files = [p for p in inside if p.suffix.lower() in MARKED]
+        found = (
+            [p for p in files if p.stem.lower() == Path(wanted).stem.lower()]
+            or [p for p in files if re.match(rf"{lesson}\D", p.name)]
+            or (files if only and len(files) == 1 else [])
+        )
+        # A notebook beside the script that was made of it, or the other way round.
+        found = [p for p in found if p.suffix.lower() == ".py"] or found
+        if len(found) > 1:
+            places = ", ".join(str(p.relative_to(self.path)) for p in found[:3])
+            raise ValueError(f"more than one file for lesson {lesson}: {places}; leave one")
+        if not found:
+            packed = [p.name for p in inside if p.suffix.lower() in PACKED]
+            names = ", ".join(p.name for p in files[:5])
+            there = f"there is {names}" if names else "there is no .py file at all"
+            if packed:
+                there = f"{packed[0]} is not unpacked: hand in the files themselves"
+            raise ValueError(f"missing file: no {wanted}; {there}")
+        return found[0]
 
     def lesson(self) -> str | None:
         """The lesson that a lone file belongs to, by its name or else by what it defines."""
         match = re.match(r"\d\d(?=\D)", self.path.name)
-        if match and match.group() in manifests():
-            return match.group()
+        if match and match[0] in manifests():
+            return match[0]
         try:
-            data = _read(self.path)
-            if self.path.suffix.lower() == ".ipynb":
-                data = code_of_notebook(self.path.name, data)
-            text = data.decode("utf-8", "replace")
+            text = _code(self.path).decode("utf-8", "replace")
         except ValueError:
             return None
         defined = set(re.findall(r"^(?:class|def)\s+(\w+)", text, re.MULTILINE))
-        wanted = {
-            lesson: {part.split(".")[0] for e in exercises(lesson).values() for part in e.parts}
-            for lesson in manifests()
-        }
-        best = max(wanted, key=lambda lesson: len(defined & wanted[lesson]))
-        return best if defined & wanted[best] else None
+        known = dict.fromkeys(manifests(), 0)
+        for lesson in known:
+            parts = {part.split(".")[0] for e in exercises(lesson).values() for part in e.parts}
+            known[lesson] = len(defined & parts)
+        best = max(known, key=known.get)
+        return best if known[best] else None
 
     def digest(self, lessons: tuple[str, ...]) -> str:
         """Changes when the files that would be marked change."""
@@ -190,47 +172,45 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith((".", "__")) for part in path.parts)
 
 
-def _read(path: Path) -> bytes:
-    """The bytes of a plain file. A link may point anywhere and a pipe never ends, so neither is
-    opened.
-    """
+def _code(path: Path) -> bytes:
+    """The code of a plain file: a link may point anywhere, and a pipe never ends."""
+    notebook = path.suffix.lower() == ".ipynb"
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path.name} is not a plain file (links are not followed)")
-        limit = SOURCE_LIMIT * (10 if path.suffix.lower() == ".ipynb" else 1)
+        limit = SOURCE_LIMIT * (10 if notebook else 1)
         if status.st_size > limit:
             raise ValueError(f"{path.name} is larger than {limit >> 20} MB")
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path.name} can't be read: {error.strerror}") from None
+    return code_of_notebook(path.name, data) if notebook else data
 
 
 # ----------------------------------------------------------------------------------------- marking
 
 
-class Grader:
-    """Marks submissions one after another. Use as a context manager: it keeps a host process warm.
-
-    Args:
-        lessons: what will be marked.
-        limits: for each worker.
-        references: shared by the graders of a class, so that the reference is observed once.
+class Grader(contextlib.AbstractContextManager):
+    """Marks submissions one after another, and keeps a host process warm for them. The graders of a
+    class share `references`, so that the lessons are observed once.
     """
 
     def __init__(
         self,
-        lessons: Iterable[str],
+        lessons: tuple[str, ...],
         limits: Limits | None = None,
         references: References | None = None,
     ) -> None:
-        self.lessons = tuple(lessons)
+        self.lessons = lessons
         self.references = references or References()
-        self.host = Host(preload_modules(self.lessons), limits or Limits())
-        self.files: dict[tuple[str, bytes], _File] = {}
-
-    def __enter__(self) -> Grader:
-        return self
+        # The first step of any optimizer imports torch._dynamo, which takes more than a second.
+        preload = ["import torch._dynamo", "import numpy", "import common.grading.probes"]
+        preload += [line for lesson in lessons for line in _reference(lesson)[0].split("\n")]
+        self.host = Host(preload, limits or Limits())
+        # By the lesson and what was submitted for it: what is left, and why it can't be run at all.
+        self.seconds: dict[tuple[str, bytes], float] = {}
+        self.hopeless: dict[tuple[str, bytes], str] = {}
 
     def __exit__(self, *exc_info: object) -> None:
         self.host.close()
@@ -249,219 +229,163 @@ class Grader:
         except ValueError as error:
             return _all_lost(exercise, str(error))
         key = exercise.lesson, hashlib.sha256(data).digest()
-        file = self.files.setdefault(key, _File(self.host.limits.lesson_seconds))
-        if not file.hopeless and file.seconds_left <= 0:
-            file.hopeless = "not marked: the time for the whole lesson is used up"
-        if file.hopeless:
-            return _all_lost(exercise, file.hopeless)
-        theirs = self.references.get(exercise, self.host)
+        left = self.seconds.setdefault(key, self.host.limits.lesson_seconds)
+        late = "not marked: the time for the whole lesson is used up" if left <= 0 else ""
+        if why := self.hopeless.get(key) or late:
+            return _all_lost(exercise, why)
+        seed, theirs = self.references.get(exercise, self.host)
         started = time.monotonic()
-        deadline = started + file.seconds_left
-        mine = observe(
-            self.host, exercise, filename, data, theirs.seed, deadline, theirs=theirs.seen
+        mine, self.hopeless[key] = observe(
+            self.host, exercise, filename, data, seed, started + left, theirs
         )
-        file.hopeless = mine.hopeless
-        results = self._judge(exercise, mine.seen, theirs, started)
-        file.seconds_left -= time.monotonic() - started
+        results = self._judge(exercise, mine, theirs, started)
+        self.seconds[key] -= time.monotonic() - started
         return results
 
     def _judge(
-        self, exercise: Exercise, mine: list[dict], theirs: Observed, started: float
+        self, exercise: Exercise, mine: list[Seen], theirs: list[Seen], started: float
     ) -> list[Result]:
         rows = _rows(exercise)
         asked = tuple(row.check for row in rows)
         cases = exercise.cases + exercise.unseen
-        trials = [Trial(case, m, t, asked) for case, m, t in zip(cases, mine, theirs.seen)]
+        trials = [checks.Trial(case, m, t, asked) for case, m, t in zip(cases, mine, theirs)]
         visible, hidden = trials[: len(exercise.cases)], trials[len(exercise.cases) :]
         results = []
         for row in rows:
-            about = trials_of(row.check, visible, hidden)
-            failed = failures(row.check, about)
-            share = 1.0 if not failed else 0.0
-            if row.check == "result":  # each case is worth its share
-                share = 1 - len(failed) / len(about)
-            message = ""
-            if failed:
-                trial, text = failed[0]
-                message = text
-                if not text.startswith(ALL_CASES):
-                    name = ""
-                    if "ReLU" not in text:  # else the check itself has said it
-                        name = self.references.name(exercise, trial, row.check, self.host)
-                    message = text if not name else f"{text}; likely: {name}"
-                    place = str(trial.case)
-                    if row.check == "unseen":
-                        place = f"a case that is not printed (of the kind: {exercise.kind})"
-                    message = f"{place}: {message}"
-                if share and len(about) > 1:
-                    message = f"{len(failed)} of {len(about)} cases fail; {message}"
+            about = checks.trials_of(row.check, visible, hidden)
+            failed = checks.failures(row.check, about)
+            # Each expression is worth its share; any other check is passed or not.
+            share = 1 - len(failed) / len(about) if row.check == "result" else float(not failed)
+            message = self._message(exercise, row, *failed[0]) if failed else ""
+            if failed and share:
+                message = f"{len(failed)} of {len(about)} cases fail; {message}"
             seconds = (time.monotonic() - started) / len(rows)
-            results.append(_result(exercise, row, message, seconds, share))
+            results.append(_result(row, message, seconds, share))
         return results
 
-
-@dataclass
-class _File:
-    """What is known of one submitted file from the exercises marked before."""
-
-    seconds_left: float
-    hopeless: str = ""  # why it can't be run at all
+    def _message(self, exercise: Exercise, row: Worth, trial: checks.Trial, text: str) -> str:
+        if text.startswith(checks.ALL_CASES):
+            return text
+        if "ReLU" not in text:  # else the check itself has named the mistake
+            with contextlib.suppress(Exception):  # what a worker sent may be anything
+                name = self.references.name(exercise, trial, row.check, self.host)
+                text += f"; likely: {name}" if name else ""
+        if row.check == "unseen":
+            return f"a case that is not printed (of the kind: {exercise.kind}): {text}"
+        return f"{trial.case}: {text}"
 
 
 class References:
-    """What the reference lessons do, observed once for each exercise, with numbers that no student
-    can foresee; and what they would do with known mistakes in them.
+    """What the lessons do, observed once for each exercise, with numbers that no student can
+    foresee; and what they would do with known mistakes in them.
     """
 
     DRAWS = 20  # seeds to try until each activation matters
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = secrets.randbits(31) if seed is None else seed
-        self._seen: dict[str, Observed] = {}
-        self._manifest: dict[str, list[tuple[str, list[dict]]]] = {}
-        self._mutants: dict[tuple[str, str], list[tuple[str, dict]]] = {}
+        self._kept: dict[tuple[str, ...], Any] = {}
         self._lock = threading.RLock()
 
-    def get(self, exercise: Exercise, host: Host) -> Observed:
-        """Raises: RuntimeError, if the lesson itself fails: then nobody can be marked."""
+    def _once(self, key: tuple[str, ...], make: Callable[..., Any], *args: object) -> Any:
+        """What `make` gives, made once for all graders."""
         with self._lock:
-            if exercise.number not in self._seen:
-                self._seen[exercise.number] = self._look(exercise, host)
-            return self._seen[exercise.number]
+            if key not in self._kept:
+                self._kept[key] = make(*args)
+            return self._kept[key]
 
-    def _look(self, exercise: Exercise, host: Host) -> Observed:
+    def get(self, exercise: Exercise, host: Host) -> tuple[int, list[Seen]]:
+        """The seed, and what was seen with it.
+
+        Raises: RuntimeError, if the lesson itself fails: then nobody can be marked.
+        """
+        return self._once((exercise.number,), self._look, exercise, host)
+
+    def _look(self, exercise: Exercise, host: Host) -> tuple[int, list[Seen]]:
         """Drawn again, if an activation makes no difference to the numbers that were drawn: who
         leaves it out shall be found whatever the draw.
         """
         path = lesson_path(exercise.lesson)
-        best, fewest = None, 0
+        looks: list[tuple[int, int, list[Seen]]] = []
         for draw in range(self.DRAWS):
-            found = observe(
-                host, exercise, path.name, path.read_bytes(), self.seed + 1000 * draw, careful=True
-            )
-            for case, observation in zip(exercise.cases + exercise.unseen, found.seen):
-                error = observation.get("error") or observation.get("forward_error")
-                if error:
+            seed = self.seed + 1000 * draw
+            found, _ = observe(host, exercise, path.name, path.read_bytes(), seed, careful=True)
+            for case, seen in zip(exercise.cases + exercise.unseen, found):
+                if error := seen.get("error") or seen.get("forward_error"):
                     raise RuntimeError(
                         f"exercise {exercise.number}, the reference itself: {case}: {error}"
                     )
-            visible = found.seen[: len(exercise.cases)]
-            silent = sum(len(observation.get("silent", ())) for observation in visible)
-            if best is None or silent < fewest:
-                best, fewest = found, silent
-            if not silent:
+            silent = [len(seen.get("silent", ())) for seen in found[: len(exercise.cases)]]
+            looks.append((sum(silent), seed, found))
+            if not any(silent):
                 break
-        return best
+        return min(looks, key=lambda look: look[0])[1:]
 
-    def name(self, exercise: Exercise, trial: Trial, check: str, host: Host) -> str:
+    def name(self, exercise: Exercise, trial: checks.Trial, check: str, host: Host) -> str:
         """The likely mistake: the one known that gives what the submission gave; else ''."""
-        try:
-            return self._name(exercise, trial, check, host)
-        except Exception:  # what a worker sent may be anything
-            return ""
-
-    def _name(self, exercise: Exercise, trial: Trial, check: str, host: Host) -> str:
         if "error" in trial.mine or "forward_error" in trial.mine:
             return ""
-        # With other layers than the reference's, no mistake in the reference's can explain it.
-        mutate = trial.case.probe == "observe" and not layer_difference(trial)
-        for name, theirs in self._known(exercise, trial, host, mutate):
-            if _explains(trial, check, theirs):
+        number, place = exercise.number, (exercise.cases + exercise.unseen).index(trial.case)
+        asked = host, exercise, self.get(exercise, host)[0]
+        for name, seen in self._once((number, "manifest"), manifest_mistakes, *asked):
+            if _explains(trial, check, seen[place]):
                 return name
-        same = mutate and agree(trial.mine.get("eval", ()), trial.theirs["eval"])
-        if same and check in ("values", "unseen"):
+        # With other layers than the reference's, no mistake in the reference's can explain it.
+        if trial.case.probe != "observe" or checks.layer_difference(trial):
+            return ""
+        for name, seen in self._once((number, trial.case.text), made_mistakes, *asked, place):
+            if _explains(trial, check, seen):
+                return name
+        if check in ("values", "unseen") and agree(trial.mine.get("eval"), trial.theirs["eval"]):
             return "right in eval mode, not in train mode: dropout (rate, place) or BatchNorm"
         return ""
 
-    def _known(
-        self, exercise: Exercise, trial: Trial, host: Host, mutate: bool
-    ) -> Iterator[tuple[str, dict]]:
-        """The manifest's mistakes, then with `mutate` those that `mutants` makes; each in words,
-        and what is seen of the trial's case with it.
-        """
-        number, text = exercise.number, str(trial.case)
-        cases = [str(case) for case in exercise.cases + exercise.unseen]
-        place = cases.index(text)
-        with self._lock:
-            seed = self.get(exercise, host).seed
-            if number not in self._manifest:
-                self._manifest[number] = manifest_mistakes(host, exercise, seed)
-            yield from ((name, seen[place]) for name, seen in self._manifest[number])
-            if mutate and (number, text) not in self._mutants:
-                self._mutants[number, text] = made_mistakes(host, exercise, place, seed)
-            if mutate:
-                yield from self._mutants[number, text]
 
-
-def _explains(trial: Trial, check: str, known: dict[str, Any]) -> bool:
+def _explains(trial: checks.Trial, check: str, known: Seen) -> bool:
     """Whether a known mistake gives what the submission gave and the reference doesn't."""
     mine, theirs = trial.mine, trial.theirs
     if trial.case.probe == "evaluate":
-        return "value" in known and not value_difference(mine["value"], known["value"])
+        return "value" in known and not checks.value_difference(mine["value"], known["value"])
     if trial.case.probe == "count":
         return known.get("parameters") == mine["parameters"] != theirs["parameters"]
-    if "sketch" not in known:  # a whole observation, of the manifest's mistakes
-        if not agree(mine["eval"], known.get("eval", ())):
-            return False
-        if not agree(mine["eval"], theirs["eval"]):
-            return True
-        return agree(mine["train"], known["train"]) and not agree(mine["train"], theirs["train"])
-    evaluated, trained = known["sketch"]
-    if check == "identity" and agree(mine["eval"], theirs["eval"]):
+
+    def gives(mode: str, wanted: list[dict] | None) -> bool:
+        numbers = mine[mode]
+        return agree(checks.sketch_of(numbers, SKETCH) if "sketch" in known else numbers, wanted)
+
+    right = agree(mine["eval"], theirs["eval"])
+    # Of the manifest's mistakes the whole observation is known.
+    evaluated, trained = known.get("sketch") or (known.get("eval"), known.get("train"))
+    if (check == "identity" and right) or not gives("eval", evaluated):
         return False
-    if not agree(sketch_of(mine["eval"], SKETCH), evaluated):
-        return False
-    if not agree(mine["eval"], theirs["eval"]):
+    if not right:
         return True
-    if trained is None or agree(mine["train"], theirs["train"]):
-        return False
-    return any(
-        agree(sketch_of(mine[which], SKETCH), trained)
-        for which in ("train", "train_flipped")
-        if which in mine
-    )
+    modes = [mode for mode in ("train", "train_flipped") if mode in mine]
+    return not agree(mine["train"], theirs["train"]) and any(gives(m, trained) for m in modes)
 
 
-def manifest_mistakes(
-    host: Host, exercise: Exercise, seed: int
-) -> list[tuple[str, list[dict[str, Any]]]]:
+def manifest_mistakes(host: Host, exercise: Exercise, seed: int) -> list[tuple[str, list[Seen]]]:
     """What is seen of each case with the wrong code that the manifest has."""
     path = lesson_path(exercise.lesson)
     source = path.read_text(encoding="utf-8")
     aided = replace(exercise, setup=f"{exercise.setup}\n{exercise.aids}")
     return [
-        (name, observe(host, aided, path.name, put_in(source, code).encode(), seed).seen)
+        (name, observe(host, aided, path.name, put_in(source, code).encode(), seed)[0])
         for name, code in exercise.mistakes
     ]
 
 
-def made_mistakes(
-    host: Host, exercise: Exercise, place: int, seed: int
-) -> list[tuple[str, dict[str, Any]]]:
+def made_mistakes(host: Host, exercise: Exercise, seed: int, place: int) -> list[tuple[str, Seen]]:
     """What comes out of one case with one step of the reference's done wrong."""
     path = lesson_path(exercise.lesson)
     question = _question((exercise.cases + exercise.unseen)[place], seed + place)
     try:
-        with Worker(host) as worker:
+        with contextlib.closing(Worker(host)) as worker:
             _load(worker, exercise, path.name, path.read_bytes())
             answer = worker.ask({**question, "probe": "mistakes"}, 4 * host.limits.case_seconds)
     except WorkerLost:
         return []  # a mistake without a name is still a mistake
-    return [
-        (name, {"sketch": (evaluated, trained)})
-        for name, evaluated, trained in answer.get("mistakes", ())
-    ]
-
-
-@dataclass(frozen=True)
-class Observed:
-    """One observation per case of the exercise, the hidden ones last."""
-
-    seen: list[dict[str, Any]]
-    seed: int
-    hopeless: str = (
-        ""  # not empty: the file could not be run at all, and no other exercise need try
-    )
+    return [(name, {"sketch": outputs}) for name, *outputs in answer.get("mistakes", ())]
 
 
 def observe(
@@ -471,25 +395,24 @@ def observe(
     data: bytes,
     seed: int,
     deadline: float = float("inf"),
-    theirs: list[dict[str, Any]] | None = None,
+    theirs: list[Seen] | None = None,
     careful: bool = False,
-) -> Observed:
-    """Try all cases of one exercise in a worker of its own. Never raises: whatever goes wrong is an
-    observation.
+) -> tuple[list[Seen], str]:
+    """Try all cases of one exercise in a worker of its own: what was seen of each, the hidden ones
+    last, and why the file could not be run at all, so that no other exercise need try. Never
+    raises: whatever goes wrong is an observation.
 
-    Args:
-        theirs: what was seen of the reference: where the numbers differ, every other assignment of
-            the weights that the shapes allow is tried.
-        careful: see `probes`.
+    Where the numbers are not `theirs`, the reference's, every other assignment of the weights that
+    the shapes allow is tried. `careful`: see `probes`.
     """
     cases = exercise.cases + exercise.unseen
-    seen: list[dict[str, Any]] = []
+    seen: list[Seen] = []
     loaded = False
     try:
-        with Worker(host) as worker:
+        with contextlib.closing(Worker(host)) as worker:
             answer = _load(worker, exercise, filename, data, deadline)
             if "error" in answer:
-                return Observed([{"error": _clean(answer["error"])}] * len(cases), seed)
+                return [{"error": _clean(answer["error"])}] * len(cases), ""
             loaded = True
             for i, case in enumerate(cases):
                 question = _question(case, seed + i)
@@ -497,25 +420,19 @@ def observe(
                     question["careful"] = careful
                 answer = worker.ask(question, host.limits.case_seconds, deadline)
                 if theirs is not None and case.probe == "observe":
-                    answer = _arranged(worker, question, answer, theirs[i], host, deadline)
+                    answer = _arranged(worker, question, answer, theirs[i], deadline)
                 seen.append({k: _clean(v) if k.endswith("error") else v for k, v in answer.items()})
                 if str(answer.get("error", "")).startswith(("not done yet", "not allowed")):
-                    return Observed([seen[-1]] * len(cases), seed)
-            return Observed(seen, seed)
+                    return [seen[-1]] * len(cases), ""
+            return seen, ""
     except WorkerLost as lost:
         message = str(lost) if loaded else f"while it was imported: {lost}"
-        if lost.kind == "death" and worker.text().strip():
-            message += f"; the last it printed: {_clean(worker.text().strip())[-200:]}"
         seen += [{"error": message}] * (len(cases) - len(seen))
-        return Observed(seen, seed, hopeless="" if loaded else message)
+        return seen, "" if loaded else message
 
 
 def _load(
-    worker: Worker,
-    exercise: Exercise,
-    filename: str,
-    data: bytes,
-    deadline: float = float("inf"),
+    worker: Worker, exercise: Exercise, filename: str, data: bytes, deadline: float = float("inf")
 ) -> dict[str, Any]:
     path = lesson_path(exercise.lesson).relative_to(ROOT)
     question = {
@@ -532,7 +449,7 @@ def _load(
 
 
 def _question(case: Case, seed: int) -> dict[str, Any]:
-    question: dict[str, Any] = {"probe": case.probe, "expression": case.expression}
+    question = {"probe": case.probe, "expression": case.expression}
     if case.probe != "count":
         question["seed"] = seed
     if case.probe == "observe":
@@ -541,33 +458,24 @@ def _question(case: Case, seed: int) -> dict[str, Any]:
 
 
 def _arranged(
-    worker: Worker,
-    question: dict[str, Any],
-    answer: dict[str, Any],
-    theirs: dict[str, Any],
-    host: Host,
-    deadline: float,
-) -> dict[str, Any]:
+    worker: Worker, question: dict[str, Any], answer: Seen, theirs: Seen, deadline: float
+) -> Seen:
     """The answer under the assignment of weights that gives the reference's numbers, if one does.
 
     Only where as many parameters and the right shapes leave nothing else to differ.
     """
     same = all(answer.get(key) == theirs[key] for key in ("parameters", "shapes"))
-    if not same or "eval" not in answer or agree(answer["eval"], theirs["eval"]):
+    whole = len(theirs["slots"]) > 60  # a net, of which the parts are the reference's own
+    if whole or not same or "eval" not in answer or agree(answer["eval"], theirs["eval"]):
         return answer
-    if len(theirs["slots"]) > 60:
-        return answer  # of a whole net the parts are the reference's own
-    slots = {"slots": theirs["slots"]}
-    asked = {k: v for k, v in question.items() if k != "careful"}
-    tried = worker.ask(
-        {**asked, **slots, "probe": "arrange"}, 4 * host.limits.case_seconds, deadline
-    )
-    wanted = sketch_of(theirs["eval"], SKETCH)
-    outputs_tried = tried.get("tried")
-    for number, outputs in enumerate(outputs_tried if isinstance(outputs_tried, list) else ()):
+    asked = {k: v for k, v in question.items() if k != "careful"} | {"slots": theirs["slots"]}
+    seconds = worker.limits.case_seconds
+    tried = worker.ask({**asked, "probe": "arrange"}, 4 * seconds, deadline).get("tried")
+    wanted = checks.sketch_of(theirs["eval"], SKETCH)
+    for number, outputs in enumerate(tried if isinstance(tried, list) else ()):
         if agree(outputs, wanted):
-            question = {**question, **slots, "arrangement": number}
-            return worker.ask(question, host.limits.case_seconds, deadline)
+            question = {**question, "slots": theirs["slots"], "arrangement": number}
+            return worker.ask(question, seconds, deadline)
     return answer
 
 
@@ -576,43 +484,27 @@ def grafts(exercise: Exercise, text: str) -> dict[str, Any]:
     parts, to replace the submission's; and what the submission lacks. Compiled, so that no worker
     has the source of a solution, and only what this exercise's code and cases can reach.
     """
-    reference = _reference(exercise.lesson)
+    imports, texts, codes = _reference(exercise.lesson)
     own = {part.split(".")[0] for part in exercise.parts}
-    exercised = {
-        part
-        for e in exercises(exercise.lesson).values()
-        if e.number != exercise.number
-        for part in e.parts
-    }
-    needed = _reach(exercise, text, reference)
-    replaced = {
-        name: code
-        for name, code in reference.code.items()
-        if name in exercised and name.split(".")[0] in needed | own and name not in own
-        and name not in exercise.parts
-    }  # fmt: skip
-    lacking = {
-        name: code
-        for name, code in reference.code.items()
-        if name in needed - own and "." not in name
-    }
-    return {"imports": reference.imports, "replace": replaced, "lacking": lacking}
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """A lesson in pieces: what each name is bound to, as text and compiled."""
-
-    imports: str
-    text: dict[str, str]
-    code: dict[str, str]
+    others = [e for e in exercises(exercise.lesson).values() if e.number != exercise.number]
+    exercised = {part for e in others for part in e.parts} - own - {*exercise.parts}
+    needed = _reach(exercise, own, text, texts)
+    replaced, lacking = {}, {}
+    for name, code in codes.items():
+        if name in exercised and name.split(".")[0] in needed | own:
+            replaced[name] = code
+        if name in needed - own:
+            lacking[name] = code
+    return {"imports": imports, "replace": replaced, "lacking": lacking}
 
 
 @cache
-def _reference(lesson: str) -> _Reference:
+def _reference(lesson: str) -> tuple[str, dict[str, str], dict[str, str]]:
+    """A lesson's imports; what each name is bound to, as text; the same compiled, and with it the
+    methods that are an exercise, each in a class that has nothing else.
+    """
     tree = ast.parse(lesson_path(lesson).read_text(encoding="utf-8"))
-    parts = {part for e in exercises(lesson).values() for part in e.parts}
-    imports, text, code = [], {}, {}
+    imports, texts, codes = [], {}, {}
     for node in tree.body:
         names = []
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -623,16 +515,14 @@ def _reference(lesson: str) -> _Reference:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = [t.id for t in targets if isinstance(t, ast.Name)]
         for name in names:
-            text[name], code[name] = ast.unparse(node), _pack(node)
-        if isinstance(node, ast.ClassDef):
-            for part in parts:
-                owner, _, method = part.partition(".")
-                if owner == node.name and method:
-                    (function,) = functions_of(tree, part)
-                    alone = ast.ClassDef(owner, [], [], [function], [])
-                    alone.type_params = []
-                    code[part] = _pack(ast.fix_missing_locations(alone))
-    return _Reference("\n".join(imports), text, code)
+            texts[name], codes[name] = ast.unparse(node), _pack(node)
+    for part in {part for e in exercises(lesson).values() for part in e.parts}:
+        owner, _, method = part.partition(".")
+        if method:
+            (alone,) = ast.parse(f"class {owner}: ...").body
+            alone.body = functions_of(tree, part)
+            codes[part] = _pack(alone)
+    return "\n".join(imports), texts, codes
 
 
 def _pack(node: ast.stmt) -> str:
@@ -646,60 +536,37 @@ def _pack(node: ast.stmt) -> str:
 _WORD = re.compile(r"[^\W\d]\w*")
 
 
-def _reach(exercise: Exercise, text: str, reference: _Reference) -> set[str]:
-    """Names of the reference that the exercise's code, its cases or anything of the submission's
-    own making may use, directly or not. By words: a submission is not parsed here.
+def _reach(exercise: Exercise, own: set[str], text: str, known: dict[str, str]) -> set[str]:
+    """Names of the reference (`known`) that the exercise's own code, its cases or anything of the
+    submission's own making may use, directly or not. By words: a submission is not parsed here.
     """
-    own = {part.split(".")[0] for part in exercise.parts}
-    cases = exercise.cases + exercise.unseen
-    words = set(_WORD.findall(" ".join([exercise.setup, *(case.expression for case in cases)])))
+    tried = [case.expression for case in exercise.cases + exercise.unseen]
+    used = [exercise.setup, *tried, *(known.get(name, "") for name in own)]
     for block in re.split(r"^(?=[^\s#)\]}])", text, flags=re.MULTILINE):
         match = re.match(r"(?:class|def)\s+(\w+)", block)
-        if match and (match[1] in own or match[1] not in reference.text):
-            words |= set(_WORD.findall(block))
-    words |= {word for name in own for word in _WORD.findall(reference.text.get(name, ""))}
+        if match and (match[1] in own or match[1] not in known):
+            used.append(block)
     reached: set[str] = set()
-    queue = [word for word in words if word in reference.text]
-    while queue:
-        name = queue.pop()
-        if name not in reached:
-            reached.add(name)
-            if name not in own:
-                found = _WORD.findall(reference.text[name])
-                queue += [word for word in found if word in reference.text]
+    while used:
+        new = {word for piece in used for word in _WORD.findall(piece)} & known.keys() - reached
+        reached |= new
+        used = [known[name] for name in new - own]
     return reached
 
 
-def preload_modules(lessons: Iterable[str]) -> tuple[str, ...]:
-    """What these lessons import, for the host to import once. Not the lessons themselves."""
-    # The first step of any optimizer imports torch._dynamo, which takes more than a second.
-    names = dict.fromkeys(["torch", "torch._dynamo", "numpy", "common.grading.probes"])
-    for lesson in lessons:
-        for node in ast.parse(lesson_path(lesson).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Import):
-                names.update({alias.name: None for alias in node.names})
-            elif isinstance(node, ast.ImportFrom) and node.module and node.module != "common":
-                names[node.module] = None
-            elif isinstance(node, ast.ImportFrom) and node.module == "common":
-                names.update({f"common.{alias.name}": None for alias in node.names})
-    return tuple(names)
-
-
 def _all_lost(exercise: Exercise, message: str) -> list[Result]:
-    return [_result(exercise, row, message) for row in _rows(exercise)]
+    return [_result(row, message) for row in _rows(exercise)]
 
 
 def _rows(exercise: Exercise) -> list[Worth]:
     return [row for row in worth((exercise.lesson,)) if row.exercise == exercise.number]
 
 
-def _result(
-    exercise: Exercise, row: Worth, message: str, seconds: float = 0.0, share: float = 0.0
-) -> Result:
+def _result(row: Worth, message: str, seconds: float = 0.0, share: float = 0.0) -> Result:
     return Result(
         exercise=row.exercise,
         check=row.check,
-        title=exercise.title,
+        title=exercises(row.lesson)[row.exercise].title,
         score=round(share * row.points, 2) if message else row.points,
         max_score=row.points,
         visibility=row.visibility,
@@ -715,5 +582,4 @@ def _clean(text: object) -> str:
 
 def not_run(row: Worth, why: str = "the grader was stopped before, or told to skip it") -> Result:
     """The result of a line of the table that nothing was found out about."""
-    exercise = exercises(row.lesson)[row.exercise]
-    return _result(exercise, row, f"not marked: {why}")
+    return _result(row, f"not marked: {why}")

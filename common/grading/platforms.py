@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.grading.exercises import exercises, lesson_of
 
-OfExercise = TypeVar("OfExercise")  # what has a field `exercise`: a Result, a Grade
+Row = TypeVar("Row")  # a Result or a Grade
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from common.grade import Grade
     from common.grading.marking import Result
 
 
-def by_exercise(results: Iterable[OfExercise]) -> dict[str, list[OfExercise]]:
-    """By the number of their exercise, in the order in which the numbers come."""
-    groups: dict[str, list[OfExercise]] = {}
-    for r in results:
-        groups.setdefault(r.exercise, []).append(r)
+def grouped(rows: Iterable[Row], field: str) -> dict[str, list[Row]]:
+    """By the value of that field, in the order in which the values come."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(getattr(row, field), []).append(row)
     return groups
+
+
+def points_of(rows: Sequence[Result | Grade]) -> tuple[float, float]:
+    """Those that were got, and all there are."""
+    return sum(row.score for row in rows), sum(row.max_score for row in rows)
 
 
 def gradescope(results: list[Result], seconds: float) -> dict[str, Any]:
     """`results.json` in Gradescope's form. Each test speaks for itself alone: nothing visible tells
     how a hidden one went, only of what kind its cases are.
     """
-    hints: dict[tuple[str, str], str] = {}
-    for number, group in by_exercise(results).items():
-        last = [r for r in group if r.visibility == "visible"][-1:]
-        kind = exercises(lesson_of(number))[number].kind
-        hints |= {(r.exercise, r.check): f"\nThe hidden cases: {kind}." for r in last}
+    last_visible = {r.exercise: r for r in results if r.visibility == "visible"}
+
+    def hint(r: Result) -> str:
+        kind = exercises(lesson_of(r.exercise))[r.exercise].kind
+        return f"\nThe hidden cases: {kind}." if last_visible.get(r.exercise) is r else ""
+
     return {
         "execution_time": round(seconds, 3),
         "stdout_visibility": "hidden",
@@ -44,7 +50,7 @@ def gradescope(results: list[Result], seconds: float) -> dict[str, Any]:
                 "score": r.score,
                 "max_score": r.max_score,
                 "status": "passed" if r.passed else "failed",
-                "output": (r.message or "passed") + hints.get((r.exercise, r.check), ""),
+                "output": (r.message or "passed") + hint(r),
                 "visibility": r.visibility,
             }
             for r in results
@@ -58,26 +64,20 @@ def classroom50(
     """`result.json` of Classroom 50, which follows GitHub Classroom: schema classroom50/result/v1.
 
     It knows whole points only, so a test is an exercise, and parts of a point are cut off. All of
-    it is public to the student, so of hidden checks no message is in it.
-
-    Args:
-        environment: what its runner says of the submission.
+    it is public to the student, so of hidden checks no message is in it. `environment` is what its
+    runner says of the submission.
     """
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     tests = []
-    for number, group in by_exercise(results).items():
-        shown = dict.fromkeys(
-            f"{r.check}: {r.message}"
-            for r in group
-            if r.message and not r.passed and r.visibility == "visible"
-        )
+    for number, group in grouped(results, "exercise").items():
+        got, most = points_of(group)
+        failed = [r for r in group if not r.passed and r.visibility == "visible"]
         tests.append(
             {
                 "test-name": f"{number} {group[0].title}",
                 "passed": all(r.passed for r in group),
-                "score": int(sum(r.score for r in group) + 1e-9),
-                "max-score": round(sum(r.max_score for r in group)),
-                "output": "\n".join(shown),
+                "score": int(got + 1e-9),
+                "max-score": round(most),
+                "output": "\n".join(f"{r.check}: {r.message}" for r in failed),
             }
         )
     commit = environment.get("COMMIT_URL", "")
@@ -91,7 +91,7 @@ def classroom50(
         "commit": commit,
         "release": environment.get("RELEASE_URL", ""),
         "review": environment.get("REVIEW_URL") or commit,
-        "datetime": now,
+        "datetime": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "score": sum(test["score"] for test in tests),
         "max-score": sum(test["max-score"] for test in tests),
         "tests": tests,
@@ -100,10 +100,10 @@ def classroom50(
 
 def prairielearn(results: list[Result], seconds: float) -> dict[str, Any]:
     """`results.json` of PrairieLearn's external grading. A hidden check has points, no message."""
-    got, most = sum(r.score for r in results), sum(r.max_score for r in results)
+    got, most = points_of(results)
     return {
         "gradable": True,
-        "score": got / most if most else 0.0,
+        "score": got / most,
         "message": f"{got:g} of {most:g} points in {seconds:.0f} s",
         "tests": [
             {
@@ -118,7 +118,5 @@ def prairielearn(results: list[Result], seconds: float) -> dict[str, Any]:
 
 
 PLATFORMS: dict[str, Callable[[list[Result], float], dict[str, Any]]] = {
-    "gradescope": gradescope,
-    "classroom50": classroom50,
-    "prairielearn": prairielearn,
+    form.__name__: form for form in (gradescope, classroom50, prairielearn)
 }

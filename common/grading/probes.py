@@ -11,6 +11,7 @@ import ast
 import base64
 import contextlib
 import importlib
+import itertools
 import json
 import linecache
 import re
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from common.grading import loading, mutants, weights
 from common.grading.loading import Seal, Trouble
 from common.grading.mutants import Noise
-from common.grading.weights import NORMS, Arrangement, Unit
+from common.grading.weights import NORMS
 
 if TYPE_CHECKING:
     import socket
@@ -39,22 +40,12 @@ NAMING_SECONDS = 5.0  # of computing, for all known mistakes in one case
 SKETCH = 256  # of these, what is enough to tell one variant from another
 
 
-# --------------------------------------------------------------------------- questions and answers
-
-
 def answer_questions(connection: socket.socket) -> None:
     """One JSON line for each that comes, until the other end closes."""
     torch.set_num_threads(1)
-    submission = Submission()
-    probes: dict[str, Callable[..., dict]] = {
-        "load": submission.load,
-        "count": submission.count,
-        "observe": submission.observe,
-        "arrange": submission.arrange,
-        "mistakes": submission.mistakes,
-        "evaluate": submission.evaluate,
-    }
-    dumps = json.dumps
+    submission, dumps = Submission(), json.dumps
+    names = ("load", "count", "observe", "arrange", "mistakes", "evaluate")
+    probes = {name: getattr(submission, name) for name in names}
     for line in connection.makefile("r", encoding="utf-8"):
         question = json.loads(line)
         number, probe = question.pop("number"), probes[question.pop("probe")]
@@ -72,14 +63,15 @@ def answer_questions(connection: socket.socket) -> None:
 
 def plain(value: object, most: int = SAMPLE) -> Any:
     """`value` as JSON data. A tensor becomes its type, shape and bytes; of a large one a regular
-    sample.
+    sample, of which a sketch is a sample again.
     """
     if isinstance(value, Tensor):
-        shape, flat = list(value.shape), value.detach().cpu().flatten()
-        flat = _thin(flat, SAMPLE).to(torch.float64 if value.is_floating_point() else torch.int64)
-        flat = _thin(flat, most)
-        data = base64.b64encode(flat.numpy().tobytes()).decode()
-        return {"$tensor": [str(flat.numpy().dtype), shape, data]}
+        flat = value.detach().cpu().flatten()
+        for limit in (SAMPLE, most):
+            flat = flat[:: -(-len(flat) // limit) or 1]
+        numbers = flat.to(torch.float64 if value.is_floating_point() else torch.int64).numpy()
+        data = base64.b64encode(numbers.tobytes()).decode()
+        return {"$tensor": [str(numbers.dtype), list(value.shape), data]}
     if isinstance(value, dict):
         return {str(k): plain(v, most) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -87,15 +79,10 @@ def plain(value: object, most: int = SAMPLE) -> Any:
         return [plain(v, most) for v in (sorted(value, key=repr) if unordered else value)]
     if isinstance(value, np.generic):
         return value.item()
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, (bool, int, float, str)):  # a subclass may print as it likes
-        return next(kind for kind in (bool, int, float, str) if isinstance(value, kind))(value)
-    return f"<{type(value).__name__}>"
-
-
-def _thin(flat: Tensor, most: int) -> Tensor:
-    return flat[:: -(-flat.numel() // most) or 1]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)  # a subclass may print as it likes
+    return None if value is None else f"<{type(value).__name__}>"
 
 
 class Submission:
@@ -119,11 +106,9 @@ class Submission:
         """Run the file, with everything that is not this exercise's replaced by the reference's.
 
         Args:
-            filename: what to call the file in messages.
-            source: its bytes in base64.
-            parts: the exercise's classes, functions and `Class.method`s; they must be there.
-            grafts: of the reference, never with the exercise's own parts: "imports", "replace" and
-                "lacking", the latter two name -> compiled code.
+            source: the file's bytes in base64.
+            parts: what must be there.
+            grafts: of the reference, never with the exercise's own parts: see `marking.grafts`.
             setup: helpers of the manifest's cases.
             reference: the module that the exercise is taken from, and the submission may not.
             exercise: its number.
@@ -156,8 +141,7 @@ class Submission:
         return {}
 
     def count(self, expression: str) -> dict:
-        """Build the module that `expression` gives on the meta device, where weights cost nothing,
-        and list it.
+        """Build the module of `expression` on the meta device, where it costs nothing, and list it.
 
         No forward pass: the first tensor computed on meta makes torch import its compiler, 160 MB
         and two seconds.
@@ -165,7 +149,7 @@ class Submission:
         with torch.device("meta"):
             module = self._module(expression)
         layers = [[name, what(layer)] for layer, name in weights.layers_of(module).items()]
-        return {"parameters": _count(module), "layers": layers}
+        return {"parameters": sum(p.numel() for p in module.parameters()), "layers": layers}
 
     def observe(
         self,
@@ -177,8 +161,7 @@ class Submission:
         arrangement: int = 0,
         careful: bool = False,
     ) -> dict:
-        """Build the module that `expression` gives and watch it work on random inputs of the given
-        shapes.
+        """Build the module of `expression` and watch it work on random inputs of these shapes.
 
         Args:
             careful: look also whether these numbers use every activation on both of its sides.
@@ -189,16 +172,19 @@ class Submission:
         initial = [_initial(layer) for layer in weights.layers_of(module)]
         units, error = weights.units_of(module, forward)
         seen: dict[str, Any] = {
-            "parameters": _count(module),
+            "parameters": sum(p.numel() for p in module.parameters()),
             "layers": [[unit.name, what(unit.layer)] for unit in units],
             "initial": initial,
             "slots": [unit.slot() for unit in units],
         }
         if error is not None:
             return {**seen, "forward_error": self.describe(error)}
-        filler = partial(weights.fill, units, seed)
+        sources = weights.by_rule(units)
         if slots is not None:
-            filler = partial(self._arrangement(units, slots, arrangement).fill, seed)
+            chosen = itertools.islice(weights.arrangements(units, slots), arrangement, None)
+            if (sources := next(chosen, None)) is None:
+                raise Trouble("the submission's layers change from one look to the next")
+        filler = partial(weights.fill, sources, seed)
         try:
             seen["shapes"] = [list(y.shape) for y in forward()]
             seen.update(self._watch(module, filler, forward, seed))
@@ -221,50 +207,38 @@ class Submission:
             return {"tried": []}
         module.eval()
         tried = []
-        for one in weights.arrangements(units, slots):
-            one.fill(seed)
+        for sources in weights.arrangements(units, slots):
+            weights.fill(sources, seed)
             tried.append(plain(forward(), SKETCH))
         return {"tried": tried}
-
-    def _arrangement(self, units: list[Unit], slots: list, number: int) -> Arrangement:
-        for i, one in enumerate(weights.arrangements(units, slots)):
-            if i == number:
-                return one
-        raise Trouble("the submission's layers change from one look to the next")
 
     def mistakes(self, expression: str, inputs: list[list[int]], as_list: bool, seed: int) -> dict:
         """What comes out of this module, the reference, with one mistake or the other in it."""
         module, forward = self._build(expression, inputs, as_list, seed)
         units, _ = weights.units_of(module, forward)
         module.eval()
-        weights.fill(units, seed)
-        calls, right = mutants.record(forward)
+        weights.fill(weights.by_rule(units), seed)
+        with mutants.Watch() as watch:
+            right = forward()
         state = {k: v.clone() for k, v in module.state_dict().items()}
-
-        def in_train(changes: dict) -> list[Tensor] | None:
-            module.train()
-            with Noise(seed):
-                result = mutants.run(forward, changes)
-            module.load_state_dict(state)
-            module.eval()
-            return result
-
-        found = [
-            [text, plain(ys, SKETCH), None]
-            for text, ys in mutants.at_the_end(right, self.last_inputs)
-        ]
+        ends = mutants.at_the_end(right, self.last_inputs)
+        found = [[text, plain(ys, SKETCH), None] for text, ys in ends]
         started = time.process_time()
         # The commonest first: on a large net there isn't the time for all.
-        likely = ("missing", "left out", "in place of every", "every")
+        likely = ("missing", "left out", "every")
         candidates = sorted(
-            mutants.mistakes(calls), key=lambda m: not any(word in m[0] for word in likely)
+            mutants.mistakes(watch.calls), key=lambda m: not any(word in m[0] for word in likely)
         )
         for text, changes in candidates:
             if time.process_time() - started > NAMING_SECONDS:
                 break
             evaluated = right if "dropout" in text else mutants.run(forward, changes)
             if evaluated is not None:
-                trained = in_train(changes)
+                module.train()
+                with Noise(seed):
+                    trained = mutants.run(forward, changes)
+                module.load_state_dict(state)
+                module.eval()
                 found.append([text, plain(evaluated, SKETCH), plain(trained, SKETCH)])
         return {"mistakes": found}
 
@@ -296,13 +270,7 @@ class Submission:
             raise Trouble(f"gives {_a(module)}, where an nn.Module is expected")
         return module
 
-    def _watch(
-        self,
-        module: nn.Module,
-        filler: Callable[..., None],
-        forward: Callable[..., list[Tensor]],
-        seed: int,
-    ) -> dict:
+    def _watch(self, module: nn.Module, filler: Callable, forward: Callable, seed: int) -> dict:
         seen: dict[str, Any] = {}
         filler()
         module.eval()
@@ -311,9 +279,8 @@ class Submission:
             in_eval = forward()
         seen["eval"] = plain(in_eval)
         seen["eval_repeats"] = not noise.drawn and _equal(in_eval, forward())
-        seen["eval_changes"] = [
-            k for k, v in module.state_dict().items() if not torch.equal(v, before[k])
-        ]
+        state = module.state_dict()
+        seen["eval_changes"] = [k for k, v in state.items() if not torch.equal(v, before[k])]
 
         ys = forward(grad=True)
         generator = torch.Generator().manual_seed(seed + 1)
@@ -328,19 +295,18 @@ class Submission:
         seen["input_gradient"] = plain([t.grad for t in self.last_inputs])
 
         module.train()
-        for name, flip in (("train", False), ("train_flipped", True)):
-            module.load_state_dict(before)
-            with Noise(seed, flip) as noise:
-                result = forward()
-            seen[name] = plain(result)
-            if not flip:
-                in_train, drawn = result, bool(noise.drawn)
-                state = module.state_dict()
-                seen["train_changes"] = sum(not torch.equal(v, before[k]) for k, v in state.items())
-                if not drawn:
-                    break
+        module.load_state_dict(before)
+        with Noise(seed) as noise:
+            in_train = forward()
+        seen["train"] = plain(in_train)
+        state = module.state_dict()
+        seen["train_changes"] = sum(not torch.equal(v, before[k]) for k, v in state.items())
         seen["train_is_eval"] = _equal(in_train, in_eval)
-        seen["train_repeats"] = not drawn and _equal(in_train, forward())
+        seen["train_repeats"] = not noise.drawn and _equal(in_train, forward())
+        if noise.drawn:
+            module.load_state_dict(before)
+            with Noise(seed, flip=True):
+                seen["train_flipped"] = plain(forward())
 
         module.eval()
         filler(zero=True)
@@ -362,10 +328,9 @@ class Submission:
         if isinstance(error, SyntaxError) and error.filename == self.filename:
             text = (error.text or "").strip()[:120]
             return f"syntax error in line {error.lineno}: {error.msg}: {text}"
-        where = ""
-        for frame in traceback.extract_tb(error.__traceback__):
-            if frame.filename == self.filename:
-                where = f" (line {frame.lineno}: {(frame.line or '').strip()[:120]})"
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == self.filename][-1:]
+        where = "".join(f" (line {x.lineno}: {(x.line or '').strip()[:120]})" for x in own)
         try:
             text = " ".join(str(error).split())[:300]
         except Exception:  # an exception whose own __str__ fails
@@ -379,21 +344,15 @@ class Submission:
         return f"{type(error).__name__}: {text}{where}"
 
 
-# ----------------------------------------------------------------------------------------- watching
-
-
 def outputs(result: object) -> list[Tensor]:
     """All tensors of what `forward` returned: one, or those of a tuple, list or dict."""
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, dict):
         result = list(result.values())
-    if (
-        isinstance(result, (list, tuple))
-        and result
-        and all(r is None or isinstance(r, Tensor) for r in result)
-    ):
-        return [r for r in result if r is not None]
+    parts = result if isinstance(result, (list, tuple)) else ()
+    if parts and all(part is None or isinstance(part, Tensor) for part in parts):
+        return [part for part in parts if part is not None]
     raise Trouble(f"forward gives {_a(result)}, where a tensor is expected")
 
 
@@ -402,78 +361,57 @@ def _a(value: object) -> str:
 
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b))
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def _initial(layer: nn.Module) -> list[Any]:
     """A layer in words, its size, and of weight and bias: how many numbers, mean, spread."""
-    numbers, sizes = [], []
-    for role in ("weight", "bias"):
-        p = layer._parameters.get(role)
-        if p is not None:
-            p = p.detach().double()
-            sizes.append(f"{len(p)}x{p.numel() // max(1, len(p))}")
-            numbers.append([p.numel(), float(p.mean()), float(p.std(correction=0))])
-    return [what(layer), " ".join(sizes), numbers]
+    roles = (layer._parameters.get(role) for role in ("weight", "bias"))
+    held = [p.detach().double() for p in roles if p is not None]
+    sizes = " ".join(f"{len(p)}x{p.numel() // max(1, len(p))}" for p in held)
+    numbers = [[p.numel(), float(p.mean()), float(p.std(correction=0))] for p in held]
+    return [what(layer), sizes, numbers]
 
 
 def what(layer: nn.Module) -> str:
-    """A layer in words, the same words for a 1x1 convolution and the linear layer that computes the
-    same.
-    """
-    bias = "" if getattr(layer, "bias", None) is None else ", bias"
+    """A layer in words; a 1x1 convolution has those of the linear layer that does the same."""
+    bias = ", no bias" if getattr(layer, "bias", None) is None else ", bias"
     if isinstance(layer, nn.Linear):
-        channels = f"{layer.in_features} -> {layer.out_features}"
-        return f"1x1 convolution or linear {channels}{bias or ', no bias'}"
+        return f"1x1 convolution or linear {layer.in_features} -> {layer.out_features}{bias}"
     if isinstance(layer, nn.Conv2d):
-        kernel, channels = layer.kernel_size, f"{layer.in_channels} -> {layer.out_channels}"
-        if (
-            kernel == (1, 1)
-            and layer.stride == (1, 1)
-            and layer.groups == 1
-            and not _padding(layer)
-        ):
-            return f"1x1 convolution or linear {channels}{bias or ', no bias'}"
-        details = [
-            f", {word} {value}"
-            for word, value, usual in (
-                ("stride", layer.stride, (1, 1)),
-                ("padding", _padding(layer), 0),
-                ("padding mode", layer.padding_mode, "zeros"),
-                ("dilation", layer.dilation, (1, 1)),
-                ("groups", layer.groups, 1),
-            )
-            if value != usual and not (word == "padding mode" and not _padding(layer))
-        ]
-        text = (
-            f"{kernel[0]}x{kernel[1]} convolution {channels}{''.join(details)}{bias or ', no bias'}"
+        (height, width), padding = layer.kernel_size, _padding(layer)
+        channels = f"{layer.in_channels} -> {layer.out_channels}"
+        if (height, width, layer.stride, layer.groups, padding) == (1, 1, (1, 1), 1, 0):
+            return f"1x1 convolution or linear {channels}{bias}"
+        details = _unusual(
+            ("stride", layer.stride, (1, 1)),
+            ("padding", padding, 0),
+            ("padding mode", layer.padding_mode if padding else "zeros", "zeros"),
+            ("dilation", layer.dilation, (1, 1)),
+            ("groups", layer.groups, 1),
         )
+        text = f"{height}x{width} convolution {channels}{details}{bias}"
         return re.sub(r"\((\d+), \1\)", r"\1", text)
     if isinstance(layer, NORMS):
         size = getattr(layer, "num_features", None) or getattr(layer, "normalized_shape", "")
-        details = [
-            f", {word} {value}"
-            for word, value, usual in (
-                ("eps", f"{layer.eps:g}", "1e-05"),
-                ("momentum", getattr(layer, "momentum", 0.1), 0.1),
-                ("running statistics", getattr(layer, "track_running_stats", True), True),
-            )
-            if value != usual
-        ]
         affine = "" if layer._parameters.get("weight") is not None else ", no weight and bias"
-        return f"{type(layer).__name__} {size}{affine}{''.join(details)}"
+        details = _unusual(
+            ("eps", f"{layer.eps:g}", "1e-05"),
+            ("momentum", getattr(layer, "momentum", 0.1), 0.1),
+            ("running statistics", getattr(layer, "track_running_stats", True), True),
+        )
+        return f"{type(layer).__name__} {size}{affine}{details}"
     shapes = [tuple(p.shape) for p in layer._parameters.values() if p is not None]
     return f"{type(layer).__name__} with {shapes}"
 
 
+def _unusual(*rows: tuple[str, object, object]) -> str:
+    """What is not as usual, of rows of word, value and usual value."""
+    return "".join(f", {word} {value}" for word, value, usual in rows if value != usual)
+
+
 def _padding(layer: nn.Conv2d) -> tuple[int, ...] | int:
     padding = layer.padding
-    if padding == "valid":
-        padding = (0, 0)
     if padding == "same":
         padding = tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size))
-    return 0 if padding == (0, 0) else padding
+    return 0 if padding in ("valid", (0, 0)) else padding

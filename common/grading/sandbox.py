@@ -6,17 +6,10 @@ imports torch once and forks, because importing torch takes seconds and forking 
 Each **worker** is such a fork: a session and process group of its own, with limits, an empty
 folder, no way to reach the host's connection and, where the grader runs as root, an unprivileged
 user of its own and no network. It answers questions until the parent kills it, with everything it
-has started.
+has started. What this stops, and what it does not, is in docs/GRADING.md.
 
-What this stops: endless loops, crashes, exits, floods of output, memory, processes and threads,
-writing over the grader's files. What it does not stop: code that reads what its user may read, and
-code that uses a hole in the kernel. Without root the worker is the same user as the grader and
-could kill it. For people whom you do not know, run the whole grader in a container
-(docs/GRADING.md).
-
-It needs fork, sessions and resource limits: Linux or macOS. On Linux the host imports torch before
-it forks; on macOS, where a fork after Apple's frameworks have started is unsafe, each worker
-imports it for itself.
+On Linux the host imports torch before it forks; on macOS, where a fork after Apple's frameworks
+have started is unsafe, each worker imports it for itself.
 """
 
 from __future__ import annotations
@@ -36,7 +29,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,11 +69,7 @@ class Limits:
 
 
 class WorkerLost(Exception):
-    """The worker can't answer any more. `kind` is for programs, the message for people."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+    """The worker died or was stopped, so it can't answer any more."""
 
 
 class SandboxUnavailable(RuntimeError):
@@ -98,41 +89,37 @@ def require_platform() -> None:
 
 
 class Host:
-    """The parent's end of one host process, which runs one worker at a time. Use as a context
-    manager.
-
-    Args:
-        preload: modules that the host imports before it forks, so that no worker pays for them.
-        limits: what each worker may take.
+    """The parent's end of one host process, which runs one worker at a time. It runs the imports
+    `preload` before it forks, so that no worker pays for them.
     """
 
-    def __init__(self, preload: tuple[str, ...] = (), limits: Limits = Limits()) -> None:
+    process: subprocess.Popen[bytes] | None = None
+    control: socket.socket
+    home: Path  # holds the workers' course and the folder of each worker
+    # Whether workers run as a user of their own, and whether they may open only what they need:
+    # known after the first.
+    own_user: bool | None = None
+    confined: bool | None = None
+
+    def __init__(self, preload: Sequence[str], limits: Limits) -> None:
         require_platform()
         self.limits = limits
         self.preload = preload if LINUX else ()
-        # Whether workers run as a user of their own, and whether they may open only what they need:
-        # known after the first.
-        self.own_user: bool | None = None
-        self.confined: bool | None = None
-        self.home: Path | None = None  # holds the workers' course and the folder of each worker
-        self.process: subprocess.Popen[bytes] | None = None
-        self.control: socket.socket | None = None
-
-    def __enter__(self) -> Host:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        self.cleanup = contextlib.ExitStack()
 
     def start(self) -> None:
         """Start the host process, unless it runs."""
         if self.process is not None and self.process.poll() is None:
             return
         self.close()
-        ours, theirs = socket.socketpair()
         self.home = Path(tempfile.mkdtemp(prefix="grader-"))
-        environment = {k: v for k, v in os.environ.items() if k in _KEPT_VARIABLES}
-        environment.update(PYTHONDONTWRITEBYTECODE="1", **_ONE_THREAD)
+        self.cleanup.callback(shutil.rmtree, self.home, ignore_errors=True)
+        self.control, theirs = socket.socketpair()
+        kept = "PATH LANG LC_ALL LD_LIBRARY_PATH DYLD_LIBRARY_PATH TMPDIR VIRTUAL_ENV".split()
+        environment = {k: v for k, v in os.environ.items() if k in kept}
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
+        for library in ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM", "NUMEXPR"):
+            environment[f"{library}_NUM_THREADS"] = "1"
         self.process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, str(theirs.fileno()), *self.preload],
             cwd=self.home,
@@ -142,70 +129,51 @@ class Host:
             start_new_session=True,
         )
         theirs.close()
-        self.control = ours
+        for undo in (self.process.wait, self.process.kill, self.control.close):  # the last first
+            self.cleanup.callback(undo)
         self.home.chmod(0o755)
         copy_course(self.home / "course")
-        ours.sendall(b"!")
+        self.control.sendall(b"!")
 
     def fork(self) -> tuple[int, socket.socket, int, Path]:
-        """A new worker: its process id, the socket to question it, the pipe with its output, its
-        folder.
+        """A new worker: its process id, the socket to question it, what it prints, its folder.
 
-        Raises: SandboxUnavailable, if it can't be had twice in a row: that is never a submission's
-            fault.
+        Raises: SandboxUnavailable, if it can't be had twice in a row: never a submission's fault.
         """
         for _ in range(2):
             self.start()
             folder = Path(tempfile.mkdtemp(prefix="submission-", dir=self.home))
             questions, theirs = socket.socketpair()
             output, their_output = os.pipe()
-            if LINUX:
-                with contextlib.suppress(OSError):  # a large one, so that a flood runs off fast
-                    fcntl.fcntl(output, 1031, 1 << 20)  # F_SETPIPE_SZ
-            try:
-                request = json.dumps({"folder": str(folder), "limits": asdict(self.limits)})
-                fds = [theirs.fileno(), their_output]
-                socket.send_fds(self.control, [request.encode() + b"\n"], fds)
-                answer = _read_line(self.control)
-            except OSError:
-                answer = b""
-            finally:
-                theirs.close()
-                os.close(their_output)
-            if answer:
-                worker = json.loads(answer)
+            request = {"folder": str(folder), "limits": asdict(self.limits)}
+            worker = self.request(request, [theirs.fileno(), their_output])
+            theirs.close()
+            os.close(their_output)
+            if worker:
                 self.own_user, self.confined = worker["own_user"], worker["confined"]
                 return worker["pid"], questions, output, folder
             questions.close()
             os.close(output)
-            shutil.rmtree(folder, ignore_errors=True)
-            self.close()
         raise SandboxUnavailable(
             "the grader's helper process can't start a worker; its own error is above"
         )
 
-    def reap(self, pid: int) -> int | None:
-        """Wait for a killed worker and clear away whatever it left running. Its exit status, None
-        if unknown.
-        """
+    def request(self, request: dict[str, Any], fds: list[int] | None = None) -> dict[str, Any]:
+        """What the host answers. {} if it is gone: then the next worker gets a new one."""
+        message = json.dumps(request).encode()
         try:
-            self.control.sendall(json.dumps({"reap": pid}).encode() + b"\n")
-            return json.loads(_read_line(self.control))["status"]
+            if fds:
+                socket.send_fds(self.control, [message], fds)
+            else:
+                self.control.sendall(message)
+            with self.control.makefile("rb") as answer:
+                return json.loads(answer.readline())
         except (OSError, ValueError):
-            self.close()  # the host is gone too: the next worker gets a new one
-            return None
+            self.close()
+            return {}
 
     def close(self) -> None:
-        if self.control is not None:
-            self.control.close()
-            self.control = None
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-        if self.home is not None:
-            shutil.rmtree(self.home, ignore_errors=True)
-            self.home = None
+        self.cleanup.close()
 
 
 # The host waits for its copy of the course, and clears away if the parent was killed meanwhile.
@@ -224,16 +192,14 @@ os._exit(0)
 
 
 def copy_course(to: Path) -> None:
-    """What workers need of the course, without its solutions.
-
-    `common/` and the lessons, with every exercise's body taken out; of the grader only what runs in
-    a worker. No compiled file of a source that was changed, and no git objects.
+    """What workers need of the course: `common/` and the lessons, without the exercises' bodies and
+    what is compiled of them; of the grader only what runs in a worker.
     """
     from common.grading.exercises import exercises, lesson_path, manifests
     from common.grading.holes import take_out
 
-    of_grader = {"__init__.py", "confinement.py", "loading.py", "mutants.py", "probes.py"}
-    of_grader |= {"sandbox.py", "weights.py"}
+    modules = "__init__ confinement loading mutants probes sandbox weights".split()
+    of_grader = {f"{name}.py" for name in modules}
     changed = {lesson_path(lesson).stem for lesson in manifests()}
 
     def left_out(folder: str, names: list[str]) -> set[str]:
@@ -251,10 +217,8 @@ def copy_course(to: Path) -> None:
 
 
 class Worker:
-    """One worker and the questions to it. Use as a context manager; leaving it kills the worker.
-
-    Raises (all methods): WorkerLost, once and for all, when the worker died, lied about the
-    protocol or went over a limit.
+    """One worker and the questions to it. All methods raise WorkerLost, when the worker died, lied
+    about the protocol or went over a limit.
     """
 
     def __init__(self, host: Host) -> None:
@@ -265,38 +229,25 @@ class Worker:
         os.set_blocking(self.output, False)
         self.readers = [self.socket, self.output]
         self.printed = b""
-        self.lost: WorkerLost | None = None
         self.closed = False
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def ask(
         self, question: dict[str, Any], seconds: float, deadline: float = float("inf")
     ) -> dict[str, Any]:
-        """The worker's answer, plain JSON data: to be judged, never to be trusted.
-
-        Args:
-            seconds: of computing that the answer may take.
-            deadline: by `time.monotonic()`, when the answer must be there at the latest.
+        """The worker's answer, plain JSON data: to be judged, never to be trusted. It may take so
+        many seconds of computing, and must be there at the deadline, by `time.monotonic()`.
         """
-        if self.lost is not None:
-            raise self.lost
         # An answer must repeat this number: a submission can't lay out answers before it is asked.
         number = secrets.token_hex(8)
         self.allowed, self.computed_before = seconds, None
         self.deadline = min(deadline, time.monotonic() + seconds * self.limits.patience)
         try:
-            self._send(json.dumps({**question, "number": number}).encode() + b"\n")
-            answer = json.loads(self._receive())
+            answer = json.loads(self._exchange(json.dumps({**question, "number": number})))
             if not isinstance(answer, dict) or answer.pop("number", None) != number:
                 raise ValueError
             return answer
         except (ValueError, RecursionError):
-            self._lose("protocol", "the submission interfered with the grader's connection")
+            raise WorkerLost("the submission interfered with the grader's connection") from None
         except OSError:
             self._died()
 
@@ -305,60 +256,46 @@ class Worker:
         if self.closed:
             return
         self.closed = True
-        _kill_group(self.pid)
-        self.status = self.host.reap(self.pid)
+        for kill in (os.killpg, os.kill):  # it may not have become the leader of its group yet
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(self.pid, signal.SIGKILL)
+        # Minus the signal that ended it; None if the host is gone.
+        self.code: int | None = self.host.request({"reap": self.pid}).get("code")
         with contextlib.suppress(OSError):
             self._drain()
         self.socket.close()
         os.close(self.output)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def text(self) -> str:
-        """The beginning of what the submission printed."""
-        return self.printed.decode("utf-8", "replace")
-
-    def _send(self, message: bytes) -> None:
-        while message:
-            self._wait(writing=True)
-            with contextlib.suppress(BlockingIOError):
-                message = message[self.socket.send(message) :]
-
-    def _receive(self) -> bytes:
-        received = bytearray()
-        while not received.endswith(b"\n"):
-            self._wait()
-            try:
-                part = self.socket.recv(1 << 20)
-            except BlockingIOError:
-                continue
-            if not part:
-                self._died()
-            received += part
-            if len(received) > self.limits.answer_mb << 20:
-                self._lose(
-                    "protocol", f"the submission answered with more than {self.limits.answer_mb} MB"
-                )
-        return bytes(received)
-
-    def _wait(self, writing: bool = False) -> None:
-        """Until the socket is ready. Reads the output meanwhile, and enforces every limit."""
+    def _exchange(self, question: str) -> bytearray:
+        """Send it, receive one line. Reads the output meanwhile, and enforces every limit."""
+        to_send, received = question.encode() + b"\n", bytearray()
         checked = time.monotonic()
-        while True:
-            writers = [self.socket] if writing else []
+        while not received.endswith(b"\n"):
+            writers = [self.socket] if to_send else []
             ready, writable, _ = select.select(self.readers, writers, [], POLL_SECONDS)
             now = time.monotonic()
             if self.output in ready:
                 self._drain()
             if now > self.deadline:
-                self._lose(
-                    "time",
-                    "stopped: it waits for something, or the time for the whole lesson is used up",
+                raise WorkerLost(
+                    "stopped: it waits for something, or the time for the whole lesson is used up"
                 )
             if now - checked > POLL_SECONDS:
                 checked = now
                 self._check_usage()
-            if self.socket in ready or writable:
-                return
+            with contextlib.suppress(BlockingIOError):
+                if writable:
+                    to_send = to_send[self.socket.send(to_send) :]
+                if self.socket in ready:
+                    part = self.socket.recv(1 << 20)
+                    if not part:
+                        self._died()
+                    received += part
+            if len(received) > self.limits.answer_mb << 20:
+                most = self.limits.answer_mb
+                raise WorkerLost(f"the submission answered with more than {most} MB")
+        return received
 
     def _drain(self) -> None:
         """Read what was printed, at most a little at a time; keep the beginning."""
@@ -366,137 +303,91 @@ class Worker:
             text = os.read(self.output, 1 << 20)
             if not text and self.output in self.readers:
                 self.readers.remove(self.output)  # closed at the other end
-            room = (self.limits.output_kb << 10) - len(self.printed)
-            self.printed += text[: max(0, room)]
+            self.printed = (self.printed + text)[: self.limits.output_kb << 10]
 
     def _check_usage(self) -> None:
-        usage = _usage(self.pid, self.host.process.pid)
-        if usage.ended:
+        limits = self.limits
+        memory, computed, tasks, ended = _usage(self.pid, self.host.process.pid)
+        if ended:
             self._died()
         if self.computed_before is None:
-            self.computed_before = usage.seconds
-        if usage.seconds - self.computed_before > self.allowed:
-            self._lose(
-                "time",
-                f"stopped after computing for {self.allowed:g} s: an endless loop, or far too slow",
+            self.computed_before = computed
+        if computed - self.computed_before > self.allowed:
+            raise WorkerLost(
+                f"stopped after computing for {self.allowed:g} s: an endless loop, or far too slow"
             )
-        if usage.memory_mb > self.limits.memory_mb:
-            self._lose("memory", f"stopped: it used more than {self.limits.memory_mb} MB of memory")
-        if usage.tasks > self.limits.processes:
-            self._lose(
-                "processes",
-                f"stopped: it started more than {self.limits.processes} processes or threads",
-            )
+        if memory > limits.memory_mb:
+            raise WorkerLost(f"stopped: it used more than {limits.memory_mb} MB of memory")
+        if tasks > limits.processes:
+            what = f"{limits.processes} processes or threads"
+            raise WorkerLost(f"stopped: it started more than {what}")
 
     def _died(self) -> NoReturn:
         self.close()
-        if self.status is None:
-            self._lose("grader", "the submission ended the grader's helper process")
-        if os.WIFSIGNALED(self.status):
-            number = os.WTERMSIG(self.status)
-            name = signal.Signals(number).name
-            if number == signal.SIGKILL:  # ours, after it closed the connection, or the kernel's
-                self._lose(
-                    "death", "the submission closed its connection or was killed by the system"
-                )
-            self._lose("death", f"the process crashed ({name})")
-        code = os.WEXITSTATUS(self.status)
-        self._lose(
-            "death", f"the submission ended the process itself with exit code {code} (os._exit?)"
-        )
-
-    def _lose(self, kind: str, message: str) -> NoReturn:
-        self.lost = WorkerLost(kind, message)
-        self.close()
-        raise self.lost from None
+        if self.code is None:
+            raise WorkerLost("the submission ended the grader's helper process") from None
+        if self.code >= 0:
+            why = f"the submission ended the process itself with exit code {self.code} (os._exit?)"
+        elif self.code == -signal.SIGKILL:  # ours, after it closed the connection, or the kernel's
+            why = "the submission closed its connection or was killed by the system"
+        else:
+            name = signal.strsignal(-self.code) or f"signal {-self.code}"
+            why = f"the process crashed ({name})"
+        printed = self.printed.decode("utf-8", "replace").strip()
+        raise WorkerLost(
+            f"{why}; the last it printed: {printed[-200:]}" if printed else why
+        ) from None
 
 
-_KEPT_VARIABLES = (
-    "PATH",
-    "LANG",
-    "LC_ALL",
-    "LD_LIBRARY_PATH",
-    "DYLD_LIBRARY_PATH",
-    "TMPDIR",
-    "VIRTUAL_ENV",
-)
-_ONE_THREAD = {
-    f"{library}_NUM_THREADS": "1"
-    for library in ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM", "NUMEXPR")
-}
-
-
-@dataclass
-class _Usage:
-    memory_mb: float = 0.0
-    seconds: float = 0.0  # of computing
-    tasks: int = 0  # processes and threads
-    ended: bool = False
-
-
-def _usage(pid: int, host: int) -> _Usage:
-    """What the worker `pid` and all that descends from its host have taken."""
-    usage = _Usage()
+def _usage(pid: int, host: int) -> tuple[float, float, int, bool]:
+    """What the worker `pid` and all that descends from its host have taken: MB of memory, seconds
+    of computing, processes and threads. And whether the worker has ended.
+    """
+    memory, computed, tasks, ended = 0.0, 0.0, 0, False
     if not LINUX:
         command = ["ps", "-o", "pid=,rss=,stat=,time=", "-g", str(pid)]
         listing = subprocess.run(command, capture_output=True, text=True, check=False)
         for line in listing.stdout.splitlines():
             process, rss, state, clock = line.split()[:4]
-            usage.memory_mb += int(rss) / 1024
+            memory += int(rss) / 1024
             minutes, _, seconds = clock.rpartition(":")  # [days-][hours:]minutes:seconds
-            usage.seconds += 60 * int(minutes.split(":")[-1] or 0) + float(seconds)
-            usage.tasks += 1
-            usage.ended |= int(process) == pid and state.startswith("Z")
-        return usage
+            computed += 60 * int(minutes.split(":")[-1] or 0) + float(seconds)
+            tasks += 1
+            ended |= int(process) == pid and state.startswith("Z")
     for process in _descendants(host):
-        try:
-            status = Path(f"/proc/{process}/status").read_text()
-            stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        usage.ended |= process == pid and stat[0] == "Z"
-        usage.tasks += int(fields.get("Threads", "1"))
-        usage.seconds += (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
-        for field in ("RssAnon", "RssShmem"):
-            usage.memory_mb += int(fields.get(field, "0 kB").split()[0]) / 1024
-    return usage
+        with contextlib.suppress(OSError):  # gone meanwhile
+            status, stat = _status(process), _stat(process)
+            ended |= process == pid and stat[0] == "Z"
+            tasks += int(status.get("Threads", "1"))
+            computed += (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+            for field in ("RssAnon", "RssShmem"):
+                memory += int(status.get(field, "0")) / 1024
+    return memory, computed, tasks, ended
+
+
+def _status(process: int | str) -> dict[str, str]:
+    """By name the first word of each line: numbers without their unit, which is kB."""
+    lines = Path(f"/proc/{process}/status").read_text(errors="replace").splitlines()
+    return {line.split(":")[0]: [*line.split(), ""][1] for line in lines}
+
+
+def _stat(process: int | str) -> list[str]:
+    """From the state on: what stands before it, the program's name, may hold anything."""
+    text = Path(f"/proc/{process}/stat").read_text(errors="replace")
+    return text.rpartition(")")[2].split()
 
 
 def _descendants(ancestor: int) -> list[int]:
     """Process ids of all that `ancestor` started, directly or not. Linux only; elsewhere none."""
-    if not LINUX:
-        return []
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
+    for entry in os.listdir("/proc") if LINUX else ():
         if entry.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                stat = Path(f"/proc/{entry}/stat").read_text()
-                parent = int(stat.rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry))
-    found, queue = [], [ancestor]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found += below
-        queue += below
-    return found
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, signal.SIGKILL)  # before it had become the leader of its own group
-
-
-def _read_line(connection: socket.socket) -> bytes:
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        part = connection.recv(1)
-        if not part:
-            return b""
-        line += part
-    return bytes(line)
+                children.setdefault(int(_stat(entry)[1]), []).append(int(entry))
+    found = [ancestor]
+    for process in found:  # which grows meanwhile
+        found += children.get(process, [])
+    return found[1:]
 
 
 # ------------------------------------------------------------------------------------- the host
@@ -504,19 +395,18 @@ def _read_line(connection: socket.socket) -> bytes:
 
 def serve(control: socket.socket, preload: list[str]) -> None:
     """The host: fork a worker or clear one away, as the parent asks, until the parent is gone."""
-    _prctl(
-        _SET_CHILD_SUBREAPER, 1
-    )  # what a worker leaves behind becomes our child, whatever its group
+    # What a worker leaves behind becomes our child, whatever its group.
+    _prctl(_SET_CHILD_SUBREAPER, 1)
     sys.modules.update(dict.fromkeys(confinement.FINISHED_MODELS))  # so that nothing imports them
-    for name in preload:
+    for statement in preload:
         with contextlib.suppress(Exception):  # the worker that needs it will say so
-            __import__(name)
+            exec(statement, {})
     for name in confinement.FINISHED_MODELS:
         del sys.modules[name]
     gc.collect()
     gc.freeze()  # the collector of a worker need not touch, and so copy, the pages shared with us
-    user, count = _spare_user(), 0
-    reading = confinement.readable([os.getcwd()]) if confinement.available() else []
+    users = cycle(_spare_users())
+    reading = confinement.readable(os.getcwd()) if confinement.available() else set()
     try:
         while True:
             message, fds, _, _ = socket.recv_fds(control, 1 << 16, 2)
@@ -524,41 +414,32 @@ def serve(control: socket.socket, preload: list[str]) -> None:
                 break
             request = json.loads(message)
             if "folder" in request:
-                count += 1  # a new user each, so that no two workers share files or messages
-                of_worker = user and replace(user, number=user.number + count % _USERS)
+                user = next(users)  # a new one, so that no two workers share files or messages
                 pid = os.fork()
                 if pid == 0:
                     control.close()
                     try:
                         limits = Limits(**request["limits"])
-                        _become_worker(request["folder"], limits, fds, of_worker, reading)
+                        _become_worker(request["folder"], limits, fds, user, reading)
                     finally:
                         os._exit(70)
                 for fd in fds:
                     os.close(fd)
-                answer = {
-                    "pid": pid, "own_user": user is not None, "confined": bool(reading)
-                }  # fmt: skip
+                answer = {"pid": pid, "own_user": user is not None, "confined": bool(reading)}
             else:
-                answer = {"status": _reap(request["reap"])}
+                answer = {"code": _reap(request["reap"])}
                 if user is not None:
-                    _sweep(user.number + count % _USERS)
+                    _sweep(user.number)
             control.sendall(json.dumps(answer).encode() + b"\n")
     except (BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
     finally:
-        for process in _descendants(os.getpid()):
-            with contextlib.suppress(OSError):
-                os.kill(process, signal.SIGKILL)
-        # Left behind if the parent was killed.
-        shutil.rmtree(Path.cwd().parent, ignore_errors=True)
+        _kill_descendants()
+        shutil.rmtree(Path.cwd().parent, ignore_errors=True)  # left if the parent was killed
 
 
 def _sweep(user: int) -> None:
-    """Remove what a worker's user has left where anybody may write.
-
-    Nothing, where the kernel keeps it from writing there. Each user has one worker at a time.
-    """
+    """Remove what a user, who has one worker at a time, has left where anybody may write."""
     for place in {tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm", "/run/lock"}:
         with contextlib.suppress(OSError):
             for entry in os.scandir(place):
@@ -572,17 +453,21 @@ def _sweep(user: int) -> None:
 
 
 def _reap(pid: int) -> int:
-    """Status of the dead worker. Its orphans are our children now: kill and bury them all."""
+    """Exit code of the dead worker. Its orphans are our children now: kill and bury them all."""
     _, status = os.waitpid(pid, 0)
     while True:
-        for process in _descendants(os.getpid()):
-            with contextlib.suppress(OSError):
-                os.kill(process, signal.SIGKILL)
+        _kill_descendants()
         try:
             if os.waitpid(-1, os.WNOHANG) == (0, 0):
                 time.sleep(0.005)
         except ChildProcessError:
-            return status
+            return os.waitstatus_to_exitcode(status)
+
+
+def _kill_descendants() -> None:
+    for process in _descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
 
 
 _USERS = 64  # numbers that one host gives to its workers in turn
@@ -593,39 +478,32 @@ class _User:
     """Whom a worker runs as: a user id that nobody has."""
 
     number: int
-    reads_all: (
-        bool  # with leave to read every file, because Python itself lies where only root may look
-    )
+    # With leave to read every file, because Python itself lies where only root may look.
+    reads_all: bool
 
 
-def _spare_user() -> _User | None:
-    """None where we are not root, or can't become somebody else."""
+def _spare_users() -> list[_User] | list[None]:
+    """[None] where we are not root, or can't become somebody else."""
     if os.geteuid() != 0:
-        return None
-    for reads_all in (False, True) if LINUX else (False,):
-        # Below 65,536, which is all that some containers have.
-        user = _User(10_000 + _USERS * (os.getpid() % 800), reads_all)
+        return [None]
+    first = 10_000 + _USERS * (os.getpid() % 800)  # below 65,536, all that some containers have
+    # Of this course, of Python and of each large package: workers import from all of them.
+    loaded = (getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "numpy"))
+    needed = [__file__, os.__file__, *filter(None, loaded)]
+    for reads_all in (False, True):
+        users = [_User(first + i, reads_all) for i in range(_USERS)]
         pid = os.fork()
         if pid == 0:
             try:
-                _become(user)
-                for path in _needed_files():
-                    with open(path, "rb"):
-                        pass
+                _become(users[0])
+                for path in needed:
+                    Path(path).open("rb").close()
                 os._exit(0)
             except BaseException:
                 os._exit(1)
         if os.waitpid(pid, 0)[1] == 0:
-            return user
-    return None
-
-
-def _needed_files() -> list[str]:
-    """A file of this course, one of Python's own and one of each large package: workers import from
-    all of them.
-    """
-    files = (getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "numpy"))
-    return [__file__, os.__file__, *(file for file in files if file)]
+            return users
+    return [None]
 
 
 def _become(user: _User) -> None:
@@ -646,7 +524,7 @@ def _become(user: _User) -> None:
 
 
 def _become_worker(
-    folder: str, limits: Limits, fds: list[int], user: _User | None, reading: list[Path]
+    folder: str, limits: Limits, fds: list[int], user: _User | None, reading: set[Path]
 ) -> None:
     """In the fork: leave the host's session, lower every limit, then answer questions."""
     os.setsid()
@@ -668,8 +546,7 @@ def _become_worker(
     if user is not None:
         os.chown(folder, user.number, user.number)
         for namespace in (_NEW_NETWORK, _NEW_IPC):
-            # Refused in some containers, which is no reason to stop.
-            _libc_call("unshare", namespace)
+            _libc_call("unshare", namespace)  # refused in some containers: no reason to stop
         _become(user)
     _prctl(_NO_NEW_PRIVILEGES, 1)
     _prctl(_DIE_WITH_PARENT, signal.SIGKILL)
@@ -694,28 +571,24 @@ class _Brief(io.FileIO):
 
 
 def _lower_limits(limits: Limits, own_user: bool) -> None:
-    def lower(name: str, value: int) -> None:
-        with contextlib.suppress(AttributeError, ValueError, OSError):
-            resource.setrlimit(getattr(resource, name), (value, value))
-
-    lower("RLIMIT_CORE", 0)
-    lower("RLIMIT_FSIZE", limits.file_mb << 20)
-    lower("RLIMIT_NOFILE", 256)
-    lower("RLIMIT_CPU", int(limits.lesson_seconds) + 5)
+    lowered = {"CORE": 0, "FSIZE": limits.file_mb << 20, "NOFILE": 256}
+    lowered["CPU"] = int(limits.lesson_seconds) + 5
     if LINUX:
+        status, names = _status("self"), ("VmSize", "VmData", "RssAnon")
+        mapped, data, resident = (int(status[name]) << 10 for name in names)
+        memory = limits.memory_mb << 20
         # torch maps gigabytes that it never touches, so this is only a ceiling for absurd requests.
         # What is really used is watched by the parent.
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        lower("RLIMIT_AS", mapped + 8 * (limits.memory_mb << 20))
+        lowered["AS"] = mapped + 8 * memory
         # One process that asks for more than is left of the limit gets a MemoryError at that line,
         # at once and in every run; the parent, which looks now and then, sees the sum of many.
-        status = Path("/proc/self/status").read_text()
-        fields = dict(line.split(":", 1) for line in status.splitlines())
-        data, resident = (int(fields[name].split()[0]) << 10 for name in ("VmData", "RssAnon"))
-        lower("RLIMIT_DATA", data + max(0, (limits.memory_mb << 20) - resident - (32 << 20)))
+        lowered["DATA"] = data + max(0, memory - resident - (32 << 20))
     # The limit counts all processes of a user: for a shared one it would be anybody's guess.
     if own_user:
-        lower("RLIMIT_NPROC", limits.processes)
+        lowered["NPROC"] = limits.processes
+    for name, value in lowered.items():
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
 _DIE_WITH_PARENT, _KEEP_CAPABILITIES = 1, 8  # <linux/prctl.h>

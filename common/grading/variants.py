@@ -24,17 +24,11 @@ Edit = tuple[str, str]  # what stands there once, and what stands there instead
 
 @dataclass(frozen=True)
 class Option:
-    """One specification of an exercise.
+    """One specification of an exercise."""
 
-    Attributes:
-        says: what the starter says at its head; "" where it is the lesson's own.
-        lesson: edits of the lesson: the solution and the docstring that describes it.
-        hint: one edit of the manifest.
-    """
-
-    says: str = ""
-    lesson: tuple[Edit, ...] = ()
-    hint: Edit = ("", "")
+    says: str = ""  # what the starter says at its head; "" where it is the lesson's own
+    lesson: tuple[Edit, ...] = ()  # the solution, and the docstring that describes it
+    hint: Edit = ("", "")  # in the manifest
 
 
 OWN = Option()
@@ -45,155 +39,103 @@ _SUM = "return F.relu(residual + self.shortcut(x))\n\n\nclass SqueezeExcitation"
 _GATE = "gate = torch.sigmoid(self.excite(gate))"
 _SCALE = "Scale each channel by a gate in (0, 1) computed"
 _BLOCK = "Two 3x3 convolutions and a shortcut."
+_CONV1 = """super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)"""
 
+# The lesson's own first, whose solution everybody has: it is never drawn.
 CHOICES: dict[str, tuple[Option, ...]] = {
-    "1.1": (
-        OWN,
-        Option(
-            "the zeros stand in front of the channels",
-            ((_PAD, "return F.pad(x, (0, 0, 0, 0, self.extra_channels, 0))"),
-             (_ZEROS, "channels of zeros in front.")),
-            (_BEHIND, "put channels of zeros in front of those that are there"),
-        ),
-        Option(
-            "half of the zeros stand in front of the channels, half behind; an odd one behind",
-            ((_PAD, "n = self.extra_channels\n"
-                    "        return F.pad(x, (0, 0, 0, 0, n // 2, n - n // 2))"),
-             (_ZEROS, "half of the zeros in front.")),
-            (_BEHIND, "put half of the channels of zeros (n // 2) in front, the rest behind"),
-        ),
-    ),
-    "1.3": (
-        OWN,
-        Option(
-            "the gate is a hard sigmoid",
-            ((_GATE, _GATE.replace("torch.sigmoid", "F.hardsigmoid")),
-             (_SCALE, "Scale by a hard sigmoid computed")),
-            ("a sigmoid after them", "a hard sigmoid after them"),
-        ),
-        Option(
-            "the gate is 1 + tanh",
-            ((_GATE, _GATE.replace("torch.sigmoid", "1 + torch.tanh")),
-             (_SCALE, "Scale by 1 + tanh computed")),
-            ("a sigmoid after them", "1 + tanh after them"),
-        ),
-        Option(
-            "a SiLU stands between the two convolutions",
-            (("gate = F.relu(self.squeeze(gate))", "gate = F.silu(self.squeeze(gate))"),),
-            ("a ReLU between them", "a SiLU between them"),
-        ),
-        Option(
-            "the maximum of each channel goes into the gate",
-            (("gate = x.mean(dim=(2, 3), keepdim=True)",
-              "gate = x.amax(dim=(2, 3), keepdim=True)"),
-             ("from all channels' means.", "from all channels' maxima.")),
-            ("Mean over", "Maximum over"),
-        ),
-    ),
-    "1.4": (
-        OWN,
-        Option(
-            "the branch ends in a ReLU, and none follows the sum",
-            ((_SUM, _SUM.replace("F.relu(residual + self.shortcut(x))",
-                                 "F.relu(residual) + self.shortcut(x)")),
-             (_BLOCK, "Two 3x3 convolutions, each with a ReLU, and a shortcut.")),
-            ("bn2, se, then add shortcut(x), then ReLU.", "bn2, se, ReLU, then add shortcut(x)."),
-        ),
-        Option(
-            "after the sum stands a ReLU6",
-            ((_SUM, _SUM.replace("F.relu(", "F.relu6(")),
-             (_BLOCK, "Two 3x3 convolutions, a shortcut, a ReLU6.")),
-            ("then add shortcut(x), then ReLU.", "then add shortcut(x), then ReLU6."),
-        ),
-        Option(
-            "after the sum stands a leaky ReLU with slope 0.1",
-            ((_SUM, _SUM.replace("F.relu(residual + self.shortcut(x))",
-                                 "F.leaky_relu(residual + self.shortcut(x), 0.1)")),
-             (_BLOCK, "Two 3x3 convolutions, a shortcut, a leaky ReLU.")),
-            ("then add shortcut(x), then ReLU.", "then add shortcut(x), then a leaky ReLU (0.1)."),
-        ),
-        Option(
-            "the first convolution is 5x5",
-            (("super().__init__()\n        self.conv1 = nn.Conv2d(in_channels, channels, 3, "
-              "stride, padding=1, bias=False)",
-              "super().__init__()\n        self.conv1 = nn.Conv2d(in_channels, channels, 5, "
-              "stride, padding=2, bias=False)"),
-             (_BLOCK, "A 5x5 and a 3x3 convolution and a shortcut.")),
-            ("conv1, bn1, ReLU,", "conv1 (5x5), bn1, ReLU,"),
-        ),
-    ),
-    "1.6": (
-        OWN,
-        Option(
-            "every shortcut starts from x",
-            (("""        if isinstance(self.shortcut, nn.Identity):
+    "1.1": (OWN,
+        Option("the zeros stand in front of the channels",
+               ((_PAD, "return F.pad(x, (0, 0, 0, 0, self.extra_channels, 0))"),
+                (_ZEROS, "channels of zeros in front.")),
+               (_BEHIND, "put channels of zeros in front of those that are there")),
+        Option("half of the zeros stand in front of the channels, half behind; an odd one behind",
+               ((_PAD, "n = self.extra_channels\n"
+                       "        return F.pad(x, (0, 0, 0, 0, n // 2, n - n // 2))"),
+                (_ZEROS, "half of the zeros in front.")),
+               (_BEHIND, "put half of the channels of zeros (n // 2) in front, the rest behind"))),
+    "1.3": (OWN,
+        Option("the gate is a hard sigmoid",
+               ((_GATE, _GATE.replace("torch.sigmoid", "F.hardsigmoid")),
+                (_SCALE, "Scale by a hard sigmoid computed")),
+               ("a sigmoid after them", "a hard sigmoid after them")),
+        Option("the gate is 1 + tanh",
+               ((_GATE, _GATE.replace("torch.sigmoid", "1 + torch.tanh")),
+                (_SCALE, "Scale by 1 + tanh computed")),
+               ("a sigmoid after them", "1 + tanh after them")),
+        Option("a SiLU stands between the two convolutions",
+               (("gate = F.relu(self.squeeze(gate))", "gate = F.silu(self.squeeze(gate))"),),
+               ("a ReLU between them", "a SiLU between them")),
+        Option("the maximum of each channel goes into the gate",
+               (("gate = x.mean(dim=(2, 3), keepdim=True)",
+                 "gate = x.amax(dim=(2, 3), keepdim=True)"),
+                ("from all channels' means.", "from all channels' maxima.")),
+               ("Mean over", "Maximum over"))),
+    "1.4": (OWN,
+        Option("the branch ends in a ReLU, and none follows the sum",
+               ((_SUM, _SUM.replace("F.relu(residual + self.shortcut(x))",
+                                    "F.relu(residual) + self.shortcut(x)")),
+                (_BLOCK, "Two 3x3 convolutions, each with a ReLU, and a shortcut.")),
+               ("bn2, se, then add shortcut(x), then ReLU.",
+                "bn2, se, ReLU, then add shortcut(x).")),
+        Option("after the sum stands a ReLU6",
+               ((_SUM, _SUM.replace("F.relu(", "F.relu6(")),
+                (_BLOCK, "Two 3x3 convolutions, a shortcut, a ReLU6.")),
+               ("then add shortcut(x), then ReLU.", "then add shortcut(x), then ReLU6.")),
+        Option("after the sum stands a leaky ReLU with slope 0.1",
+               ((_SUM, _SUM.replace("F.relu(residual + self.shortcut(x))",
+                                    "F.leaky_relu(residual + self.shortcut(x), 0.1)")),
+                (_BLOCK, "Two 3x3 convolutions, a shortcut, a leaky ReLU.")),
+               ("then add shortcut(x), then ReLU.",
+                "then add shortcut(x), then a leaky ReLU (0.1).")),
+        Option("the first convolution is 5x5",
+               ((_CONV1, _CONV1.replace("3, stride, padding=1", "5, stride, padding=2")),
+                (_BLOCK, "A 5x5 and a 3x3 convolution and a shortcut.")),
+               ("conv1, bn1, ReLU,", "conv1 (5x5), bn1, ReLU,"))),
+    "1.6": (OWN,
+        Option("every shortcut starts from x",
+               (("""        if isinstance(self.shortcut, nn.Identity):
             return residual + x
         return residual + self.shortcut(activated)
 """, "        return residual + self.shortcut(x)\n"),
-             ("""Where the shape changes the shortcut starts from
+                ("""Where the shape changes the shortcut starts from
     the activated input here, as in the authors' code.""", "So it is here, everywhere.")),
-            ("A projection starts from the activated input, the identity from the input itself.",
-             "Every shortcut starts from the input itself."),
-        ),
-    ),
-    "2.1": (
-        OWN,
-        Option(
-            "the block ends in an average pool",
-            (("self.pool = nn.MaxPool2d(2, ceil_mode", "self.pool = nn.AvgPool2d(2, ceil_mode"),
-             ("with ReLU, then a 2x2 max-pool.", "with ReLU, then a 2x2 average pool.")),
-            ("then a 2x2 max-pool.", "then a 2x2 average pool."),
-        ),
-    ),
-    "3.1": (
-        OWN,
-        Option(
-            "the activation is a ReLU6",
-            ((" if batch_norm else nn.Identity(),\n            nn.ReLU(),",
-              " if batch_norm else nn.Identity(),\n            nn.ReLU6(),"),
-             ("Convolution, BatchNorm, ReLU; the", "Convolution, BatchNorm, ReLU6; the")),
-            ("its eps is 0.001.", "its eps is 0.001; then a ReLU6."),
-        ),
-    ),
-    "4.1": (
-        OWN,
-        Option(
-            "rounding may take away a twentieth at most",
-            (("rounded >= 0.9 * channels", "rounded >= 0.95 * channels"),
-             ("never down by more than a tenth.", "never down by more than a twentieth."),
-             ("(24, 24 * 1.1, 16 * 0.7, 3)]\n    [24, 24, 16, 8]",
-              "(24, 24 * 1.1, 16 * 0.7, 3)]\n    [24, 32, 16, 8]")),
-            ("lost more than a tenth.", "lost more than a twentieth."),
-        ),
-    ),
-    "5.2": (
-        OWN,
-        Option(
-            "the gate is a sigmoid",
-            ((_GATE.replace("torch.sigmoid", "F.hardsigmoid"), _GATE),
-             (_SCALE.replace("(0, 1)", "[0, 1]"), "Scale by a sigmoid's gate computed")),
-            ("1x1 convolution back, hard sigmoid;", "1x1 convolution back, sigmoid;"),
-        ),
-    ),
-    "6.3": (
-        OWN,
-        Option(
-            "the transition ends in a max-pool",
-            (("mix, nn.AvgPool2d(2))", "mix, nn.MaxPool2d(2))"),
-             ("Between two blocks: mix the channels, halve the resolution.",
-              "Between two blocks: mix the channels, then max-pool.")),
-            ("a 2x2 average pool; give", "a 2x2 max-pool; give"),
-        ),
-    ),
-    "8.5": (
-        OWN,
-        Option(
-            "the sum is divided by d^2 alone",
-            ((".square().sum() / (4 * d**2)", ".square().sum() / d**2"),
-             ("Squared distance of two covariances, (N, D)", "Squared distance over d^2, (N, D)")),
-            ("summed, over 4 d^2.", "summed, over d^2."),
-        ),
-    ),
+               ("A projection starts from the activated input, the identity from the input itself.",
+                "Every shortcut starts from the input itself."))),
+    "2.1": (OWN,
+        Option("the block ends in an average pool",
+               (("self.pool = nn.MaxPool2d(2, ceil_mode", "self.pool = nn.AvgPool2d(2, ceil_mode"),
+                ("with ReLU, then a 2x2 max-pool.", "with ReLU, then a 2x2 average pool.")),
+               ("then a 2x2 max-pool.", "then a 2x2 average pool."))),
+    "3.1": (OWN,
+        Option("the activation is a ReLU6",
+               (("(conv, norm, nn.ReLU())", "(conv, norm, nn.ReLU6())"),
+                ("Convolution, BatchNorm, ReLU; the", "Convolution, BatchNorm, ReLU6; the")),
+               ("its eps is 0.001.", "its eps is 0.001; then a ReLU6."))),
+    "4.1": (OWN,
+        Option("rounding may take away a twentieth at most",
+               (("rounded >= 0.9 * channels", "rounded >= 0.95 * channels"),
+                ("never down by more than a tenth.", "never down by more than a twentieth."),
+                ("(24, 24 * 1.1, 16 * 0.7, 3)]\n    [24, 24, 16, 8]",
+                 "(24, 24 * 1.1, 16 * 0.7, 3)]\n    [24, 32, 16, 8]")),
+               ("lost more than a tenth.", "lost more than a twentieth."))),
+    "5.2": (OWN,
+        Option("the gate is a sigmoid",
+               ((_GATE.replace("torch.sigmoid", "F.hardsigmoid"), _GATE),
+                (_SCALE.replace("(0, 1)", "[0, 1]"), "Scale by a sigmoid's gate computed")),
+               ("1x1 convolution back, hard sigmoid;", "1x1 convolution back, sigmoid;"))),
+    "6.3": (OWN,
+        Option("the transition ends in a max-pool",
+               (("mix, nn.AvgPool2d(2))", "mix, nn.MaxPool2d(2))"),
+                ("Between two blocks: mix the channels, halve the resolution.",
+                 "Between two blocks: mix the channels, then max-pool.")),
+               ("a 2x2 average pool; give", "a 2x2 max-pool; give"))),
+    "8.5": (OWN,
+        Option("the sum is divided by d^2 alone",
+               ((".square().sum() / (4 * d**2)", ".square().sum() / d**2"),
+                ("Squared distance of two covariances, (N, D)",
+                 "Squared distance over d^2, (N, D)")),
+               ("summed, over 4 d^2.", "summed, over d^2."))),
 }  # fmt: skip
 
 HEAD = re.compile(r"^# Variant (\d{1,9}):", re.MULTILINE | re.ASCII)
@@ -202,12 +144,7 @@ HEAD = re.compile(r"^# Variant (\d{1,9}):", re.MULTILINE | re.ASCII)
 def drawn(seed: int) -> dict[str, Option]:
     """The option of each exercise that varies. 0 is the course as it is."""
     rng = random.Random(seed)
-    return {n: rng.choice(others(n)) if seed else OWN for n in CHOICES}
-
-
-def others(number: str) -> list[Option]:
-    """All specifications of an exercise but the lesson's own, whose solution everybody has."""
-    return [option for option in CHOICES[number] if option.says]
+    return {n: rng.choice(options[1:]) if seed else OWN for n, options in CHOICES.items()}
 
 
 def head(seed: int, lesson: str) -> str:
@@ -219,9 +156,7 @@ def head(seed: int, lesson: str) -> str:
 def with_hint(exercise: Exercise, seed: int) -> Exercise:
     """The exercise with its variant's hint."""
     option = drawn(seed).get(exercise.number, OWN)
-    if not option.says:
-        return exercise
-    return replace(exercise, hint=_edited(exercise.hint, (option.hint,), exercise.number))
+    return replace(exercise, hint=exercise.hint.replace(*option.hint))
 
 
 def seed_of(text: str) -> int:
@@ -257,11 +192,11 @@ def texts(chosen: Mapping[str, Option]) -> dict[Path, str]:
             continue
         lesson = lesson_of(number)
         where = f"variant of {number}, {file_name(lesson)}"
-        for path, edits in ((lesson_path(lesson), option.lesson), (manifests()[lesson], ())):
+        manifest = manifests()[lesson]
+        for path, edits in ((lesson_path(lesson), option.lesson), (manifest, (option.hint,))):
             short = path.relative_to(ROOT)
             text = changed.get(short) or path.read_text(encoding="utf-8")
-            if path.suffix == ".ini":
-                text = _edited(text, (option.hint,), where)
+            if path == manifest:
                 text = _without_mistakes(text, number)
             changed[short] = _edited(text, edits, where)
     return changed
@@ -272,9 +207,9 @@ def course_files() -> dict[str, bytes]:
     paths = [p for p in sorted((ROOT / "common").rglob("*")) if p.suffix in (".py", ".ini", ".csv")]
     paths += [lesson_path(lesson) for lesson in manifests() if lesson_path(lesson).parent == ROOT]
     files = {str(p.relative_to(ROOT)): p.read_bytes() for p in paths}
-    wanted = ROOT / "requirements.txt"  # a kit has it without what only the tests want
-    packages = wanted.read_text(encoding="utf-8") if wanted.exists() else ""
-    return {**files, "requirements.txt": packages.split("# for the tests")[0].encode()}
+    packages = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    packages, *_ = packages.split("# for the tests")  # which a kit does not need
+    return {**files, "requirements.txt": packages.encode()}
 
 
 def make_course(chosen: Mapping[str, Option], folder: Path) -> None:

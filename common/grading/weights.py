@@ -11,18 +11,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d)
 MOST = 250  # assignments that are tried
+
+Slot = list[Any]  # a layer as plain data: key, kind, zero_bias, [[role, shape], ...]
+Rows = Callable[[Tensor], Tensor]
+Outline = tuple[tuple[str, tuple[int, ...]], ...]  # of each role the shape, as a matrix
+# A tensor, and where its numbers come from: a slot, the role in it, and what is done with them.
+Source = tuple[Tensor, Slot, str, Rows]
 
 
 @dataclass
@@ -32,11 +36,11 @@ class Unit:
     layer: nn.Module
     name: str
     kind: str  # "norm", "layer" or "bare": parameters of a class of the student's own
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     key: str = ""
     zero_bias: bool = False  # a norm follows, which would take the bias away again
-    tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def slot(self) -> list[Any]:
+    def slot(self) -> Slot:
         """As plain data, from which `draw` makes the same numbers."""
         shapes = [[role, list(tensor.shape)] for role, tensor in self.tensors.items()]
         return [self.key, self.kind, self.zero_bias, shapes]
@@ -80,43 +84,35 @@ def units_of(
         error = failure
     for hook in hooks:
         hook.remove()
-
-    units: dict[nn.Module, Unit] = {}
-    for layer in [*met, *layers]:
-        if layer not in units:
-            units[layer] = _unit(layer, layers[layer])
-    _name(list(units.values()), {k: v for k, v in met.items() if v is not None})
+    units = {layer: _unit(layer, layers[layer]) for layer in dict.fromkeys([*met, *layers])}
+    _name(units, met)
     return list(units.values()), error
 
 
 def _unit(layer: nn.Module, name: str) -> Unit:
     tensors = {role: p for role, p in layer._parameters.items() if p is not None}
+    kind = "layer" if set(layer._parameters) <= {"weight", "bias"} else "bare"
     if isinstance(layer, NORMS):
-        kind = "norm"
-        buffers = layer._buffers.items()
+        kind, buffers = "norm", layer._buffers.items()
         tensors |= {role: b for role, b in buffers if b is not None and b.is_floating_point()}
-    else:
-        kind = "layer" if set(layer._parameters) <= {"weight", "bias"} else "bare"
-    return Unit(layer, name, kind, tensors=tensors)
+    return Unit(layer, name, kind, tensors)
 
 
-def _name(units: list[Unit], follows: dict[nn.Module, nn.Module]) -> None:
+def _name(units: dict[nn.Module, Unit], met: dict[nn.Module, nn.Module | None]) -> None:
     """Give each unit its key; find the biases that norms take away."""
     counts: Counter[str] = Counter()
-    keys: dict[nn.Module, str] = {}
-    by_layer = {unit.layer: unit for unit in units}
     previous = None
-    for unit in units:
+    for layer, unit in units.items():
         if unit.kind == "norm":
-            source = follows.get(unit.layer, previous)
-            key = f"norm of {keys.get(source, '')}"
-            if source in by_layer and by_layer[source].kind != "norm":
-                by_layer[source].zero_bias = True
+            source = units.get(met.get(layer)) or units.get(previous)
+            key = f"norm of {source.key if source else ''}"
+            if source and source.kind != "norm":
+                source.zero_bias = True
         else:
             key = str([_shape(tensor) for role, tensor in unit.tensors.items() if role != "bias"])
         counts[key] += 1
-        unit.key = keys[unit.layer] = f"{key} {counts[key]}"
-        previous = unit.layer
+        unit.key = f"{key} {counts[key]}"
+        previous = layer
 
 
 def _shape(tensor: Tensor) -> list[int]:
@@ -125,7 +121,7 @@ def _shape(tensor: Tensor) -> list[int]:
     return shape[:2] if shape[2:] == [1, 1] else shape
 
 
-def draw(seed: int, slot: list[Any], role: str, zero: bool) -> Tensor:
+def draw(seed: int, slot: Slot, role: str, zero: bool) -> Tensor:
     """The numbers of one tensor of a slot.
 
     Biases have both signs and are as large as what they are added to, so that activations are used
@@ -133,11 +129,11 @@ def draw(seed: int, slot: list[Any], role: str, zero: bool) -> Tensor:
     """
     key, kind, zero_bias, shapes = slot
     shape = dict(shapes)[role]
+    if zero:
+        return torch.ones(shape) if role == "running_var" else torch.zeros(shape)
     digest = hashlib.sha256(f"{seed} {key} {role}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     noise = torch.randn(shape, generator=generator)
-    if zero:
-        return torch.ones(shape) if role == "running_var" else torch.zeros(shape)
     if kind == "norm":
         if role == "weight":
             return 1 + 0.3 * noise.clamp(-2, 2)
@@ -150,108 +146,60 @@ def draw(seed: int, slot: list[Any], role: str, zero: bool) -> Tensor:
 
 
 @torch.no_grad()
-def fill(units: list[Unit], seed: int, zero: bool = False) -> None:
-    """Parameters and running statistics by the rule above."""
-    for unit in units:
-        slot = unit.slot()
-        for role, tensor in unit.tensors.items():
-            tensor.copy_(draw(seed, slot, role, zero))
-        _fresh(unit)
+def fill(sources: list[Source], seed: int, zero: bool = False) -> None:
+    """Parameters and running statistics."""
+    for tensor, slot, role, change in sources:
+        tensor.copy_(change(draw(seed, slot, role, zero)).reshape(tensor.shape))
 
 
-def _fresh(unit: Unit) -> None:
-    if unit.layer._buffers.get("num_batches_tracked") is not None:
-        unit.layer._buffers["num_batches_tracked"].zero_()
+def by_rule(units: list[Unit]) -> list[Source]:
+    """Each layer's numbers are its own."""
+    return _whole(((unit, unit.slot()) for unit in units), _same)
+
+
+def _whole(pairs: Iterable[tuple[Unit, Slot]], rows: Rows) -> list[Source]:
+    return [
+        (tensor, slot, role, rows) for unit, slot in pairs for role, tensor in unit.tensors.items()
+    ]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 # ------------------------------------------------------------------------- assignments by shape
 
 
-@dataclass
-class Arrangement:
-    """Which slot's numbers go where: whole units, and single tensors."""
-
-    units: list[tuple[Unit, list[Any]]]
-    tensors: list[tuple[Tensor, list[Any], str, Callable[[Tensor], Tensor]]]
-    rows: Callable[[Tensor], Tensor]
-
-    @torch.no_grad()
-    def fill(self, seed: int, zero: bool = False) -> None:
-        for unit, slot in self.units:
-            for role, tensor in unit.tensors.items():
-                tensor.copy_(self.rows(draw(seed, slot, role, zero)).reshape(tensor.shape))
-            _fresh(unit)
-        for tensor, slot, role, transform in self.tensors:
-            tensor.copy_(transform(draw(seed, slot, role, zero)).reshape(tensor.shape))
-
-
-def arrangements(units: list[Unit], slots: list[list[Any]]) -> Iterator[Arrangement]:
+def arrangements(units: list[Unit], slots: list[Slot]) -> Iterator[list[Source]]:
     """All assignments of the reference's `slots` to the submission's `units` that the shapes allow;
     at most `MOST`, the likeliest first.
     """
-    mine = _groups(_families(units, lambda unit: unit.key), _outline)
-    theirs = _groups(_families(slots, lambda slot: slot[0]), _slot_outline)
-    choices: list[list[list[tuple[Unit, list[Any]]]]] = []
-    spare_units, spare_slots = [], []
+    return itertools.islice(_arrangements(units, slots), MOST)
+
+
+def _arrangements(units: list[Unit], slots: list[Slot]) -> Iterator[list[Source]]:
+    mine = _families([(unit.slot(), unit) for unit in units])
+    theirs = _families([(slot, slot) for slot in slots])
+    spare: tuple[list[Unit], list[Slot]] = [], []
     for outline in sorted(mine.keys() | theirs.keys()):
-        ours, wanted = mine.get(outline, []), theirs.get(outline, [])
-        if len(ours) == len(wanted):
-            choices.append(
-                [
-                    [pair for a, b in zip(ours, order) for pair in zip(a, b)]
-                    for order in _orders(wanted)
-                ]
-            )
-        else:
-            spare_units += [unit for family in ours for unit in family]
-            spare_slots += [slot for family in wanted for slot in family]
-    loose = list(itertools.islice(_loose(spare_units, spare_slots), MOST))
-    layouts = list(_layouts(slots)) if not spare_units else [_same]
-    count = 0
-    for tensors in loose:
+        if len(mine[outline]) != len(theirs[outline]):
+            spare[0].extend(itertools.chain(*mine.pop(outline)))
+            spare[1].extend(itertools.chain(*theirs.pop(outline)))
+    layouts = [_same] if spare[0] else list(_layouts(slots))
+    for loose in itertools.islice(_loose(*spare), MOST):
         for rows in layouts:
-            for combination in itertools.product(*choices):
-                yield Arrangement([p for part in combination for p in part], tensors, rows)
-                count += 1
-                if count == MOST:
-                    return
+            for pairing in _pairings(mine, theirs):
+                pairs = (pair for ours, wanted in pairing for pair in zip(ours, wanted))
+                yield _whole(pairs, rows) + loose
 
 
-def _groups(things: list, outline: Callable[[Any], str]) -> dict[str, list]:
-    groups: dict[str, list] = {}
-    for thing in things:
-        groups.setdefault(outline(thing), []).append(thing)
-    return groups
-
-
-def _families(things: list, key: Callable[[Any], str]) -> list[list]:
-    """Each layer with the norm that follows it: the two stay together."""
-    families: dict[str, list] = {}
-    for thing in things:
-        name = key(thing)
-        if name.startswith("norm of "):
-            parent = name.removeprefix("norm of ").rpartition(" ")[0]
-            if len(families.get(parent, [])) == 1:
-                families[parent].append(thing)
-                continue
-        families[name] = [thing]
-    return list(families.values())
-
-
-def _outline(family: list[Unit]) -> str:
-    return _slot_outline([unit.slot() for unit in family])
-
-
-def _slot_outline(family: list[list[Any]]) -> str:
-    return " ".join(
-        f"{kind} {sorted((role, _flat(shape)) for role, shape in shapes)}"
-        for _, kind, _, shapes in family
-    )
-
-
-def _flat(shape: list[int]) -> tuple[int, ...]:
-    """(out, everything else): a convolution over the whole map is a linear layer behind flatten."""
-    return tuple(shape) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+def _pairings(
+    mine: dict[Hashable, list], theirs: dict[Hashable, list]
+) -> Iterator[list[tuple[Any, Any]]]:
+    """All ways to pair what has the same key; none, where one side has more of it."""
+    if all(len(theirs.get(key, ())) == len(ours) for key, ours in mine.items()):
+        for orders in itertools.product(*(_orders(theirs[key]) for key in mine)):
+            yield [pair for ours, order in zip(mine.values(), orders) for pair in zip(ours, order)]
 
 
 def _orders(wanted: list) -> Iterator[list]:
@@ -266,81 +214,81 @@ def _orders(wanted: list) -> Iterator[list]:
         yield order
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _groups(pairs: Iterable[tuple[Hashable, Any]]) -> defaultdict[Hashable, list]:
+    """Key -> what comes with it."""
+    groups: defaultdict[Hashable, list] = defaultdict(list)
+    for key, thing in pairs:
+        groups[key].append(thing)
+    return groups
 
 
-def _loose(units: list[Unit], slots: list[list[Any]]) -> Iterator[list[tuple]]:
-    """Single tensors against single tensors: equal shapes, slices of a larger, all transposed."""
-    yield from _slices(units, slots)
-    tensors = [t for unit in units for t in unit.tensors.values()]
-    mine = _groups(tensors, lambda t: str(_flat(list(t.shape))))
-    for transposed in (False, True):
-        theirs = _groups(_pieces(slots, mine, transposed), lambda piece: str(piece[0]))
-        if any(len(theirs.get(shape, [])) != len(ours) for shape, ours in mine.items()):
-            continue
-        choices = [
-            [
-                [(t, slot, role, change) for t, (_, slot, role, change) in zip(ours, order)]
-                for order in _orders(theirs[shape])
-            ]
-            for shape, ours in mine.items()
-        ]
-        for combination in itertools.product(*choices):
-            yield [part for group in combination for part in group]
-
-
-def _slices(units: list[Unit], slots: list[list[Any]]) -> Iterator[list[tuple]]:
-    """Whole layers against slices of a larger one, weight and bias together."""
-    sizes = {len(t) for unit in units for t in unit.tensors.values()}
-    pieces: list[tuple[str, list[Any], int, int]] = []
-    for slot in slots:
-        rows = {shape[0] for _, shape in slot[3]}
-        size = next((s for s in sorted(sizes) if rows and max(rows) % s == 0), 0)
-        if len(rows) != 1 or not size:
-            return
-        outline = str(sorted((role, (size, *_flat(shape)[1:])) for role, shape in slot[3]))
-        pieces += [(outline, slot, i, size) for i in range(0, max(rows), size)]
-    theirs = _groups(pieces, lambda piece: piece[0])
-    mine = _groups(
-        units,
-        lambda unit: str(sorted((role, _flat(list(t.shape))) for role, t in unit.tensors.items())),
+def _families(things: list[tuple[Slot, Any]]) -> defaultdict[Hashable, list[list]]:
+    """Each layer with the norm that follows it, by what they hold: the two stay together."""
+    families: dict[str, list[tuple[Slot, Any]]] = {}
+    for slot, thing in things:
+        name = slot[0]
+        parent = name.removeprefix("norm of ").rpartition(" ")[0]
+        if name.startswith("norm of ") and len(families.get(parent, ())) == 1:
+            families[parent].append((slot, thing))
+        else:
+            families[name] = [(slot, thing)]
+    return _groups(
+        (str([(slot[1], _outline(slot)) for slot, _ in family]), [thing for _, thing in family])
+        for family in families.values()
     )
-    if {k: len(v) for k, v in mine.items()} != {k: len(v) for k, v in theirs.items()} or not mine:
+
+
+def _outline(slot: Slot) -> Outline:
+    return tuple(sorted((role, _flat(shape)) for role, shape in slot[3]))
+
+
+def _flat(shape: list[int]) -> tuple[int, ...]:
+    """(out, everything else): a convolution over the whole map is a linear layer behind flatten."""
+    return tuple(shape) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+
+
+def _loose(units: list[Unit], slots: list[Slot]) -> Iterator[list[Source]]:
+    """Layers against slices of larger ones, weight and bias together; then single tensors against
+    single tensors: equal shapes, slices of a larger, all transposed.
+    """
+    if not units:
+        yield []
         return
-    for combination in itertools.product(*([*_orders(theirs[k])] for k in mine)):
-        yield [
-            (t, slot, role, lambda t, a=first, n=size: t[a : a + n])
-            for ours, order in zip(mine.values(), combination)
-            for unit, (_, slot, first, size) in zip(ours, order)
-            for role, t in unit.tensors.items()
-        ]
+    layers = _groups((_outline(unit.slot()), unit) for unit in units)
+    cuts = ((key, (slot, rows)) for slot in slots for key, rows in _cut(_outline(slot), layers))
+    for pairing in _pairings(layers, _groups(cuts)):
+        yield [source for unit, (slot, rows) in pairing for source in _whole([(unit, slot)], rows)]
+    tensors = _groups(((("", _flat(t.shape)),), t) for unit in units for t in unit.tensors.values())
+    for transposed in (False, True):
+        pieces = (
+            (key, (slot, role, rows))
+            for slot in slots
+            for role, flat in _outline(slot)
+            for key, rows in _cut((("", flat),), tensors, transposed)
+        )
+        for pairing in _pairings(tensors, _groups(pieces)):
+            yield [(t, *source) for t, source in pairing]
 
 
-def _pieces(slots: list[list[Any]], mine: dict[str, list], transposed: bool) -> list[tuple]:
-    """What the reference's tensors can be cut into: shape, slot, role, how."""
-    pieces: list[tuple] = []
-    for slot in slots:
-        for role, shape in slot[3]:
-            flat = _flat(shape)
-            if transposed and len(flat) == 2:
-                pieces.append((flat[::-1], slot, role, lambda t: t.flatten(1).T))
-                continue
-            # Slices: as many as make the shape of one of the submission's.
-            parts = next((k for k in (1, 2, 3, 4) if flat[0] % k == 0 and _key(flat, k) in mine), 1)
-            size = flat[0] // parts
-            pieces += [
-                ((size, *flat[1:]), slot, role, lambda t, a=i * size, n=size: t[a : a + n])
-                for i in range(parts)
-            ]
-    return pieces
+def _cut(
+    outline: Outline, mine: dict[Outline, list], transposed: bool = False
+) -> Iterator[tuple[Outline, Rows]]:
+    """What is to be had of a layer or a tensor: slices, as many as make one of the submission's."""
+    if transposed and len(outline[0][1]) == 2:
+        ((role, flat),) = outline
+        yield ((role, flat[::-1]),), lambda t: t.flatten(1).T
+        return
+    for parts in range(1, max((flat[0] for _, flat in outline), default=0) + 1):
+        key = tuple((role, (flat[0] // parts, *flat[1:])) for role, flat in outline)
+        if key in mine and all(flat[0] % parts == 0 for _, flat in outline):
+            break
+    else:
+        parts, key = 1, outline
+    for i in range(parts):
+        yield key, lambda t, n=parts, i=i: t.tensor_split(n)[i]
 
 
-def _key(flat: tuple[int, ...], parts: int) -> str:
-    return str((flat[0] // parts, *flat[1:]))
-
-
-def _layouts(slots: list[list[Any]]) -> Iterator[Callable[[Tensor], Tensor]]:
+def _layouts(slots: list[Slot]) -> Iterator[Rows]:
     """Ways to lay out queries, keys and values in the rows of one linear layer; else the one."""
     yield _same
     sizes = {
@@ -350,13 +298,12 @@ def _layouts(slots: list[list[Any]]) -> Iterator[Callable[[Tensor], Tensor]]:
         if kind == "layer" and role == "weight" and len(shape) == 2 and shape[0] == 3 * shape[1]
     }
     for rows, width in sizes:
-        numbers = torch.arange(rows)
+        numbers, orders = torch.arange(rows), list(itertools.permutations(range(3)))
         seen = {tuple(numbers.tolist())}
-        for heads in [h for h in range(1, width + 1) if width % h == 0]:
-            for first in itertools.permutations(range(3)):
-                cube = numbers.view(3, heads, width // heads)[list(first)]
-                for axes in itertools.permutations(range(3)):
-                    order = cube.permute(axes).flatten()
-                    if tuple(order.tolist()) not in seen:
-                        seen.add(tuple(order.tolist()))
-                        yield lambda t, n=rows, o=order: t[o] if len(t) == n else t
+        divisors = [heads for heads in range(1, width + 1) if width % heads == 0]
+        for heads, first, axes in itertools.product(divisors, orders, orders):
+            cube = numbers.view(3, heads, width // heads)[list(first)]
+            order = cube.permute(axes).flatten()
+            if tuple(order.tolist()) not in seen:
+                seen.add(tuple(order.tolist()))
+                yield lambda t, n=rows, o=order: t[o] if len(t) == n else t

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,30 +20,22 @@ WANTED = 0.95  # of the answers that are not "unsure", the share that is to be r
 
 @dataclass(frozen=True)
 class Calibration:
-    """Probabilities are softmax(logits / temperature). An answer below `threshold` is unsure.
-
-    Attributes:
-        threshold: None where no validation images are at hand; above 1 where the model is never
-            sure enough.
-        answered: share of the validation images that are at or above the threshold.
-        right: share of these that are right.
-        images: how many validation images there were.
-    """
+    """Probabilities are softmax(logits / temperature). An answer below `threshold` is unsure."""
 
     temperature: float = 1.0
+    # None: no validation images are at hand; above 1: the model is never sure enough.
     threshold: float | None = None
-    answered: float | None = None
-    right: float | None = None
-    images: int = 0
+    answered: float | None = None  # share of the validation images at or above the threshold
+    right: float | None = None  # share of these that are right
+    images: int = 0  # for validation
 
     def save(self, folder: Path) -> None:
-        write_json(folder / FILE, asdict(self))
+        write_json(folder / FILE, self)
 
     @classmethod
     def load(cls, folder: Path | None) -> Calibration:
         """That of a run folder; the untouched softmax where it has none."""
-        path = Path(folder or "") / FILE
-        if folder is None or not path.is_file():
+        if folder is None or not (path := folder / FILE).is_file():
             return UNKNOWN
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
@@ -71,27 +63,27 @@ def temperature_of(log_p: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
-def threshold_of(confidence: np.ndarray, right: np.ndarray, wanted: float = WANTED) -> float:
-    """The lowest probability from which on a share `wanted` of the answers is right; 1.01 if none.
+def threshold_of(confidence: np.ndarray, right: np.ndarray) -> float:
+    """The lowest probability from which on a share WANTED of the answers is right; 1.01 if none.
 
     >>> threshold_of(np.array([0.9, 0.8, 0.6]), np.array([True, True, False]))
     0.8
     """
-    order = np.argsort(-confidence, kind="stable")
-    shares = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
-    sorted_ = confidence[order]
-    last = np.append(sorted_[1:] != sorted_[:-1], True)  # equal probabilities go together
-    enough = np.flatnonzero((shares >= wanted) & last)
-    return float(sorted_[enough[-1]]) if len(enough) else 1.01
+    from sklearn.metrics import precision_recall_curve
+
+    if not right.any():
+        return 1.01
+    shares, _, thresholds = precision_recall_curve(right, confidence)
+    enough = thresholds[shares[:-1] >= WANTED]
+    return float(enough[0]) if len(enough) else 1.01
 
 
 def calibrate(model: nn.Module, loader: Loader) -> Calibration:
     """On images that the weights were not trained with."""
     from scipy.special import softmax
 
-    probabilities, labels = (t.double().numpy() for t in predict(model, loader))
-    labels = labels.astype(int)
-    log_p = np.log(probabilities.clip(1e-30))
+    probabilities, labels = (t.numpy() for t in predict(model, loader))
+    log_p = np.log(probabilities.astype(float).clip(1e-30))
     temperature = temperature_of(log_p, labels)
     scaled = softmax(log_p / temperature, axis=1)
     confidence, right = scaled.max(1), scaled.argmax(1) == labels

@@ -25,12 +25,12 @@ def use(config: Any, lesson: ModuleType) -> None:
     past = open_run(config.from_run, lesson)
     folder = past.folder or Path(config.run_dir) / lesson.LESSON / config.from_run
     folder.mkdir(parents=True, exist_ok=True)
-    origin, side = past.origin, past.config.image_size
-    model = origin.model.to(pick_device(config.device))
-    deploy(
-        config, folder, model, origin.class_names, origin.mean_std, side, past.build,
-        Calibration.load(past.folder),
-    )  # fmt: skip
+    origin, calibration = past.origin, Calibration.load(past.folder)
+    model, known = (
+        origin.model.to(pick_device(config.device)),
+        (origin.class_names, origin.mean_std),
+    )
+    deploy(config, folder, model, *known, past.config.image_size, past.build, calibration)
 
 
 def deploy(
@@ -52,5 +52,5 @@ def deploy(
     if config.export or config.export_pixels:
         clean = build(len(class_names))  # without the hooks that freezing leaves
         clean.load_state_dict(model.state_dict())
-        size, names, pixels = (3, side, side), class_names, config.export_pixels
-        export_model(clean, size, folder, names, mean_std, calibration, pixels)
+        known = class_names, mean_std, calibration
+        export_model(clean, (3, side, side), folder, *known, config.export_pixels)

@@ -18,22 +18,15 @@ MOST = 2000  # images drawn; t-SNE takes some 10 s for so many
 
 
 def embed(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
-    """(N, D) -> (N, 2) and the name of the method: t-SNE from 30 points on, PCA below.
-
-    Raises:
-        ValueError: fewer than two points.
-    """
+    """(N, D) -> (N, 2) and the name of the method: t-SNE from 30 points on, PCA below."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    if len(features) < 2:
-        raise ValueError("an embedding needs two points at least")
     features = np.asarray(features, dtype=np.float64)
     if len(features) < 30:
         return PCA(2, random_state=seed).fit_transform(features), "PCA"
     # Above 50 dimensions the distances are mostly noise: van der Maaten and Hinton 2008, sec. 4.2.
-    dimensions = min(50, *features.shape)
-    reduced = PCA(dimensions, random_state=seed).fit_transform(features)
+    reduced = PCA(min(50, *features.shape), random_state=seed).fit_transform(features)
     perplexity = min(30.0, len(features) / 4)
     tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
     return tsne.fit_transform(reduced), "t-SNE"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from common.engine import processes
 from common.engine.errors import UserError
 from common.engine.files import write_atomically, write_json
+from common.engine.sources import to_rgb
 from common.transfer.calibration import UNKNOWN, Calibration
 from common.transfer.prediction import resized_side
 
@@ -34,8 +36,9 @@ class FromPixels(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.side, self.temperature = model, side, temperature
-        for name, values in zip(("mean", "std"), mean_std):
-            self.register_buffer(name, values.detach().cpu().float().reshape(1, 3, 1, 1))
+        mean, std = (v.cpu().float().reshape(1, 3, 1, 1) for v in mean_std)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
 
     def forward(self, pictures: Tensor) -> Tensor:
         _, height, width, _ = pictures.shape
@@ -116,51 +119,48 @@ def export_model(
         if missing:
             print(f"export     {name} left out: pip install {' '.join(missing)}")
             continue
+        path = folder / name
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of deprecations inside torch
-                again = write(model, example, folder / name, free)
-                answers = again(x).detach()
+                answers = write(model, example, path, free)(x).detach()
         except OSError as error:
-            raise UserError(f"{folder / name} can't be written ({error.strerror})") from None
-        differences[name] = float((answers - expected).abs().max())
-        if not differences[name] <= TOLERANCE:
-            raise UserError(
-                f"{folder / name} answers otherwise than the model, by {differences[name]:.2g}"
-            )
-        size = (folder / name).stat().st_size / 1e6
-        print(f"export     {folder / name}, {size:.1f} MB, right to {differences[name]:.1g}")
-    mean, std = (v.flatten().tolist() for v in mean_std)
-    outside = {
-        "resize": resized_side(side),  # of the shorter side, in pixels
-        "resample": "bilinear, antialiased",
-        "crop": side,  # side of the square in the centre, in pixels
-        "range": [0, 1],
-        "mean": mean,
-        "std": std,
-    }
-    output = "logits; probabilities are softmax(logits / temperature)"
+            raise UserError(f"{path} can't be written ({error.strerror})") from None
+        off = differences[name] = float((answers - expected).abs().max())
+        if not off <= TOLERANCE:
+            raise UserError(f"{path} answers otherwise than the model, by {off:.2g}")
+        size = path.stat().st_size / 1e6
+        print(f"export     {path}, {size:.1f} MB, right to {off:.1g}")
+    preprocessing: dict[str, object] = {"turn": "as the EXIF tag says", "channels": "RGB"}
+    if not pixels:
+        mean, std = (v.flatten().tolist() for v in mean_std)
+        # Pixels of the shorter side, and of the side of the square in the centre.
+        preprocessing |= {"resize": resized_side(side), "resample": "bilinear, antialiased"}
+        preprocessing |= {"crop": side, "range": [0, 1], "mean": mean, "std": std}
+    output = (
+        "probabilities" if pixels else "logits; probabilities are softmax(logits / temperature)"
+    )
     facts = {
         "input": [None, None, None, 3] if pixels else [None, *input_size],
         "input_type": "uint8" if pixels else "float32",
-        "preprocessing": {
-            "turn": "as the EXIF tag says",
-            "channels": "RGB",
-            **({} if pixels else outside),
-        },
+        "preprocessing": preprocessing,
         "classes": list(class_names),
-        "output": "probabilities" if pixels else output,
+        "output": output,
         "temperature": calibration.temperature,
         "unsure_below": calibration.threshold,
+        "files": differences,
     }
-    write_json(folder / "model.json", {**facts, "files": differences})
-    write_atomically(folder / "classify.py", CLASSIFY)
+    write_json(folder / "model.json", facts)
+    write_atomically(
+        folder / "classify.py", CLASSIFY.replace("# to_rgb", inspect.getsource(to_rgb))
+    )
     if processes.is_main():
         print(f"export     {folder / 'classify.py'}, which needs numpy, pillow and onnxruntime")
     return differences
 
 
-# What a picture goes through, in plain numpy. Its sizes and its rounding are torchvision's.
+# What a picture goes through, in plain numpy. Its sizes and its rounding are torchvision's; how it
+# becomes RGB is the course's own function.
 CLASSIFY = '''"""python classify.py IMAGE ...: what model.onnx says of pictures, by model.json."""
 
 import json
@@ -171,12 +171,15 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+
+# to_rgb
+
 here = pathlib.Path(__file__).parent
 about = json.loads((here / "model.json").read_text(encoding="utf-8"))
 how = about["preprocessing"]
 session = onnxruntime.InferenceSession(str(here / "model.onnx"), providers=["CPUExecutionProvider"])
 for path in sys.argv[1:]:
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    image = to_rgb(ImageOps.exif_transpose(Image.open(path)))
     if "crop" in how:  # otherwise all this is in model.onnx
         short, side = min(image.size), how["crop"]
         sides = [how["resize"] * s // short for s in image.size]
@@ -196,18 +199,17 @@ for path in sys.argv[1:]:
 '''
 
 
-def _torch_export(
-    model: nn.Module, x: Tensor, path: Path, free: dict[int, Any]
-) -> Callable[[Tensor], Tensor]:
+Answer = Callable[[Tensor], Tensor]  # a file that was read again
+
+
+def _torch_export(model: nn.Module, x: Tensor, path: Path, free: dict[int, Any]) -> Answer:
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=(free,))
     torch.export.save(program, path)
     return torch.export.load(path).module()
 
 
-def _onnx(
-    model: nn.Module, x: Tensor, path: Path, free: dict[int, Any]
-) -> Callable[[Tensor], Tensor]:
+def _onnx(model: nn.Module, x: Tensor, path: Path, free: dict[int, Any]) -> Answer:
     import onnxruntime
 
     program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=(free,), verbose=False)

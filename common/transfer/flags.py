@@ -32,18 +32,16 @@ def spell_out(argv: list[str]) -> list[str]:
     ['--from-run', 'runs/a', '--predict', 'x.png', '--seed', '1']
     """
     out: list[str] = []
-    words = iter(range(len(argv)))
-    for i in words:
-        word = argv[i]
+    pictures = False  # whether the last flag is --predict
+    for word in argv:
         if word == "--from" or word.startswith("--from="):
-            word = "--from-run" + word.removeprefix("--from")
+            word = word.replace("--from", "--from-run", 1)
+        if word.startswith("--"):
+            pictures = word == "--predict"
+        elif pictures and out[-1] != "--predict":
+            out[-1] += os.pathsep + word
+            continue
         out.append(word)
-        if word == "--predict":
-            images = []
-            while i + 1 < len(argv) and not argv[i + 1].startswith("--"):
-                i = next(words)
-                images.append(argv[i])
-            out += [os.pathsep.join(images)] if images else []
     return out
 
 
@@ -62,8 +60,7 @@ def locate(config: ConfigT, flag: str = "--dataset") -> ConfigT:
         return config
     if Path(config.dataset).is_dir():
         return dataclasses.replace(config, dataset="folder", data_dir=config.dataset)
-    if "/" in config.dataset or "\\" in config.dataset or Path(config.dataset).exists():
-        raise UserError(f"{flag} {config.dataset}: no such folder")
-    if flag != "--dataset":
+    is_path = "/" in config.dataset or "\\" in config.dataset or Path(config.dataset).exists()
+    if is_path or flag != "--dataset":
         raise UserError(f"{flag} {config.dataset}: no such folder")
     raise unknown("dataset, and no folder,", config.dataset, DATASETS)

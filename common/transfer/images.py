@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +18,7 @@ from common.engine.sources import Pictures, Source, stratified_split
 def choose_classes(source: Source, classes: range) -> Source:
     """The images of some of the classes, their labels counted from 0 again."""
 
-    def choose(pictures: Pictures | None) -> Pictures | None:
-        if pictures is None:
-            return None
+    def choose(pictures: Pictures) -> Pictures:
         inside = (pictures.labels >= classes.start) & (pictures.labels < classes.stop)
         part = pictures.take(inside.nonzero().squeeze(1))
         return dataclasses.replace(part, labels=part.labels - classes.start)
@@ -30,7 +27,7 @@ def choose_classes(source: Source, classes: range) -> Source:
         source,
         class_names=[source.class_names[c] for c in classes],
         train=choose(source.train),
-        val=choose(source.val),
+        val=None if source.val is None else choose(source.val),
         test=choose(source.test),
     )
 
@@ -98,9 +95,8 @@ def shifted(pictures: Pictures, kind: str, seed: int) -> Pictures:
     if kind == "inverted":
         pixels = 255 - pixels
     elif kind == "noisy":
-        noise = torch.randn(n, 1, height, width, generator=generator)
-        pixels = pixels + 64 * noise
-    elif kind == "textured":
+        pixels += 64 * torch.randn(n, 1, height, width, generator=generator)
+    else:
         # Stripes of a random direction and phase behind each digit.
         angle, phase = math.pi * torch.rand(2, n, 1, 1, generator=generator)
         rows, columns = torch.arange(height).view(-1, 1), torch.arange(width)
@@ -171,16 +167,13 @@ class PairLoader(Loader):
             yield torch.cat([x_source[:n], x_target[:n]]), y[:n]
 
 
-def in_chunks(loader: Loader, mixed: bool = False, size: int = 256) -> Iterator[Tensor]:
-    """Every image of a split as it looks in a test, (<= size, 3, H, W) at a time.
-
-    Args:
-        mixed: in the order of the first epoch, where a training split is shuffled, instead of its
-            own, which in a folder is class after class.
+def in_chunks(loader: Loader, mixed: bool = False) -> Iterator[Tensor]:
+    """Every image of a split as it looks in a test, (<= 256, 3, H, W) at a time; `mixed`: in the
+    order of the first epoch instead of its own, which in a folder is class after class.
     """
-    rows = loader.order(0).numpy() if mixed else np.arange(len(loader.labels))
-    for i in range(0, len(rows), size):
-        yield loader.take(rows[i : i + size])
+    rows = loader.order(0) if mixed else torch.arange(len(loader.labels))
+    for part in rows.split(256):
+        yield loader.take(part.numpy())
 
 
 def with_features(data: Data, features: dict[str, Tensor]) -> Data:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.engine import checkpoint
 from common.engine.errors import UserError, unknown
-from common.engine.weights import find_bundle, official_state
+from common.engine.weights import find_bundle
 from common.lessons import lesson_names, load_lesson
 from common.pretrained import load_pretrained
 from common.transfer.flags import EXTERNAL
@@ -59,9 +59,8 @@ class TorchvisionModel(nn.Module):
     `stem`, `stages` and `head` are its top-level parts in their order: what comes before the last
     feature map is a stage, what comes after it is the head. They hold no weights of their own.
 
-    Args:
-        name: as torchvision spells it, e.g. "convnext_tiny".
-        small_input: only False; torchvision's nets have no form for small images.
+    NOTE: `small_input` changes nothing; torchvision's nets have no form for small images. GoogLeNet
+    and Inception-v3 come without their auxiliary heads, which help long trainings.
 
     Raises:
         UserError: torchvision has no such classifier.
@@ -74,46 +73,36 @@ class TorchvisionModel(nn.Module):
         known = models.list_models(models)
         if name not in known:
             raise unknown("torchvision model", name, known)
-        self.net = models.get_model(name, weights=None)
+        with_heads = name in ("googlenet", "inception_v3")  # official inputs are from -1 to 1
+        options = {"aux_logits": False, "transform_input": True, "init_weights": False}
+        self.net = models.get_model(name, weights=None, **(options if with_heads else {}))
+        linear = [n for n, m in self.net.named_modules() if isinstance(m, nn.Linear)]
+        if not linear:
+            raise UserError("this torchvision model ends in no linear layer")
+        self.last = linear[-1]  # the classifier's path
         if num_classes != self.get_classifier().out_features:
             self.reset_classifier(num_classes)
 
-    def _classifier(self) -> tuple[nn.Module, str]:
-        """The module that holds the last linear layer, and the layer's name in it."""
-        names = [
-            n
-            for n, m in self.net.named_modules()
-            if isinstance(m, nn.Linear) and not n.lower().startswith("aux")
-        ]
-        if not names:
-            raise UserError("this torchvision model ends in no linear layer")
-        parent, _, child = names[-1].rpartition(".")
-        return self.net.get_submodule(parent), child
-
     def get_classifier(self) -> nn.Linear:
-        parent, child = self._classifier()
-        return getattr(parent, child)
+        return self.net.get_submodule(self.last)
 
     def reset_classifier(self, num_classes: int) -> None:
-        parent, child = self._classifier()
-        old = getattr(parent, child)
-        setattr(parent, child, nn.Linear(old.in_features, num_classes).to(old.weight))
+        old = self.get_classifier()
+        parent, _, name = self.last.rpartition(".")
+        new = nn.Linear(old.in_features, num_classes).to(old.weight)
+        setattr(self.net.get_submodule(parent), name, new)
 
     def _units(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """Top-level parts up to the one that holds the classifier, and the others."""
-        children = list(self.net.children())
+        *children, last = self.net.children()
         units: list[nn.Module] = []
         for child in children:
-            units += (
-                list(child)
-                if isinstance(child, nn.Sequential) and child is not (children[-1])
-                else [child]
-            )
+            units += child if isinstance(child, nn.Sequential) else [child]
+        units.append(last)
         classifier = self.get_classifier()
         first = next(i for i, unit in enumerate(units) if classifier in unit.modules())
-        body = [u for u in units[:first] if any(True for _ in u.parameters())]
-        rest = [u for u in units if not any(u is b for b in body)]
-        return body, rest
+        body = [unit for unit in units[:first] if list(unit.parameters())]
+        return body, [unit for unit in units if unit not in body]
 
     @property
     def stem(self) -> nn.Sequential:
@@ -127,14 +116,15 @@ class TorchvisionModel(nn.Module):
     def head(self) -> nn.Sequential:
         return nn.Sequential(*self._units()[1])
 
+    def arrange_torchvision_state(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Without what belongs to auxiliary heads."""
+        return {k: v for k, v in state_dict.items() if not k.lower().startswith("aux")}
+
     def forward_features(self, x: Tensor) -> Tensor:
         """The output of the last stage."""
         seen: list[Tensor] = []
-        handle = self.stages[-1].register_forward_hook(lambda *parts: seen.append(parts[2]))
-        try:
+        with self.stages[-1].register_forward_hook(lambda *parts: seen.append(parts[2])):
             self.net(x)
-        finally:
-            handle.remove()
         return seen[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,57 +136,39 @@ class TorchvisionModel(nn.Module):
 
 @dataclass
 class Origin:
-    """A trained network to start from.
+    """A trained network to start from."""
 
-    Attributes:
-        name: told in the banner.
-        model: with the classifier that it was trained with; None where there are no weights.
-        mean_std: of pixels in [0, 1], what its inputs were normalised with.
-        class_names: that its classifier tells apart.
-        top1: test accuracy on its own classes, where it is known.
-    """
-
-    name: str
-    model: nn.Module | None = None
-    mean_std: tuple[Tensor, Tensor] | None = None
-    class_names: list[str] | None = None
-    top1: float | None = None
+    name: str  # told in the banner
+    model: nn.Module | None = None  # with its own classifier; None where there are no weights
+    mean_std: tuple[Tensor, Tensor] | None = None  # of its inputs, pixels in [0, 1]
+    class_names: list[str] | None = None  # that its classifier tells apart
+    top1: float | None = None  # test accuracy on these, where it is known
 
     def save(self, path: Path) -> None:
-        state = {
-            "name": self.name,
-            "model": self.model.state_dict(),
-            "mean": self.mean_std[0],
-            "std": self.mean_std[1],
-            "class_names": self.class_names,
-            "top1": self.top1,
-        }
-        checkpoint.save(path, state)
+        mean, std = self.mean_std
+        facts = {"name": self.name, "class_names": self.class_names, "top1": self.top1}
+        checkpoint.save(path, {**facts, "model": self.model.state_dict(), "mean": mean, "std": std})
 
     @classmethod
     def load(cls, path: Path, build: Callable[[int], nn.Module]) -> Origin:
         state = checkpoint.load(path)
-        model = build(len(state["class_names"]))
+        names, mean_std = state["class_names"], (state["mean"], state["std"])
+        model = build(len(names))
         model.load_state_dict(state["model"])
-        mean_std = state["mean"], state["std"]
-        return cls(state["name"], model, mean_std, state["class_names"], state["top1"])
+        return cls(state["name"], model, mean_std, names, state["top1"])
 
 
 @dataclass
 class PastRun:
-    """A run folder of any lesson, its best weights loaded on the CPU; or the course's own weights.
+    """A run folder of any lesson, its best weights on the CPU; or the course's own weights."""
 
-    Attributes:
-        folder: None for the course's own.
-    """
-
-    folder: Path | None
+    folder: Path | None  # None for the course's own
     config: Any
     origin: Origin
     build: Callable[[int], nn.Module]  # the same architecture untrained, for so many classes
 
 
-def open_run(path: str, here: ModuleType | None = None) -> PastRun:
+def open_run(path: str, here: ModuleType) -> PastRun:
     """The best weights of a finished run, in the model that its lesson builds.
 
     Args:
@@ -207,8 +179,7 @@ def open_run(path: str, here: ModuleType | None = None) -> PastRun:
         UserError: it is no run folder, has no best.pt, or its lesson builds another model today.
     """
     folder = Path(path)
-    bundle = None if folder.exists() else find_bundle(path)
-    if here is not None and bundle:
+    if not folder.exists() and (bundle := find_bundle(path)):
         config = here.Config(model=path, image_size=bundle.image_size)
         build = partial(here.build, config)
         return PastRun(None, config, trained_origin(path, build), build)
@@ -224,7 +195,7 @@ def open_run(path: str, here: ModuleType | None = None) -> PastRun:
             f"--from {path}: no best.pt in it; an experiment leaves none, a training run does"
         )
     lesson = saved.pop("lesson", "")
-    module = here if here is not None and lesson == here.LESSON else load_lesson(lesson)
+    module = here if lesson == here.LESSON else load_lesson(lesson)
     known = {spec.name for spec in dataclasses.fields(module.Config)}
     config = module.Config(**{name: value for name, value in saved.items() if name in known})
     state = checkpoint.load(folder / "best.pt")
@@ -236,40 +207,21 @@ def open_run(path: str, here: ModuleType | None = None) -> PastRun:
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--from {path}: the weights don't fit {config.model} ({reason})") from None
-    origin = Origin(
-        f"{config.model} of {folder}", model, (state["mean"], state["std"]), state["class_names"]
-    )
+    mean_std, name = (state["mean"], state["std"]), f"{config.model} of {folder}"
+    origin = Origin(name, model, mean_std, state["class_names"])
     return PastRun(folder, config, origin, partial(module.build, config))
 
 
 def trained_origin(name: str, build: Callable[[int], nn.Module]) -> Origin:
     """What `--pretrained` starts from: the course's own weights of a model, or official ones.
 
-    Args:
-        build: the model, untrained, for so many classes.
-
     Raises:
         UserError: there are none, they can't be had, or they don't fit what `build` makes.
     """
-    bundle = find_bundle(name)
-    if bundle:
+    if bundle := find_bundle(name):
         names = bundle.class_names
         model = load_pretrained(build(len(names)), name, names)
         mean_std = bundle.mean, bundle.std
         return Origin(f"the course's own {name}", model, mean_std, names, bundle.top1)
-    load = load_external if name.startswith(EXTERNAL) else load_pretrained
-    return Origin(f"official weights of {name}", load(build(2), name))
-
-
-def load_external(model: TorchvisionModel, name: str) -> TorchvisionModel:
-    """Put torchvision's official weights into a `TorchvisionModel`; its classifier stays.
-
-    Raises:
-        UserError: there are none, or they can't be downloaded.
-    """
-    classes = model.get_classifier().out_features
-    state = official_state(name.removeprefix(EXTERNAL))
-    model.reset_classifier(next(reversed(state.values())).shape[0])
-    model.net.load_state_dict(state)
-    model.reset_classifier(classes)
-    return model
+    model = load_pretrained(build(2), name.removeprefix(EXTERNAL))
+    return Origin(f"official weights of {name}", model)

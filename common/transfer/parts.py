@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 
-def parts_of(model: nn.Module, most: int = 4) -> list[nn.ModuleList]:
+def parts_of(model: nn.Module) -> list[nn.ModuleList]:
     """The model as parts that learn or freeze together, from the stem to the head.
 
-    Stages beyond `most` share a part with their neighbours: 18 rates that differ by 2.6 each would
+    More than four stages share a part with their neighbours: 18 rates that differ by 2.6 each would
     leave the first at nothing.
 
     >>> model = nn.Module()
@@ -21,16 +21,12 @@ def parts_of(model: nn.Module, most: int = 4) -> list[nn.ModuleList]:
     [1, 2, 2, 2, 1, 1]
     """
     stages = list(model.stages.children())
-    size = math.ceil(len(stages) / most)
+    size = math.ceil(len(stages) / 4)
     parts = [[model.stem], *(stages[i : i + size] for i in range(0, len(stages), size))]
     # What else there is, such as auxiliary heads, learns with the head.
     taken = {id(p) for part in parts for module in part for p in module.parameters()}
-    rest = [
-        child
-        for child in model.children()
-        if any(id(p) not in taken for p in child.parameters())
-        and not any(id(p) in taken for p in child.parameters())
-    ]
+    children = [({id(p) for p in child.parameters()}, child) for child in model.children()]
+    rest = [child for mine, child in children if mine and not mine & taken]
     parts.append(rest or [model.head])
     return [nn.ModuleList(part) for part in parts]
 
@@ -38,12 +34,9 @@ def parts_of(model: nn.Module, most: int = 4) -> list[nn.ModuleList]:
 def classify_with_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (N, K) and what the classifier made them from, the features (N, D)."""
     seen: list[Tensor] = []
-    classifier = model.get_classifier()
-    handle = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
+    watch = model.get_classifier().register_forward_pre_hook
+    with watch(lambda _, inputs: seen.append(inputs[0])):
         logits = model(x)
-    finally:
-        handle.remove()
     return logits, seen[0]
 
 
@@ -80,8 +73,5 @@ class TwoDomains(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         if not self.training:
             return self.model(x)
-        source, target = x.chunk(2)
-        return (
-            *classify_with_features(self.model, source),
-            *classify_with_features(self.model, target),
-        )
+        source, target = (classify_with_features(self.model, half) for half in x.chunk(2))
+        return *source, *target

@@ -60,21 +60,20 @@ def load_images(
     Raises:
         UserError: a file can't be read as an image, and `skip_broken` isn't given; or none can.
     """
-    from torchvision.transforms import v2
+    from torchvision.transforms.v2 import functional
 
-    steps = [v2.Resize(resized_side(side), antialias=True), v2.CenterCrop(side)]
-    transform = v2.Compose(steps)
-    images, read = [], []
+    images, read = [torch.zeros(0, 3, side, side, dtype=torch.uint8)], []
     for path in paths:
         try:
-            images.append(transform(read_image(path)))
-            read.append(path)
+            image = functional.resize(read_image(path), [resized_side(side)], antialias=True)
         except UserError as error:
             if not skip_broken:
                 raise
             print(f"skipped    {error}".partition(": repair")[0], flush=True)
-    empty = torch.zeros(0, 3, side, side, dtype=torch.uint8)
-    return (torch.stack(images) if images else empty), read
+            continue
+        images.append(functional.center_crop(image, [side, side])[None])
+        read.append(path)
+    return torch.cat(images), read
 
 
 def predict_files(
@@ -86,7 +85,6 @@ def predict_files(
     folder: os.PathLike | str,
     calibration: Calibration = UNKNOWN,
     skip_broken: bool = False,
-    most: int = 5,
 ) -> list[dict[str, Any]]:
     """Print the likeliest classes of each file, write predictions.csv and predictions.json, and
     draw Grad-CAM over the first 16.
@@ -108,33 +106,32 @@ def predict_files(
         x = x.to(device).float().div_(255).sub_(mean).div_(std)
         with torch.inference_mode():
             shares = (model(x).float() / calibration.temperature).softmax(1).cpu()
-        top = shares.topk(min(max(most, 2), len(class_names)), dim=1)
+        top = shares.topk(min(5, len(class_names)), dim=1)
         for path, classes, values in zip(read, top.indices.tolist(), top.values.tolist()):
-            answers.append(_answer(path, [class_names[c] for c in classes], values, calibration))
+            names = [class_names[c] for c in classes]
+            answers.append(_answer(path, names, values, calibration.threshold))
         shown = torch.cat((shown, x[: 16 - len(shown)]))
     if not answers:
         raise UserError(f"--predict {' '.join(paths)}: none of the files can be read as an image")
     _tell(answers, len(files) - len(answers), calibration)
     _write(answers, folder, calibration)
     titles = [f"{Path(a['path']).name}: {a['class']} {a['probability']:.0%}" for a in answers[:16]]
-    figure = plotting.grad_cam(
-        inspection.to_images(shown, *mean_std), inspection.grad_cam(model, shown), titles
-    )
+    pictures, heat = inspection.to_images(shown, *mean_std), inspection.grad_cam(model, shown)
+    figure = plotting.grad_cam(pictures, heat, titles)
     print(f"figure     {plotting.save(figure, folder / 'predictions.png')}", flush=True)
     return answers
 
 
 def _answer(
-    path: str, names: list[str], shares: list[float], calibration: Calibration
+    path: str, names: list[str], shares: list[float], threshold: float | None
 ) -> dict[str, Any]:
-    unsure = None if calibration.threshold is None else shares[0] < calibration.threshold
     return {
         "path": path,
         "class": names[0],
         "probability": shares[0],
         "second": names[1],
         "margin": shares[0] - shares[1],
-        "unsure": unsure,
+        "unsure": None if threshold is None else shares[0] < threshold,
         "likeliest": dict(zip(names, shares)),
     }
 
@@ -156,8 +153,8 @@ def _tell(answers: list[dict[str, Any]], skipped: int, calibration: Calibration)
 
 def _write(answers: list[dict[str, Any]], folder: Path, calibration: Calibration) -> None:
     about = {"temperature": calibration.temperature, "threshold": calibration.threshold}
-    answers_ = {"note": EVERY_PICTURE, **about, "predictions": answers}
-    write_json(folder / "predictions.json", answers_)
+    told = {"note": EVERY_PICTURE, **about, "predictions": answers}
+    write_json(folder / "predictions.json", told)
     columns = ["path", "class", "probability", "second", "margin", "unsure"]
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, columns, extrasaction="ignore")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from types import ModuleType
@@ -36,31 +38,19 @@ RATE_OF_SMALL_IMAGES = 0.4
 
 @dataclass
 class Task:
-    """What to start from, and what to learn.
+    """What to start from, and what to learn."""
 
-    Attributes:
-        config: resolved, and sized by the number of labels.
-        build: the untrained net, for so many classes.
-        images: of all classes.
-        classes: of these, the target's.
-        lesson: whose `transfer` trains by a strategy.
-    """
-
-    config: Any
+    config: Any  # resolved, and sized by the number of labels
     device: torch.device
-    build: Callable[[int], nn.Module]
+    build: Callable[[int], nn.Module]  # the untrained net, for so many classes
     origin: Origin
-    images: Source
-    classes: range
-    lesson: ModuleType
+    images: Source  # of all classes
+    classes: range  # of these, the target's
+    lesson: ModuleType  # whose `transfer` trains by a strategy
 
     @property
     def class_names(self) -> list[str]:
         return [self.images.class_names[c] for c in self.classes]
-
-    def target(self, images: Source | None = None) -> Source:
-        """The target's part of `images`, by default of all."""
-        return choose_classes(images or self.images, self.classes)
 
     def start(self, config: Any) -> nn.Module:
         """The source's model with a new classifier, or for `scratch` an untrained one.
@@ -90,42 +80,34 @@ class Task:
             loss: the images of each class to a loss.
             balanced: all classes come equally often.
         """
-        train = partial(self._try_out, loss, balanced)
-        return Arm(name, self.build, changes, rates=rates, train=train)
 
-    def _try_out(
-        self,
-        loss: Callable[[Tensor], nn.Module],
-        balanced: bool,
-        arm: Arm,
-        data: Data,
-        config: Any,
-        device: torch.device,
-    ) -> Trial:
-        if balanced:
-            loader = copy(data.train)  # the other arms keep their order
-            loader.order = partial(balanced_order, loader.labels, config.seed)
-            data = dataclasses.replace(data, train=loader)
-        counts = torch.bincount(data.train.labels, minlength=data.num_classes)
-        model, loss_fn = self.start(config), loss(counts).to(device)
-        began = time.monotonic()
-        history = self.lesson.transfer(model, data, config, loss_fn)
-        seconds = time.monotonic() - began
-        return tested(f"{arm.name}, seed {config.seed}", model, data, history, seconds)
+        def train(arm: Arm, data: Data, config: Any, device: torch.device) -> Trial:
+            if balanced:
+                loader = copy(data.train)  # the other arms keep their order
+                loader.order = partial(balanced_order, loader.labels, config.seed)
+                data = dataclasses.replace(data, train=loader)
+            counts = torch.bincount(data.train.labels, minlength=data.num_classes)
+            model, loss_fn = self.start(config), loss(counts).to(device)
+            began = time.monotonic()
+            history = self.lesson.transfer(model, data, config, loss_fn)
+            seconds = time.monotonic() - began
+            return tested(f"{arm.name}, seed {config.seed}", model, data, history, seconds)
+
+        return Arm(name, self.build, changes, rates=rates, train=train)
 
     def labelled(self, fraction: float) -> int:
         """How many training images of the target have labels."""
-        return len(few_labels(self.target(), fraction, self.config.seed).train)
+        images = choose_classes(self.images, self.classes)
+        return len(few_labels(images, fraction, self.config.seed).train)
 
     def data(
         self, images: Source, config: Any, device: torch.device, imbalance: float = 1.0
     ) -> Data:
-        """The few labelled images of the target, normalised as the source's were.
-
-        Args:
-            imbalance: images of the commonest class for one of the rarest.
+        """The few labelled images of the target, normalised as the source's were; of the commonest
+        class `imbalance` for one of the rarest.
         """
-        source = few_labels(self.target(images), config.fraction, config.seed)
+        source = choose_classes(images, self.classes)
+        source = few_labels(source, config.fraction, config.seed)
         if imbalance > 1:
             tail = long_tail(source.train, len(source.class_names), imbalance, config.seed)
             source = dataclasses.replace(source, train=tail)
@@ -148,48 +130,43 @@ def open_task(config: TrainConfig, lesson: ModuleType) -> Task:
     past = open_run(asked.from_run, lesson) if asked.from_run else None
     if past:
         size = asked.image_size or past.config.image_size
-        asked = dataclasses.replace(
-            asked, model=past.config.model, image_size=size, pretrained=False
-        )
-    halves = asked.source_classes is not None or not (past or asked.pretrained)
-    if halves and asked.source_classes is None and asked.dataset in ("folder", "imagenet"):
-        if asked.strategy != "scratch":
+        changes = {"model": past.config.model, "image_size": size, "pretrained": False}
+        asked = dataclasses.replace(asked, **changes)
+    halves = asked.source_classes is not None
+    if not (halves or past or asked.pretrained):
+        halves = asked.dataset not in ("folder", "imagenet")
+        if not halves and asked.strategy != "scratch":
             raise UserError(
                 "no weights to start from: add --pretrained, or --from RUN, or --source-classes N "
                 "to pretrain on N of your classes, or --strategy scratch"
             )
-        halves = False
     if asked.model not in lesson.MODELS:
         raise UserError(f"unknown model {asked.model!r}: a name of the course, or torchvision:NAME")
     config, device = prepare(asked)
     images = read_once(load_source(config), config)
-    classes = len(images.class_names)
-    task = Task(
-        config, device, partial(lesson.build, config), Origin("random weights"), images,
-        range(classes), lesson,
-    )  # fmt: skip
+    build, origin = partial(lesson.build, config), Origin("random weights")
     if past:
-        task.build, task.origin = past.build, past.origin
+        build, origin = past.build, past.origin
     elif asked.pretrained:
-        task.origin = trained_origin(config.model, task.build)
+        origin = trained_origin(config.model, build)
+    classes = range(len(images.class_names))
     if halves:
-        count = config.source_classes or classes // 2
-        if classes - count < 2:
-            raise UserError(f"--source-classes {count}: of {classes} classes, two must stay")
+        count = config.source_classes or len(classes) // 2
+        if len(classes) - count < 2:
+            raise UserError(f"--source-classes {count}: of {len(classes)} classes, two must stay")
+        source, classes = choose_classes(images, classes[:count]), classes[count:]
         folder = Path(config.resume)
         kept = (folder if folder.is_dir() else folder.parent) / SOURCE
+        wanted = config.strategy != "scratch" or config.compare or config.experiment
         if config.resume and kept.is_file():
-            task.origin = Origin.load(kept, task.build)
-        elif task.origin.model is None and (
-            config.strategy != "scratch" or config.compare or config.experiment
-        ):
-            source = choose_classes(images, range(count))
-            task.origin = pretrain(source, config, device, task.build)
-        task.classes = range(count, classes)
-    if task.origin.model is not None:
-        task.origin.model.to(device)
+            origin = Origin.load(kept, build)
+        elif origin.model is None and wanted:
+            origin = pretrain(source, config, device, build)
+    if origin.model is not None:
+        origin.model.to(device)
     elif config.strategy not in (None, "scratch"):
         raise UserError(f"--strategy {config.strategy} needs weights to start from")
+    task = Task(config, device, build, origin, images, classes, lesson)
     _warn_of_classes_seen(task)
     task.config = settings_for(asked, config, task.labelled(config.fraction), lesson.TABLE)
     return task
@@ -232,11 +209,8 @@ def pretrain(
 
 
 def settings_for(asked: Any, config: Any, images: int, table: Sequence[Any]) -> Any:
-    """`config` with what the flags left open set by the number of labelled training images.
-
-    Args:
-        asked: the flags.
-        table: rows with images (at most), batch_size and steps.
+    """`config` with what the flags left open (`asked`) set by the number of labelled training
+    images: by the first row of the table that is for as many.
     """
     row = next(row for row in table if images <= row.images)
     batch_size = asked.batch_size or row.batch_size
@@ -271,10 +245,8 @@ def with_weights(
     design: Callable[[Task, Any], Experiment],
     fraction: Callable[[Any], float | None] = lambda config: config.fraction,
 ) -> Callable[[Any], object]:
-    """An experiment that starts from a source's weights.
-
-    Args:
-        fraction: the share of the labels that the length of the training goes by.
+    """An experiment that starts from a source's weights. `fraction` is the share of the labels that
+    the length of the training goes by.
     """
 
     def carry_out(config: Any) -> object:
@@ -318,14 +290,13 @@ def choose_strategy(task: Task, design: Callable[[Task, Any], Experiment], run: 
         # The same test images for all seeds, lest one seed's choice sees those of another.
         images = dataclasses.replace(task.images, drawn=0.0)
         outcome = run_experiment(run.lesson, partial(design, task), config, images, run)
-        arms: dict[str, list[dict[str, Any]]] = {}
-        for training in outcome["trainings"]:
-            arms.setdefault(training["arm"], []).append(training)
-        best = max(arms, key=lambda arm: mean(t["val_top1"] for t in arms[arm]))
         if not config.strategy:
-            chosen = {"strategy": best, "lr": arms[best][0]["lr"]}
+            by_arm = groupby(outcome["trainings"], key=itemgetter("arm"))  # they come arm by arm
+            arms = {arm: list(trainings) for arm, trainings in by_arm}
+            best = max(arms, key=lambda arm: mean(t["val_top1"] for t in arms[arm]))
+            lr = arms[best][0]["lr"]
+            chosen = {"strategy": best, "lr": lr}
             if processes.is_main():
-                rate = f"{chosen['lr']:.3g}"
-                print(f"winner     {best}, by validation accuracy, at rate {rate}", flush=True)
+                print(f"winner     {best}, by validation accuracy, at rate {lr:.3g}", flush=True)
     run.config = dataclasses.replace(config, **chosen)
     return {"strategies": outcome.get("rows", []), "verdict": outcome.get("verdict", [])}

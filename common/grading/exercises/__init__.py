@@ -77,9 +77,7 @@ class Exercise:
 
 @dataclass(frozen=True)
 class Worth:
-    """One line of points.csv: what passing one check of one exercise is worth, and who may see the
-    result.
-    """
+    """One line of points.csv: what passing one check is worth, and who may see the result."""
 
     exercise: str
     check: str
@@ -115,8 +113,9 @@ def lesson_path(lesson: str) -> Path:
 
 @lru_cache
 def exercises(lesson: str) -> dict[str, Exercise]:
-    """The exercises of one lesson by number.  Raises: ValueError, naming the manifest and what is
-    wrong in it.
+    """The exercises of one lesson by number.
+
+    Raises: ValueError, naming the manifest and what is wrong in it.
     """
     path, parser = manifests()[lesson], _parse(lesson)
     found = {}
@@ -125,6 +124,8 @@ def exercises(lesson: str) -> dict[str, Exercise]:
             continue
         section = parser[number]
         try:
+            if section["level"] not in LEVELS:
+                raise ValueError(f"level must be one of {', '.join(LEVELS)}")
             found[number] = Exercise(
                 number=number,
                 lesson=lesson,
@@ -141,18 +142,12 @@ def exercises(lesson: str) -> dict[str, Exercise]:
             )
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path.name}, section [{number}]: {error}") from None
-        if found[number].level not in LEVELS:
-            raise ValueError(
-                f"{path.name}, section [{number}]: level must be one of {', '.join(LEVELS)}"
-            )
     return found
 
 
 @lru_cache
 def points() -> tuple[Worth, ...]:
-    """The one table of points, in its own order. Every total and every denominator is a sum over
-    it.
-    """
+    """The one table of points, in its own order: every total is a sum over it."""
     with (FOLDER / "points.csv").open(newline="", encoding="utf-8") as file:
         table = tuple(
             Worth(row["exercise"], row["check"], float(row["points"]), row["visibility"])
@@ -176,7 +171,7 @@ def _parse(lesson: str) -> configparser.ConfigParser:
 
 
 def _cases(text: str) -> tuple[Case, ...]:
-    return tuple(_case(line.strip()) for line in text.splitlines() if line.strip())
+    return tuple(_case(line) for line in map(str.strip, text.splitlines()) if line)
 
 
 _CASE = re.compile(r"(?P<expression>.+) on (?P<input>meta|\[?\d+(x\d+)*(, \d+(x\d+)*)*\]?)")
@@ -186,19 +181,15 @@ def _case(line: str) -> Case:
     match = _CASE.fullmatch(line)
     if match is None:
         return Case(line, line, "evaluate")
-    if match["input"] == "meta":
-        return Case(line, match["expression"], "count")
-    shapes = match["input"].strip("[]").split(", ")
-    inputs = tuple(tuple(map(int, shape.split("x"))) for shape in shapes)
-    return Case(
-        line, match["expression"], "observe", inputs, as_list=match["input"].startswith("[")
-    )
+    expression, shapes = match["expression"], match["input"]
+    if shapes == "meta":
+        return Case(line, expression, "count")
+    inputs = tuple(tuple(map(int, x.split("x"))) for x in shapes.strip("[]").split(", "))
+    return Case(line, expression, "observe", inputs, as_list=shapes.startswith("["))
 
 
 def _dedent(text: str) -> str:
-    """A multi-line value without its leading "|"s, which keep Python's indentation from
-    configparser.
-    """
+    """A multi-line value without its "|"s, which keep Python's indentation from configparser."""
     return "\n".join(line.removeprefix("|").removeprefix(" ") for line in text.splitlines())
 
 
