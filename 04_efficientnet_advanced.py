@@ -11,8 +11,8 @@ and its input resolution in fixed proportion instead of one of them alone.
     python 04_efficientnet_advanced.py --experiment search            # evolution against chance
     python 04_efficientnet_advanced.py --model efficientnet_b0 --summary
 
-Measured on digits (16 px, 8 epochs, seeds 0 to 2, torch 2.15, float32 on two cores of an Intel
-Xeon): efficientnet_mini tests at 98.33%, 98.05% and 97.77%, 21 s of training.
+Measured on digits (16 px, 8 epochs, seeds 0 to 2, torch 2.14, float32 on two cores of an Intel
+Xeon): efficientnet_mini tests at 98.33%, 98.05% and 97.77%, 22 s of training.
 
 What the experiments gave stands at the end of the file, so that you can guess first.
 """

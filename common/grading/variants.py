@@ -94,9 +94,8 @@ CHOICES: dict[str, tuple[Option, ...]] = {
                ("conv1, bn1, ReLU,", "conv1 (5x5), bn1, ReLU,"))),
     "1.6": (OWN,
         Option("every shortcut starts from x",
-               (("""        if isinstance(self.shortcut, nn.Identity):
-            return residual + x
-        return residual + self.shortcut(activated)
+               (("""        same = isinstance(self.shortcut, nn.Identity)
+        return residual + (x if same else self.shortcut(activated))
 """, "        return residual + self.shortcut(x)\n"),
                 ("""Where the shape changes the shortcut starts from
     the activated input here, as in the authors' code.""", "So it is here, everywhere.")),
