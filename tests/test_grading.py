@@ -296,6 +296,14 @@ def test_files_that_are_not_there_or_not_plain(grader: grade.Grader, tmp_path: P
     assert "not a plain file" in message(tmp_path)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="real-time signals")
+def test_a_signal_that_python_has_no_name_for(grader: grade.Grader, tmp_path: Path) -> None:
+    path = tmp_path / file_name("05")
+    path.write_text(LESSON_5 + "\nimport os\nos.kill(os.getpid(), 40)\n")
+    (result, *_) = grader.mark_exercise(grade.Submission("student", path), "5.1")
+    assert not result.passed and "crashed (Real-time signal" in result.message
+
+
 # ---------------------------------------------------------------------------------- a whole class
 
 
