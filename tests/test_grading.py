@@ -296,6 +296,20 @@ def test_files_that_are_not_there_or_not_plain(grader: grade.Grader, tmp_path: P
     assert "not a plain file" in message(tmp_path)
 
 
+def test_a_mention_of_another_exercises_static_method_costs_nothing(
+    grader: grade.Grader, tmp_path: Path
+) -> None:
+    """The reference's method is put into the class that is mentioned."""
+    path = tmp_path / file_name("08")
+    text = lesson_path("08").read_text(encoding="utf-8")
+    line = "    def forward(self, logits: Tensor, y: Tensor) -> Tensor:\n        log_p"
+    assert text.count(line) == 1
+    mention = line.replace("log_p", "_ = GradientReversal\n        log_p")
+    path.write_text(text.replace(line, mention))
+    results = grader.mark_exercise(grade.Submission("student", path), "8.4")
+    assert all(result.passed for result in results), results
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="real-time signals")
 def test_a_signal_that_python_has_no_name_for(grader: grade.Grader, tmp_path: Path) -> None:
     path = tmp_path / file_name("05")

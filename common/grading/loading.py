@@ -282,7 +282,7 @@ def run_with_grafts(
         if isinstance(mine, type):
             exec(unpack(code), namespace)  # a class of that name, with nothing but the method
             function = vars(namespace[owner])[method]
-            for cell in function.__closure__ or ():
+            for cell in getattr(function, "__closure__", None) or ():  # a static method has none
                 cell.cell_contents = mine  # what super() means in it
             namespace[owner] = mine
             setattr(mine, method, function)
