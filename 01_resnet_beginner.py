@@ -181,8 +181,7 @@ class SqueezeExcitation(nn.Module):
 
 
 # %%
-# By hand: at 64 channels a 3x3 convolution has 9 * 64 * 64 = 36,864 weights and a BatchNorm 128, so
-# the block has 2 * (36,864 + 128) = 73,984 parameters.
+# By hand, at 64 channels: a 3x3 has 9 * 64 * 64 = 36,864 weights, a BatchNorm 128; twice: 73,984.
 # Say it first: the scale of the last BatchNorm is 0. Which picture comes out of digits from -1
 # (black) to 1 (white)? By what does a gate multiply whose weights and biases are all 0?
 if live():
@@ -399,9 +398,10 @@ def run(config: Config) -> dict[str, object]:
     data = load_data(config, device, weights_mean_std(config.model) if config.pretrained else None)
     model = build(config, data.num_classes)
     model = model.to(device, memory_format=memory_format(config.image_size))
-    measure_layers(model, data)  # the filters of ResNet-9's stem
     if config.pretrained:
         load_pretrained(model, config.model, data.class_names)
+    else:
+        measure_layers(model, data)  # the filters of ResNet-9's stem
 
     loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = make_optimizer(model, config)

@@ -594,18 +594,18 @@ if live():
 # parameters (or multiply-adds).
 
 # %%
-FAMILIES: tuple[Family, ...] = (  # lesson, model ("": its default), the knob
-    Family("07", "lenet5", lambda w: {"width_mult": w}),
-    Family("07", "simple_cnn", lambda w: {"width_mult": w}),
-    Family("07", "alexnet", lambda w: {"width_mult": w}),
+FAMILIES: tuple[Family, ...] = (  # lesson, model (else its default), the knob (else width_mult)
+    Family("07", "lenet5"),
+    Family("07", "simple_cnn"),
+    Family("07", "alexnet"),
     Family("02", "", lambda w: {"channels": [scaled(c, w) for c in (64, 128, 256, 512, 512)]}),
-    Family("03", "", lambda w: {"width_mult": w}, width=0.5),  # whole: two fifths of all the time
+    Family("03", width=0.5),  # whole, it takes two fifths of all the time
     Family("01", "resnet18", lambda w: {"stem_channels": scaled(64, w),
                                         "channels": [scaled(c, w) for c in (64, 128, 256, 512)]}),
     Family("06", "", lambda w: {"growth_rate": scaled(12, w)}),
-    Family("05", "", lambda w: {"width_mult": w}),
-    Family("04", "", lambda w: {"width_mult": w}),
-    Family("07", "vit_xs_16", lambda w: {"width_mult": w}),
+    Family("05"),
+    Family("04"),
+    Family("07", "vit_xs_16"),
 )  # fmt: skip
 
 # %% [markdown]

@@ -26,8 +26,9 @@ class Family(NamedTuple):
     """A line of the comparison: where the model is from, and how its builder is told a width."""
 
     lesson: str
-    model: str  # "": the lesson's default
-    widened: Callable[[float], dict[str, object]]  # the keywords for a net so many times as wide
+    model: str = ""  # the lesson's default
+    # The keywords for a net so many times as wide.
+    widened: Callable[[float], dict[str, object]] = lambda width: {"width_mult": width}
     width: float = 1.0  # at which it takes part where sizes aren't matched
 
 

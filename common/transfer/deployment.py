@@ -26,11 +26,9 @@ def use(config: Any, lesson: ModuleType) -> None:
     folder = past.folder or Path(config.run_dir) / lesson.LESSON / config.from_run
     folder.mkdir(parents=True, exist_ok=True)
     origin, calibration = past.origin, Calibration.load(past.folder)
-    model, known = (
-        origin.model.to(pick_device(config.device)),
-        (origin.class_names, origin.mean_std),
-    )
-    deploy(config, folder, model, *known, past.config.image_size, past.build, calibration)
+    model, side = origin.model.to(pick_device(config.device)), past.config.image_size
+    known = origin.class_names, origin.mean_std
+    deploy(config, folder, model, *known, side, past.build, calibration)
 
 
 def deploy(
