@@ -275,6 +275,7 @@ back.addEventListener('click', () => turn(-1));
 forth.addEventListener('click', () => turn(1));
 addEventListener('hashchange', () => { at = show(+location.hash.slice(1)); });
 addEventListener('toggle', () => fit(slides[at - 1]), true);  // a folded answer, opened
+addEventListener('resize', () => fit(slides[at - 1]));
 addEventListener('keydown', event => {
   if (event.target.closest?.('summary') && [' ', 'Enter'].includes(event.key)) return;
   const steps = {ArrowRight: 1, ArrowDown: 1, PageDown: 1, ' ': 1, Enter: 1,

@@ -4,7 +4,12 @@ image folders, the command line in this process.
 
 from __future__ import annotations
 
+import html
 import importlib
+import json
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +28,23 @@ torch.set_num_threads(1)  # several test processes share the cores
 def lesson(number: str) -> ModuleType:
     """The lesson whose file name begins with `number`."""
     return importlib.import_module(next(name for name in LESSONS if name.startswith(number)))
+
+
+def seen_in_browser(folder: Path, page: str) -> object:
+    """What a page's script leaves as JSON in <pre id="seen">, in a window of 1280 x 720."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if not browser:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium) to open the page in")
+    file = folder / "page.html"
+    file.write_text(page, encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --dump-dom"
+    command = [browser, *flags.split(), "--window-size=1280,720"]
+    command += [f"--user-data-dir={folder / 'profile'}", file.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = re.search(r'<pre id="seen">(.*?)</pre>', dom)
+    assert found, "the page's script did not run to its end"
+    return json.loads(html.unescape(found[1]))
 
 
 @pytest.fixture

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import csv
-import html
 import json
 import random
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,7 +21,7 @@ from common.comparison.results import (
     write_tables,
 )
 from common.engine.errors import UserError
-from tests.conftest import lesson
+from tests.conftest import lesson, seen_in_browser
 
 pareto_front = lesson("07").pareto_front
 
@@ -242,35 +239,8 @@ addEventListener('load', () => {
 
 
 def test_page_in_a_real_browser(tmp_path: Path) -> None:
-    browser = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
-    if not browser:
-        pytest.skip(
-            "no Chromium here (Debian: apt-get install chromium), so nobody can click on the page"
-        )
     page = comparison_page("Zoo", [Table("All", "made up", ZOO)], pareto_front)
-    file = tmp_path / "report.html"
-    file.write_text(page.replace("</body>", USER), encoding="utf-8")
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-    ]
-    command += [
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1200,900",
-        "--dump-dom",
-        file.as_uri(),
-    ]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    found = re.search(r'<pre id="seen">(.*?)</pre>', dom)
-    assert found, "the page's script did not run to its end"
-    seen = json.loads(html.unescape(found[1]))
+    seen = seen_in_browser(tmp_path, page.replace("</body>", USER))
 
     rising = sorted(ZOO, key=lambda c: c.params)
     assert seen["start"] == names(ZOO)

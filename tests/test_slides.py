@@ -14,6 +14,7 @@ pytest.importorskip("jupytext")
 
 from common import plotting, slides
 from common.lessons import ROOT, lesson_names
+from tests.conftest import seen_in_browser
 
 
 def words(html: str) -> list[str]:
@@ -34,6 +35,30 @@ def test_a_lesson_as_slides(name: str, tmp_path: Path) -> None:
             assert f"class{block.name}(" in text
     for heading in re.findall(r"^# #+ (.*)", source, re.MULTILINE):
         assert "".join(words(re.sub(r"[`*$]", "", heading))) in text, heading
+
+
+LOOK = """
+const cut = () => {
+  const content = slides[at - 1].querySelector('div');
+  return content.scrollHeight > content.clientHeight + 1 ||
+         content.scrollWidth > content.clientWidth + 1;
+};
+const seen = slides.map((_, i) => { at = show(i + 1); return cut(); });
+seen.push(...slides.map((slide, i) => {
+  slide.style.height = '140vh';  // a window of 4:3, then full screen
+  at = show(i + 1);
+  slide.style.height = '';
+  dispatchEvent(new Event('resize'));
+  return cut();
+}));
+document.body.innerHTML = '<pre id="seen">' + JSON.stringify(seen) + '</pre>';
+</script>"""
+
+
+def test_no_slide_is_cut_not_even_in_a_window_of_another_shape(tmp_path: Path) -> None:
+    for name in lesson_names():
+        page = slides.make_slides(ROOT / f"{name}.py", tmp_path)
+        assert not any(seen_in_browser(tmp_path, page.replace("</script>", LOOK))), name
 
 
 def test_a_long_class_is_torn_where_a_method_ends() -> None:
