@@ -115,7 +115,7 @@ class Run(RunFolder):
         print(
             f"epoch {r.epoch:>{len(str(epochs))}}/{epochs}  loss {r.train_loss:.4f}  train "
             f"{r.train_top1:6.2%}  "
-            f"val {r.val_top1:6.2%}  lr {r.lr:.4f}  {r.seconds:.1f} s  "
+            f"val {r.val_top1:6.2%}  lr {r.lr:<8.3g} {r.seconds:.1f} s  "
             f"{r.images_per_second:,.0f} images/s",
             flush=True,
         )
@@ -145,8 +145,8 @@ class Run(RunFolder):
         with `more` in it; `notes` and `tables` are for the report.
         """
         if self.config.views:  # kept apart: what it gains is no property of the network
-            seen = evaluate(Views(model, data.test.part.flips), data.test, data.class_names)
-            more["test_top1_views"] = seen.top1
+            views = Views(model, data.test.part.flips)
+            more["test_top1_views"] = evaluate(views, data.test, data.class_names).top1
         best = self.load_best()["best"]
         device = next(model.parameters()).device
         # The first epoch pays for start-up; its rate is told only where it is all there is.
@@ -189,8 +189,6 @@ class Run(RunFolder):
         title = f"{self.config.model} on {self.config.dataset}"
         page = report.write_report(self.folder, title, facts, tables, self.figures, notes=notes)
         index = write_index(self.folder.parent.parent)
-        if self.config.views:
-            print(f"views      top-1 {seen.top1:.2%}, shifted and mirrored views averaged")
         print(f"{report.outcome_of(result)}\nreport     {page}, all runs: {index}", flush=True)
         return result
 

@@ -68,6 +68,19 @@ def test_finished_stopped_and_damaged_runs(tmp_path: Path) -> None:
     assert heights == sorted(heights) and heights[1] == pytest.approx(sum(heights) / 3, abs=0.1)
 
 
+def test_no_two_ticks_of_a_chart_have_the_same_label(tmp_path: Path) -> None:
+    """It said "10%, 10%, 9%" beside runs of one epoch that were nearly alike."""
+    make_run(tmp_path, "one", [2.3401, 2.3409])
+    for chart in write_index(tmp_path).read_text().split("<svg ")[1:]:
+        ticks = re.findall('class="end">([^<]*)<', chart)
+        assert len(ticks) == len(set(ticks)) >= 4, ticks
+    (history,) = tmp_path.rglob("history.csv")
+    history.write_text("epoch,train_loss,val_top1\n1,2.34,0.0859\n2,2.35,0.1016\n")
+    chart = write_index(tmp_path).read_text().split("<svg ")[1]
+    ticks = re.findall('class="end">([^<]*)<', chart)
+    assert len(ticks) == len(set(ticks)) and "8.5%" in ticks, ticks
+
+
 def test_an_empty_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(UserError, match="holds no run folders"):
         write_index(tmp_path)

@@ -133,12 +133,13 @@ def _chart(trained: list[Run], field: str, title: str) -> str:
     def y(value: float) -> float:
         return bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
-    form = "{:.0%}" if field.endswith("top1") else "{:.3g}"
+    factor, unit = (100, "%") if field.endswith("top1") else (1, "")
     parts = [f'<text x="8" y="18">{title}</text>']
     for value in ticks:
+        label = f"{value * factor:.6g}{unit}"
         parts.append(
             f'<line x1="{left}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-            f'<text x="{left - 6}" y="{y(value) + 4:.1f}" class="end">{form.format(value)}</text>'
+            f'<text x="{left - 6}" y="{y(value) + 4:.1f}" class="end">{label}</text>'
         )
     for epoch in epochs:
         if 1 <= epoch <= longest and epoch == int(epoch):

@@ -66,6 +66,7 @@ def facts_of(result: Mapping[str, Any]) -> dict[str, str]:
     low, high = result["test_top1_interval"]
     facts = {
         "Test accuracy": f"{result['test_top1']:.2%}{_top5(result)}",
+        "With views": _views(result),
         "95% interval": f"{low:.1%} to {high:.1%}, if the test images are drawn at random",
         "Without a network": _baselines(result),
         "Warning": _no_better_than_a_guess(result),
@@ -87,6 +88,7 @@ def outcome_of(result: Mapping[str, Any]) -> str:
     lines = {
         "test": f"top-1 {result['test_top1']:.2%} (95% interval {low:.1%} to {high:.1%})"
         f"{_top5(result)}, with the weights of epoch {result['best_epoch']}",
+        "views": _views(result),
         "beside it": _baselines(result),
         "cost": f"{result['train_seconds']:.0f} s of training, {result['latency_ms']:.2f} ms an "
         f"image, {result['peak_memory_mb']:.0f} MB",
@@ -115,6 +117,12 @@ def _no_better_than_a_guess(result: Mapping[str, Any]) -> str:
         "the network is no better than a guess: too few steps, a learning rate that is too high or "
         "too low (--find-lr), or labels that don't belong to their images"
     )
+
+
+def _views(result: Mapping[str, Any]) -> str:
+    if "test_top1_views" not in result:
+        return ""
+    return f"top-1 {result['test_top1_views']:.2%}, shifted and mirrored views averaged"
 
 
 def _top5(result: Mapping[str, Any]) -> str:
@@ -233,7 +241,7 @@ h2, summary { font-size: 1.15rem; font-weight: 600; margin: 2rem 0 .5rem; }
 summary { cursor: pointer; }
 .note { max-width: 45rem; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem;
-         margin: 1rem 0; }
+         grid-auto-flow: dense; margin: 1rem 0; }
 .facts div { background: var(--card); border-radius: .5rem; padding: .5rem .75rem; }
 .facts .wide { grid-column: 1 / -1; }
 .wide dd { font-weight: 400; }
