@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -47,6 +46,7 @@ from common.pretrained import load_pretrained, load_torchvision_state
 from common.profiling import count_macs, count_parameters
 from common.runs import Run
 from tests.parity import PUBLISHED, largest_difference, torchvision_twin
+from tests.warm import Warm
 
 lesson = load_lesson("07")
 TWINS = [name for name in lesson.MODELS if name in PUBLISHED]
@@ -259,19 +259,10 @@ def test_cifar_nets_are_not_in_imagenets_table() -> None:
 # ----------------------------------------------------------------------- the command, in miniature
 
 
-def command(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    script = Path(lesson.__file__)
+def command(tmp_path: Path, *flags: str) -> Warm:
     # The data set is explicit: `auto` looks for CIFAR-10 in ./data.
-    line = [sys.executable, str(script), "--dataset", "digits", "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*line, *flags, "--run-dir", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-        cwd=tmp_path,
-    )
+    line = [lesson.__file__, "--dataset", "digits", "--device", "cpu", *flags]
+    return Warm(tmp_path, *line, "--run-dir", str(tmp_path), cwd=tmp_path)
 
 
 def folder_of(tmp_path: Path) -> Path:
@@ -284,9 +275,9 @@ def test_a_comparison_from_start_to_report_and_on_with_more_seeds(
 ) -> None:
     tiny = ["--model", "lenet5,vit_xs_16", "--epochs", "1", "--seeds", "1", "--pass-limit", "0.01"]
     tiny += ["--rates", "1"]
-    done = command(tmp_path, *tiny)
-    assert done.returncode == 0, done.stderr
-    assert "verdict    digits: " in done.stdout and "one seed decides nothing" in done.stdout
+    code, out, err = command(tmp_path, *tiny).join()
+    assert code == 0, err
+    assert "verdict    digits: " in out and "one seed decides nothing" in out
     folder = folder_of(tmp_path)
     for name in ("comparison.md", "comparison.csv", "comparison.json", "report.html"):
         assert (folder / name).stat().st_size > 0
@@ -335,24 +326,15 @@ def test_the_folder_of_many_models_has_a_short_name(tmp_path: Path) -> None:
 
 
 def test_a_stopped_comparison_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
-    script = str(Path(lesson.__file__))
-    flags = ["--dataset", "digits", "--device", "cpu", "--model", "lenet5,vit_xs_16"]
-    flags += ["--epochs", "10", "--seeds", "1", "--pass-limit", "0.001", "--run-dir", str(tmp_path)]
-    running = subprocess.Popen(
-        [sys.executable, script, *flags],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-    )
+    flags = ["--model", "lenet5,vit_xs_16", "--epochs", "10", "--seeds", "1"]
+    running = command(tmp_path, *flags, "--pass-limit", "0.001")
     deadline = time.monotonic() + 150
     while not list(tmp_path.glob("*/*/trainings.json")):  # the first of two is done
-        assert running.poll() is None and time.monotonic() < deadline
+        assert running.process.is_alive() and time.monotonic() < deadline
         time.sleep(0.1)
-    running.terminate()
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 143
+    running.kill(signal.SIGTERM)
+    code, _, said = running.join()
+    assert code == 143
     assert f"--resume {folder_of(tmp_path)}" in said and said.count("\n") == 1
     kept = json.loads((folder_of(tmp_path) / "trainings.json").read_text(encoding="utf-8"))
     assert {k["result"]["arm"] for k in kept.values()} == {"lenet5"}

@@ -22,6 +22,7 @@ import torch
 
 from common.engine.errors import UserError
 from tests.conftest import LESSONS, ROOT, lesson
+from tests.warm import Warm
 
 STANDARD_FLAGS = (
     "--model --dataset --data-dir --epochs --batch-size --lr --device --no-amp --compile --seed "
@@ -191,8 +192,8 @@ def test_a_run_in_miniature(tmp_path: Path) -> None:
         assert word in done.stdout
     assert "\r" not in done.stdout and done.stderr == ""
 
-    again = python("01_resnet_beginner.py", "--resume", str(run))
-    assert again.returncode == 0, again.stderr
+    code, _, err = Warm(tmp_path, "01_resnet_beginner.py", "--resume", str(run)).join()
+    assert code == 0, err
     repeated = json.loads((run / "result.json").read_text())
     assert repeated["test_top1"] == result["test_top1"], "a finished run is only tested again"
 

@@ -55,6 +55,14 @@ def test_validation_is_disjoint_from_training_and_stratified() -> None:
     assert part.tolist() != stratified_split(labels, 0.1, seed=4)[1].tolist()
 
 
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+def test_the_share_kept_for_validation(share: float) -> None:
+    config = TrainConfig(dataset="digits", device="cpu", val_share=share).resolve("digits")
+    data = load_data(config, CPU)
+    train, val = len(data.train.labels), len(data.val.labels)
+    assert train + val == 1797 - 359 and abs(val - share * 1438) <= 5, "half an image a class"
+
+
 def test_digits_splits_share_no_image() -> None:
     data = load_data(TrainConfig(seed=1).resolve("digits"), CPU)
     sizes = [len(loader.labels) for loader in data.splits().values()]

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.warm import Warm
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # No BatchNorm: each process has its own batch, and gloo no SyncBatchNorm.
@@ -98,23 +100,26 @@ processes.leave_processes()
 """
 
 
-def train(folder: Path, processes: int, batch: int, augment: str = "basic") -> dict:
+def family(folder: Path, number: int, *argv: str, of: int = 2, **environment: str) -> list[Warm]:
+    """`number` processes of a run `of` so many, with what torchrun would tell each."""
     folder.mkdir()
-    script = folder / "ddp.py"
-    script.write_text(SCRIPT.format(root=str(ROOT)))
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    done = subprocess.run(
-        [*launch, str(script), str(batch), str(folder), augment],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": str(of), "LOCAL_WORLD_SIZE": str(of), "MASTER_ADDR": "127.0.0.1"}
+    told |= {"MASTER_PORT": str(port), **environment}
+    return [
+        Warm(folder, *argv, RANK=str(rank), LOCAL_RANK=str(rank), **told) for rank in range(number)
+    ]
+
+
+def train(folder: Path, processes: int, batch: int, augment: str = "basic") -> dict:
+    argv = ["-c", SCRIPT.format(root=str(ROOT)), str(batch), str(folder), augment]
+    ended = [one.join() for one in family(folder, processes, *argv, of=processes)]
+    assert not any(code for code, _, _ in ended), ended
     outcome = json.loads((folder / "outcome.json").read_text())
-    return {**outcome, "weights": torch.load(folder / "weights.pt"), "out": done.stdout}
+    said = "".join(out for _, out, _ in ended)
+    return {**outcome, "weights": torch.load(folder / "weights.pt"), "out": said}
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
@@ -141,7 +146,7 @@ def test_two_processes_train_and_count_like_one(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what goes wrong in one of several
 
 FAULTY = """
-import json, os, signal, sys, time
+import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import torch
 from torch import nn
@@ -155,25 +160,7 @@ from common.training import fit, make_optimizer, make_schedule
 
 torch.set_num_threads(1)
 
-def born(families):
-    # Returns in each child, with its fault and folder. Their parent tells the exit codes.
-    children = {{}}
-    for fault, folder, port, number in families:
-        for rank in range(number):
-            child = os.fork()  # one import of torch for all
-            if not child:
-                os.environ.update(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                )
-                os.dup2(os.open(f"{{folder}}/err{{rank}}", os.O_WRONLY | os.O_CREAT), 2)
-                return fault, folder
-            children.setdefault(fault, []).append(child)
-    wait = lambda child: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps({{fault: [*map(wait, some)] for fault, some in children.items()}}), flush=True)
-    os._exit(0)
-
-fault, folder = sys.argv[1:] if len(sys.argv) == 3 else born(json.loads(sys.argv[1]))
+fault, folder = sys.argv[1:]
 again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 def on_step(loss):
@@ -231,32 +218,21 @@ FAULTS = {
     "killed": ([2, -signal.SIGKILL], "error: another process of this run died"),
     "first killed": ([-signal.SIGKILL, 2], "error: the first process of this run died"),
     "bug": ([1, 1], "KeyError: 'a bug'"),
-    "alone": ([2], "processes of this run did not find each other within 10 s"),
+    "alone": ([2], "processes of this run did not find each other within 3 s"),
 }
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_fault_in_one_process_ends_all_with_one_line(tmp_path: Path) -> None:
     """Five runs at once, each of two processes that find each other; of "alone" one never comes."""
-    families, ports = [], [socket.socket() for _ in FAULTS]
-    for fault, port in zip(FAULTS, ports):
-        (tmp_path / fault).mkdir()
-        port.bind(("127.0.0.1", 0))
-        number = len(FAULTS[fault][0])
-        families.append((fault, str(tmp_path / fault), port.getsockname()[1], number))
-    for port in ports:
-        port.close()
-    done = subprocess.run(
-        [sys.executable, faulty(tmp_path), json.dumps(families)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "JOIN_SECONDS": "10"},
-    )
-    returned = json.loads(done.stdout.splitlines()[-1])
+    runs = {}
+    for fault, (codes, _) in FAULTS.items():
+        folder, patience = tmp_path / fault, "3" if fault == "alone" else "60"
+        argv = [faulty(tmp_path), fault, str(folder)]
+        runs[fault] = family(folder, len(codes), *argv, JOIN_SECONDS=patience)
     for fault, (codes, message) in FAULTS.items():
-        err = "".join(path.read_text() for path in sorted((tmp_path / fault).glob("err*")))
-        assert returned[fault] == codes, err
+        ended = [one.join() for one in runs[fault]]
+        err = "".join(said for _, _, said in ended)
+        assert [code for code, _, _ in ended] == codes, err
         assert message in err
         if fault != "bug":
             assert len(err.splitlines()) == 1, err

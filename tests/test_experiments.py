@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,8 +22,8 @@ from common.engine.errors import Interrupted
 from common.engine.sources import load_digits, load_folder
 from common.engine.verdicts import LEVEL, OverImages, OverSeeds, judge, wilson
 from common.experiments import Arm, Claim, Experiment, run_experiment
-from tests.conftest import ROOT
 from tests.simulation import CASES, assert_calm, results_of
+from tests.warm import Warm
 
 
 def net(num_classes: int, width: int = 2) -> nn.Module:
@@ -293,14 +290,12 @@ def test_a_killed_experiment_resumes_to_the_same_table(tmp_path: Path) -> None:
     settings = {"smoke": False, "seeds": 3}
     run_experiment(LESSON, design, config_for(whole, **settings))
     store: Callable[[], list[Path]] = lambda: list(killed.rglob("trainings.json"))  # noqa: E731
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(killed)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    while not store() and process.poll() is None:
+    running = Warm(tmp_path, "-c", SCRIPT, str(killed))
+    while not store() and running.process.is_alive():
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.5))
-    process.kill()
-    process.wait()
+    running.kill(signal.SIGKILL)
+    running.join()
     kept = len(json.loads(store()[0].read_text()))
     assert kept >= 1
     run_experiment(LESSON, design, config_for(killed, **settings))

@@ -79,7 +79,7 @@ def test_all_lessons_run_from_the_first_to_the_last_cell(
         book = notebook.make_notebook(ROOT / f"{name}.py", tmp_path)
         (settings,) = (c for c in book.cells if c.source.startswith("config = Config("))
         small = MINIATURE.get(name[:2], "")
-        settings.source = f"config = Config({small}dataset='digits', smoke=True)"
+        settings.source = f"config = Config({small}dataset='digits', batch_size=8, smoke=True)"
         run_cells(book)
 
         outputs = [output for cell in book.cells for output in cell.get("outputs", [])]

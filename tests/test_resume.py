@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,17 +21,16 @@ import torch
 
 from common.engine import checkpoint
 from common.engine.errors import UserError
+from tests.warm import Warm
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A lesson's loop on a tiny net, in a process that has imported everything and forks one child per
-# run: a real process to kill, without the seconds that importing torch takes.
+# A lesson's loop on a tiny net.
 SCRIPT = """
-import json, os, sys, time
+import os, sys, time
 from dataclasses import dataclass
 import torch
 from torch import nn
-import sklearn.datasets, torchvision.transforms.v2
 from common.cli import main, parse_flags
 from common.config import TrainConfig, knob
 from common.data import load_data
@@ -66,84 +65,20 @@ def run(config, nap):
     print("folder", run.folder, flush=True)
     fit(model, data, nn.CrossEntropyLoss(), optimizer, schedule, config, run)
 
-def child(argv, nap, out, err):
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = ["tiny.py", *argv]
-    code = 0
-    try:
-        config = parse_flags(Config)
-        main(config, {"tiny": Tiny}, None, lambda config: run(config, nap), {})
-    except SystemExit as leaving:
-        code = leaving.code
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
-
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        child(*json.loads(line))
-    print(pid, flush=True)
-    sys.stdin.readline()
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+sys.argv[0] = "tiny.py"
+nap = float(os.environ["NAP"])
+main(parse_flags(Config), {"tiny": Tiny}, None, lambda config: run(config, nap), {})
 """
 
 
-class Child:
-    """One run in a forked process."""
-
-    def __init__(self, nursery: Nursery, argv: list[str], nap: float) -> None:
-        self.nursery = nursery
-        self.out, self.err = nursery.folder / "out", nursery.folder / "err"
-        for path in (self.out, self.err):
-            path.write_text("")
-        nursery.say(json.dumps([argv, nap, str(self.out), str(self.err)]))
-        self.pid = int(nursery.hear())
-
-    def wait_for(self, word: str, seconds: float = 60) -> None:
-        """Until the run has printed `word`, or is gone."""
-        deadline = time.monotonic() + seconds
-        while word not in self.out.read_text() and time.monotonic() < deadline:
-            time.sleep(0.002)
-            if not self.err.exists() or self.err.read_text():
-                break
-
-    def kill(self, number: int) -> None:
-        os.kill(self.pid, number)  # a zombie at the worst: only `join` buries it
-
-    def join(self) -> tuple[int, str, str]:
-        self.nursery.say("")
-        return int(self.nursery.hear()), self.out.read_text(), self.err.read_text()
-
-
 class Nursery:
-    """The process that forks the runs."""
+    """Starts such runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
 
-    def say(self, line: str) -> None:
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-
-    def hear(self) -> str:
-        return self.process.stdout.readline()
-
-    def start(self, *argv: str, nap: float = 0.0) -> Child:
-        return Child(self, list(argv), nap)
+    def start(self, *argv: str, nap: float = 0.0) -> Warm:
+        return Warm(self.folder, "-c", SCRIPT, *argv, NAP=str(nap))
 
     def finish(self, *argv: str) -> tuple[int, str, str]:
         return self.start(*argv).join()
@@ -156,10 +91,8 @@ FLAGS = [
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.process.kill()
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Nursery:
+    return Nursery(tmp_path_factory.mktemp("nursery"))
 
 
 def the_run(folder: Path) -> Path:

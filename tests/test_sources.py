@@ -6,8 +6,6 @@ import hashlib
 import io
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ from common.engine.errors import UserError
 from common.engine.progress import Bar
 from common.engine.sources import choose_dataset, fetch, unpack_tar
 from tests.conftest import ROOT
+from tests.warm import Warm
 
 CONTENT = bytes(range(256)) * 4000
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -280,11 +279,7 @@ if not path.exists():
         fetch([{server!r} + "/whole"], path, {MD5!r})
 print(len(path.read_bytes()))
 """
-    started = [
-        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    for process in started:
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 0 and str(len(CONTENT)) in out
+    for process in [Warm(tmp_path, "-c", script) for _ in range(3)]:
+        code, out, err = process.join()
+        assert code == 0 and str(len(CONTENT)) in out, err
     assert len(Handler.requested) == 1

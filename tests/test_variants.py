@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from common.grading.variants import (
     seed_of,
     texts,
 )
+from tests.warm import Warm
 
 MARK = """
 import json, sys
@@ -85,12 +84,9 @@ def test_each_specification_is_met_by_its_own_solution_alone(tmp_path: Path) -> 
             for n in numbers
             if k < len(CHOICES[n])
         }
-        done = subprocess.run(
-            [sys.executable, "-c", MARK, json.dumps(asked)],
-            cwd=course, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        for which, (got, worth) in json.loads(done.stdout).items():
+        code, out, err = Warm(tmp_path, "-c", MARK, json.dumps(asked), cwd=course).join()
+        assert code == 0, err
+        for which, (got, worth) in json.loads(out).items():
             number, j = which.split()
             assert (got == worth) == (int(j) == k), f"{number}: form {j} where {k} was asked: {got}"
 
