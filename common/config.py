@@ -94,6 +94,12 @@ class TrainConfig:
         "data", "where datasets are, or are downloaded to; the images with --dataset folder"
     )
     image_size: int | None = knob(None, "side in pixels that the model sees", low=4, high=4096)
+    val_share: float = knob(
+        0.1,
+        "of the training images, kept for validation where the data has none",
+        low=1e-3,
+        high=0.5,
+    )
     augment: str | None = knob(
         None,
         "crop and flip (basic), with mirrored edges and flips in turn (alternating), or much more",

@@ -86,7 +86,7 @@ def make_data(
     fingerprint, source = source.fingerprint, read_once(source, config)
     train, val = source.train, source.val
     if val is None:
-        rest, part = sources.stratified_split(train.labels, 0.1, config.seed)
+        rest, part = sources.stratified_split(train.labels, config.val_share, config.seed)
         train, val = train.take(rest), train.take(part)
     splits = {"train": train, "val": val, "test": source.test}
     if min(len(p) for p in splits.values()) == 0:
