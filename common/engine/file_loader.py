@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -82,6 +84,7 @@ class Pool:
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
+            multiprocessing_context=_start_method() if workers else None,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # or each epoch would draw from the one that dropout uses
         )
@@ -170,6 +173,14 @@ def _collate(items: list[tuple[Tensor | str, int]]) -> Batch:
 def _start_worker(worker: int) -> None:
     leave_signals_to_the_main_process()
     torch.set_num_threads(1)
+
+
+def _start_method() -> str | None:
+    """Forked, workers begin in 0.1 s; Python 3.14 starts them anew on Linux too, in 3 s. Where the
+    script has chosen, its choice stands.
+    """
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return "fork" if sys.platform == "linux" and chosen is None else None
 
 
 def worker_count(workers: int | None) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib.util
 import io
 import json
 import os
@@ -488,8 +489,8 @@ def _spare_users() -> list[_User] | list[None]:
         return [None]
     first = 10_000 + _USERS * (os.getpid() % 800)  # below 65,536, all that some containers have
     # Of this course, of Python and of each large package: workers import from all of them.
-    loaded = (getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "numpy"))
-    needed = [__file__, os.__file__, *filter(None, loaded)]
+    packages = filter(None, map(importlib.util.find_spec, ("torch", "numpy")))
+    needed = [__file__, os.__file__, *(package.origin for package in packages)]
     for reads_all in (False, True):
         users = [_User(first + i, reads_all) for i in range(_USERS)]
         pid = os.fork()
