@@ -193,7 +193,7 @@ def test_files_and_workers_resume_within_an_epoch(
     nursery: Nursery, tmp_path: Path, image_folder: Callable
 ) -> None:
     """The same through a DataLoader, stopped with two workers and resumed with none."""
-    folder = image_folder(per_class=20, size=80, classes=tuple("abcdefghij"))
+    folder = image_folder(per_class=10, size=80, classes=tuple("abcdefghij"))
     flags = [
         "--dataset", "folder", "--data-dir", str(folder), "--image-size", "72", "--epochs", "2",
         "--batch-size", "10", "--augment", "strong", "--lr", "0.01",
