@@ -202,7 +202,7 @@ def test_same_seed_same_result(cli: Callable, tmp_path: Path) -> None:
     tops = []
     for _ in range(2):
         code, _, err = cli(
-            "01", "--dataset", "digits", "--model", "resnet20", "--smoke", "--device", "cpu"
+            "01", "--dataset", "digits", "--model", "resnet20", "--epochs", "1", "--device", "cpu"
         )
         assert code == 0, err
     for result in sorted((tmp_path / "runs").rglob("result.json")):

@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # No BatchNorm: each process has its own batch, and gloo no SyncBatchNorm.
 SCRIPT = """
 import dataclasses, functools, json, sys
-sys.path.insert(0, {root!r})
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -56,11 +55,11 @@ loss, top1 = score(model, data.test)
 if processes.is_main():
     torch.save(model.state_dict(), out + "/weights.pt")
     records = [dataclasses.asdict(r) for r in history]
-    outcome = {{
+    outcome = {
         "losses": losses.tolist(), "history": records, "support": [c.support for c in
         test.per_class], "top1": test.top1, "score": [loss, top1], "targets": test.targets.tolist(),
         "probabilities": test.probabilities.tolist(), "lr": config.lr,
-    }}
+    }
     json.dump(outcome, open(out + "/outcome.json", "w"))
 
 # Each process has BatchNorm statistics of its own images; what is validated is the same in all.
@@ -114,7 +113,7 @@ def family(folder: Path, number: int, *argv: str, of: int = 2, **environment: st
 
 
 def train(folder: Path, processes: int, batch: int, augment: str = "basic") -> dict:
-    argv = ["-c", SCRIPT.format(root=str(ROOT)), str(batch), str(folder), augment]
+    argv = ["-c", SCRIPT, str(batch), str(folder), augment]
     ended = [one.join() for one in family(folder, processes, *argv, of=processes)]
     assert not any(code for code, _, _ in ended), ended
     outcome = json.loads((folder / "outcome.json").read_text())

@@ -330,7 +330,7 @@ def with_forward(body: str) -> str:
 HOSTILE = {
     "loop_at_import": GOOD + "\nwhile True:\n    pass\n",
     "loop_in_c": with_forward("sum(range(10**11))"),
-    "printer": GOOD + "\nfor _ in range(10**4):\n    print('x' * 100)\n",
+    "printer": GOOD + "\nfor _ in range(10**4):\n    print('x' * 1000)\n",
     "vandal": GOOD
     + """
 for path in PATHS:

@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -71,11 +72,11 @@ main(parse_flags(Config), {"tiny": Tiny}, None, lambda config: run(config, nap),
 """
 
 
+@dataclass
 class Nursery:
-    """Starts such runs."""
+    """Starts such runs; `folder` is for what they print."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def start(self, *argv: str, nap: float = 0.0) -> Warm:
         return Warm(self.folder, "-c", SCRIPT, *argv, NAP=str(nap))
@@ -193,7 +194,7 @@ def test_files_and_workers_resume_within_an_epoch(
     nursery: Nursery, tmp_path: Path, image_folder: Callable
 ) -> None:
     """The same through a DataLoader, stopped with two workers and resumed with none."""
-    folder = image_folder(per_class=10, size=80, classes=tuple("abcdefghij"))
+    folder = image_folder(per_class=20, size=80, classes=tuple("abcdefghij"))
     flags = [
         "--dataset", "folder", "--data-dir", str(folder), "--image-size", "72", "--epochs", "2",
         "--batch-size", "10", "--augment", "strong", "--lr", "0.01",

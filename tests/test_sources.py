@@ -20,7 +20,6 @@ from common.engine import sources
 from common.engine.errors import UserError
 from common.engine.progress import Bar
 from common.engine.sources import choose_dataset, fetch, unpack_tar
-from tests.conftest import ROOT
 from tests.warm import Warm
 
 CONTENT = bytes(range(256)) * 4000
@@ -269,8 +268,6 @@ def test_too_few_images_are_found_out_before_they_are_read(image_folder: Callabl
 def test_one_of_several_processes_downloads(server: str, tmp_path: Path) -> None:
     """They all find the data folder empty; the others wait, and take what is there then."""
     script = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from common.engine.download import fetch, one_at_a_time
 path = Path({str(tmp_path)!r}) / "data.bin"

@@ -62,6 +62,7 @@ def _become(argv: list[str], cwd: str, environment: dict, out: Path, err: Path) 
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(environment)
     os.chdir(cwd)
+    multiprocessing.set_start_method(None, force=True)  # its own children start as a script's do
     if argv[0] == "-c":
         sys.argv, sys.path[0:0] = ["-c", *argv[2:]], [cwd]
         exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
