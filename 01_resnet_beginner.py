@@ -62,7 +62,7 @@ class Config(TrainConfig):
     """What this lesson can be told; every field is a flag, and `--help` prints them all."""
 
     model: str = knob("resnet20", "a name of MODELS: resnet18, resnext50_32x4d, resnet9, ...")
-    shortcut: str = knob("", "A pads, B projects, C always does (sec. 3.3)", ("A", "B", "C", ""))
+    shortcut: str = knob("", "A pads, B projects, C always does (sec. 4.1)", ("A", "B", "C", ""))
     zero_init_residual: bool = knob(True, "start each residual branch at zero")
     deep: int = knob(5, "blocks per stage of the experiment's deeper nets", low=4, high=200)
     RECIPES = {"digits": {"image_size": 8, "epochs": 18, "batch_size": 64, "base_lr": 0.2}}
@@ -236,8 +236,8 @@ if live():
 
 # %% [markdown]
 # ## Two relatives: no shortcut, and a shortcut without anything on it
-# In 2015 a ReLU after the sum cuts off what is negative, with its gradient. In 2016 there is none:
-# in a stage $x_L = x_l + \sum_i F_i(x_i)$; $l$ gets $L$'s gradient whole, plus what branches add.
+# The block of 2015 ends in a ReLU, which cuts off what is negative, and its gradient. That of 2016
+# ends in the sum: each block gets the gradient of the stage's end whole, plus what branches add.
 
 
 # %%
@@ -377,9 +377,9 @@ if live():
 
 # %% [markdown]
 # ## One run, from data to report
-# `fit` repeats the loop below `run` once an epoch and validates after it. Every step is the same:
-# forward, loss, backward, step. `autocast` computes in 16 bits where the chip gains by it, and
-# `unscale_` undoes what the scaler did. `Aids` has a line on each of the rest.
+# `fit` calls `train_one_epoch` once an epoch and validates after it. Every step is the same:
+# forward, loss, backward, step. `autocast` computes in 16 bits where that is faster; the loss is
+# then enlarged, which `unscale_` undoes. `Aids` has a line on each of the rest.
 
 
 # %%

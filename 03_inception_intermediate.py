@@ -597,8 +597,8 @@ if live():
 # **`auxiliary`: do the side classifiers help?** GoogLeNet has them to bring gradient to its first
 # layers, and against overfitting. Inception-v3 (sec. 4) finds no gain early in training and a small
 # one at the end: they only regularise. Between the two came BatchNorm. So train four thin nets,
-# with and without it, with and without such heads, each at its own best of three rates, far lower
-# without BatchNorm. The last classifier alone is judged. Three losses bring more gradient than one,
+# with and without it, with and without such heads, each at its own best of the same three rates.
+# The last classifier alone is judged. Three losses bring more gradient than one,
 # so gradients are divided by the loss. Beforehand: two points of accuracy matter without BatchNorm,
 # where seeds differ much, one with it, and a tenth more gradient (0.1 in its logarithm).
 #

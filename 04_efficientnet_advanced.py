@@ -561,7 +561,7 @@ if live():
 # gene. So the oldest net dies, even the best one: a lucky training doesn't count for ever.
 #
 # Evolution and the random search begin with the same six nets. Beforehand: what evolution proposes
-# after them has a higher mean reward, by more than 0.01, one or two of the 144 validation images;
+# after them has a higher mean reward, by more than 0.01, one or two of the 143 validation images;
 # and its best net, trained in full, tests better by more than half a point.
 
 # %%

@@ -22,7 +22,7 @@ experiments gave stands at the end of the file, so that you can guess first.
 # %% [markdown]
 # **You will** count what a depthwise separable convolution saves, write the inverted residual and
 # say why its ends are narrow and linear, and turn a trained net into 8-bit integers by hand. **You
-# need** lesson 1. **Time**: 45 minutes to read, 15 for the experiments, 2 hours for the exercises.
+# need** lesson 1. **Time**: 45 minutes to read, 20 for the experiments, 2 hours for the exercises.
 #
 # <details><summary>1. A 3x3 convolution has 64 channels in, 128 out. How many multiply-adds a
 # pixel, and how many if separated?</summary>9 x 64 x 128 = 73,728; 9 x 64 + 64 x 128 = 8,768.

@@ -632,7 +632,7 @@ def gradient_flow(config: Config) -> Experiment:
     dense, chain = ("dense-40", "dense-10"), ("chain-40", "chain-10")
     claims = [
         Claim("the chain's gradient is the more uneven", chain[0], dense[0], uneven, 0.5),
-        Claim("depth makes the chain's more uneven, more so", *chain, uneven, 0.5, beyond=dense),
+        Claim("depth adds more unevenness to the chain's", *chain, uneven, 0.5, beyond=dense),
         Claim("the dense net tests better", dense[0], chain[0], margin=0.005),
     ]
     heading = "The gradient with dense connections, and in a chain"

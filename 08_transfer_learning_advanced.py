@@ -552,9 +552,9 @@ def schedules(task: Task, config: Config) -> Experiment:
 # - **class-balanced weights** (Cui et al. 2019): images of a class resemble each other, so the n-th
 #   adds less than the first. $n$ of them count as the *effective number* $(1-\beta^n)/(1-\beta)$,
 #   and the class is weighted by its inverse.
-# - **focal loss** (Lin et al. 2017): an image that the net is already sure of counts less,
-#   $-\alpha_y (1 - p_y)^\gamma \log p_y$. By hand, with $\gamma = 2$: at $p_y = 0.9$ the factor is
-#   $0.1^2$, a hundredth; at $p_y = 0.5$ a quarter.
+# - **focal loss** (Lin et al. 2017): what the net is sure of counts less; with the above as weights
+#   $\alpha$, $-\alpha_y (1 - p_y)^\gamma \log p_y$. By hand, with $\gamma = 2$: at $p_y = 0.9$ the
+#   factor is $0.1^2$, a hundredth; at $p_y = 0.5$ a quarter.
 # - **logit adjustment** (Menon et al. 2021): train with $\log \pi_k$ added to the logit of each
 #   class, where $\pi_k$ is its share. The net no longer has to learn that a class is rare.
 # - **balanced sampling**: rare images come more often.

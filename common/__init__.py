@@ -9,7 +9,9 @@ evaluation, profiling        how good a model is, and what it costs
 inspection, plotting         looks inside a model; figures from records and arrays
 pretrained, runs             trained weights; a run's folder, its results and its page
 experiments                  arms, seeds and claims
-lessons                      finds a lesson by its number or a model's name
+lessons, find_lr, live       finds a lesson or a model; a rate; cells that act in a notebook
+classifier, optimizers       what every network has; Muon
+resnet9, branches, costs, integers      what single lessons stand on
 
 Doors for `python -m`: starter, grade, bundle, notebook, slides, index, kit.
 

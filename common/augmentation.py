@@ -40,7 +40,7 @@ def random_crop(padded: Tensor, index: Tensor, size: tuple[int, int], draws: Ten
 
 
 def random_flip(x: Tensor, draws: Tensor) -> Tensor:
-    """Mirror every second image, by its own coin, left to right. (N, C, H, W) -> the same."""
+    """Mirror each image left to right, or not, by its own fair coin. (N, C, H, W) -> the same."""
     return torch.where((draws[:, FLIP] < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
 
 
@@ -97,7 +97,7 @@ OPERATIONS: dict[str, float] = {
     "color": 0.99,
     "contrast": 0.99,
     "sharpness": 0.99,
-    "posterize": 6.0,  # bits dropped
+    "posterize": 6.0,  # bits dropped, rounded down
     "solarize": 1.0,  # share of the range that is inverted
     "autocontrast": 0.0,
     "equalize": 0.0,

@@ -231,7 +231,8 @@ def _explained(error: Exception) -> tuple[str, int]:
         where = error.filename or "the output"
         _write_nowhere()
         return f"error: {where} can't be read or written ({error.strerror})", 2
-    if isinstance(error, MemoryError) or "not enough memory" in str(error):
+    words = ("can't allocate memory", "not enough memory", "out of memory")  # Linux, Windows, GPUs
+    if isinstance(error, MemoryError) or any(said in str(error) for said in words):
         return "error: this machine has too little memory for that: try a smaller --batch-size", 2
     return "", 0
 

@@ -18,7 +18,7 @@ DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder",
 
 # Without a tenth for validation.
 TRAIN_IMAGES = {
-    "digits": 1294,
+    "digits": 1295,
     "mnist": 54_000,
     "fashion_mnist": 54_000,
     "cifar10": 45_000,
@@ -262,18 +262,7 @@ class TrainConfig:
 
     # What may change when a run goes on elsewhere: where it runs, not what it computes.
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
-        {
-            "device",
-            "data_dir",
-            "workers",
-            "resume",
-            "run_dir",
-            "save_every",
-            "compile",
-            "auto_batch",
-            "seeds",
-            "track",
-        }
+        "device data_dir workers resume run_dir save_every compile auto_batch seeds track".split()
     )
 
     def __post_init__(self) -> None:

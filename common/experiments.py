@@ -15,7 +15,6 @@ it's done, and what was stopped goes on from there. How claims are judged: commo
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,10 +36,11 @@ from common.engine.errors import Diverged
 from common.engine.files import lock, write_json
 from common.engine.overview import write_index
 from common.engine.records import EpochRecord
+from common.engine.run_folder import settings_of
 from common.engine.signals import stop_says
 from common.engine.sources import Source, load_source
 from common.engine.store import Store
-from common.engine.surroundings import command
+from common.engine.surroundings import command, script
 from common.engine.verdicts import OverImages, OverSeeds, Verdict, judge, wilson
 from common.evaluation import predict
 from common.lessons import ROOT
@@ -178,13 +178,11 @@ class Trial:
     `test_top1` is of the last epoch, so nothing chose it.
     """
 
-    name: str
     params: int
     macs: int
     test_top1: float
     seconds: float  # of training and validation
     history: list[EpochRecord]
-    loss: list[float] = field(default_factory=list)  # at every optimizer step
     model: nn.Module | None = None
     right: np.ndarray | None = None  # (test images,) bool
 
@@ -223,27 +221,15 @@ def train_trial(
         loss_fn: cross-entropy with the config's label smoothing by default.
 
     Raises:
-        Diverged: the loss is no longer finite; with the losses of the steps that were.
+        Diverged: the loss is no longer finite.
     """
-    losses: list[torch.Tensor] = []
     began = time.monotonic()
-    try:
-        options = {"label": name, "on_step": losses.append}
-        model, history = trained(build, data, config, device, loss_fn, **options)
-    except Diverged as error:
-        error.losses = [float(loss) for loss in losses]
-        raise
-    seconds = time.monotonic() - began
-    return tested(name, model, data, history, seconds, torch.stack(losses).tolist())
+    model, history = trained(build, data, config, device, loss_fn, label=name)
+    return tested(name, model, data, history, time.monotonic() - began)
 
 
 def tested(
-    name: str,
-    model: nn.Module,
-    data: Data,
-    history: list[EpochRecord],
-    seconds: float,
-    losses: Sequence[float] = (),
+    name: str, model: nn.Module, data: Data, history: list[EpochRecord], seconds: float
 ) -> Trial:
     """A trained network, tested: one line is printed."""
     probabilities, labels = predict(model, data.test)
@@ -255,17 +241,8 @@ def tested(
             f"{top1:6.2%}  {seconds:.1f} s",
             flush=True,
         )
-    return Trial(
-        name,
-        count_parameters(model),
-        count_macs(model, data.input_size),
-        top1,
-        seconds,
-        history,
-        list(losses),
-        model=model,
-        right=right,
-    )
+    costs = count_parameters(model), count_macs(model, data.input_size)
+    return Trial(*costs, top1, seconds, history, model, right)
 
 
 def _fresh(build: Callable[[], nn.Module], config: TrainConfig, device: torch.device) -> nn.Module:
@@ -354,7 +331,9 @@ def run_experiment(
     sides = [arm.changes.get("image_size", config.image_size) for arm in experiment.arms]
     source = source or read_once(load_source(config), replace(config, image_size=max(sides)))
     if run is None:
-        config = replace(config, resume=config.resume or processes.from_main(_left(config, lesson)))
+        # One process alone looks: it takes the folder's lock.
+        left = _left(config, lesson) if processes.is_main() and not config.resume else ""
+        config = replace(config, resume=config.resume or processes.from_main(left))
         run = Run.open(config, lesson)
     store = open_store(run, lesson, source.fingerprint, device)
 
@@ -444,8 +423,11 @@ def open_store(run: Run, lesson: str, fingerprint: str, device: torch.device) ->
     """Trainings of the same settings, images, machine and text of the lesson."""
     config = run.config
     fixed = {k: v for k, v in config.to_dict().items() if k not in config.FREE_ON_RESUME}
-    # A student who changes a block and runs again doesn't get the numbers of before.
-    code = hashlib.sha256((ROOT / f"{lesson}.py").read_bytes()).hexdigest()[:16]
+    # A student who changes a block and runs again doesn't get the numbers of before. A copy of the
+    # lesson may lie anywhere; of a notebook's cells there is no file.
+    typed = Path(script())
+    text = typed if typed.stem == lesson and typed.is_file() else ROOT / f"{lesson}.py"
+    code = hashlib.sha256(text.read_bytes()).hexdigest()[:16]
     here = {"device": describe(device), "torch": torch.__version__}
     settings = {**fixed, **here, "data": fingerprint, "lesson": code}
     return Store(run.folder / "trainings.json", settings, run.resumed and processes.is_main())
@@ -457,11 +439,7 @@ def _left(config: TrainConfig, lesson: str) -> str:
     for path in sorted(Path(config.run_dir, lesson).glob("*/trainings.json"), reverse=True):
         if (path.parent / "experiment.json").exists():
             continue
-        try:
-            found = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if found == wanted and lock(path.parent / ".lock"):  # no other process is at it
+        if settings_of(path.parent) == wanted and lock(path.parent / ".lock"):  # nobody is at it
             return str(path.parent)
     return ""
 
@@ -492,7 +470,7 @@ def tell(claim: Claim, verdict: Verdict, seeds: int) -> str:
     elif seeds == 1:
         line += " with one seed, which decides nothing"
     else:
-        line += f", the same in all of {seeds} seeds, which leaves the chance unknown"
+        line += ", the same in all seeds or known of too few: the chance stays unknown"
     if verdict.seeds_to_decide:
         line += f"; about {verdict.seeds_to_decide} seeds would decide"
     return line
@@ -513,7 +491,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
         for key in numbers:
             values = [v for r in records if (v := r.get(key)) is not None]
             row[_column(key)] = _spread(values, percent="top1" in key) if values else None
-        if len(records) == 1:
+        if len(records) == 1 and not records[0]["failure"]:
             low, high = wilson(int(_unpack(records[0]).sum()), records[0]["test_images"])
             row["95% interval"] = f"{low:.1%} to {high:.1%}"
         row["seconds"] = round(mean(r.get("seconds", 0.0) for r in records), 1)

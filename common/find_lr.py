@@ -26,8 +26,9 @@ from common.engine.device import amp_dtype, autocast
 from common.engine.errors import UserError
 from common.engine.surroundings import script
 from common.experiments import conclude
+from common.pretrained import load_pretrained, weights_mean_std
 from common.runs import Run, prepare
-from common.training import make_optimizer
+from common.training import make_optimizer, measure_layers
 
 LOWEST, HIGHEST, STEPS = 1e-5, 10.0, 120
 SMOOTHING = 0.9  # weight of the losses before; single batches are noisy
@@ -40,9 +41,14 @@ def find_lr(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -> dict
         UserError: the loss never fell.
     """
     config, device = prepare(replace(config, experiment="find-lr"))
-    data = load_data(config, device)
+    data = load_data(config, device, weights_mean_std(config.model) if config.pretrained else None)
     model = build(config, data.num_classes).to(device).train()
-    optimizer = make_optimizer(model, config)
+    if config.pretrained:
+        load_pretrained(model, config.model, data.class_names)
+    else:
+        measure_layers(model, data)
+    optimizer = make_optimizer(model, replace(config, lr=1.0))
+    shares = [group["lr"] for group in optimizer.param_groups]  # Muon's groups differ in theirs
     loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     run = Run.open(config, Path(script()).stem or "notebook")
     batches = itertools.chain.from_iterable(map(data.train.batches, itertools.count()))
@@ -50,8 +56,8 @@ def find_lr(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -> dict
     losses: list[float] = []
     mean = 0.0
     for step, (rate, (x, y)) in enumerate(zip(rates, batches), 1):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for group, share in zip(optimizer.param_groups, shares):
+            group["lr"] = rate * share
         with autocast(device, amp_dtype(device, config.amp, config.image_size)):
             output = model(x)
             # GoogLeNet's auxiliary heads come after the logits.

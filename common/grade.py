@@ -283,7 +283,7 @@ def read_roster(path: Path) -> dict[str, int | None]:
     seeds: dict[str, int | None] = {}
     for row in rows[(column, variant) != (None, None) :]:
         name, seed = (row[i].strip() if i < len(row) else "" for i in (column or 0, variant or 0))
-        if name and variant is not None and not re.fullmatch(r"\d{1,9}", seed, re.ASCII):
+        if name and variant is not None and not re.fullmatch(r"\d{1,10}", seed, re.ASCII):
             raise ValueError(f"--roster {path}: the variant of {name} is {seed!r}, no number")
         if name:
             seeds.setdefault(name, None if variant is None else int(seed))
@@ -333,7 +333,8 @@ def _lost(student: str, lessons: tuple[str, ...], why: str, digest: str) -> list
 
 def _rules_digest(lessons: tuple[str, ...]) -> str:
     sha = hashlib.sha256()
-    for path in [*sorted(FOLDER.glob("*.*")), *(lesson_path(lesson) for lesson in lessons)]:
+    paths = [*sorted(FOLDER.parent.glob("*.py")), *sorted(FOLDER.glob("*.*"))]
+    for path in [*paths, *(lesson_path(lesson) for lesson in lessons)]:
         if path.is_file():
             sha.update(path.read_bytes())
     return sha.hexdigest()[:8]
@@ -377,11 +378,14 @@ def parse_lessons(text: str | None) -> tuple[str, ...]:
     """'1,03' -> ('01', '03'); all lessons that have exercises where None.  Raises: ValueError."""
     if not text:
         return tuple(manifests())
-    lessons = tuple(name.strip().zfill(2) for name in text.split(","))
+    names = [name.strip() for name in text.split(",")]
+    lessons = tuple(dict.fromkeys(name and name.zfill(2) for name in names))
     for lesson in lessons:
         if lesson not in manifests():
             known = ", ".join(manifests())
-            raise ValueError(f"lesson {lesson} has no exercises; there are some in {known}")
+            raise ValueError(
+                f"lesson {lesson or repr(lesson)} has no exercises; there are some in {known}"
+            )
     return lessons
 
 
@@ -447,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
                 "--jobs is 1 to 1000, --time-limit up to 86400 (a day), --memory-limit 100 to 10^7"
             )
         return _mark_all(options, limits) if options.out else _mark_one(options, limits)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"grade: {error}", file=sys.stderr)
         # A RuntimeError: SandboxUnavailable, or a lesson that fails its own exercise.
         return 3 if isinstance(error, RuntimeError) else 2

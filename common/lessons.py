@@ -22,19 +22,25 @@ def lesson_names() -> list[str]:
     return sorted(path.stem for path in ROOT.glob("[0-9][0-9]_*.py"))
 
 
-def load_lesson(name: str) -> ModuleType:
-    """The lesson as a module, by its number ("01") or its whole name ("01_resnet_beginner").
+def lesson_file(name: str) -> Path:
+    """The lesson's path, from its number, name or file.
 
-    >>> load_lesson("01").__name__
-    '01_resnet_beginner'
+    >>> lesson_file("1").name
+    '01_resnet_beginner.py'
 
     Raises:
         UserError: there is no such lesson; the message names the closest one.
     """
     names = lesson_names()
-    module_name = {lesson[:2]: lesson for lesson in names}.get(name, name)
-    if module_name not in names:
+    found = {lesson[:2]: lesson for lesson in names}.get(name.zfill(2), Path(name).stem)
+    if found not in names:
         raise unknown("lesson", name, names)
+    return ROOT / f"{found}.py"
+
+
+def load_lesson(name: str) -> ModuleType:
+    """The lesson as a module.  Raises: UserError, as `lesson_file`."""
+    module_name = lesson_file(name).stem
     import torch  # every lesson does
 
     with torch.device("cpu"):  # torch 2.6's own modules can't be imported under "meta"

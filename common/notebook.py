@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import exit_codes
-from common.engine.errors import UserError, unknown
+from common.engine.errors import UserError
 from common.engine.files import write_atomically
 from common.engine.flags import OneLineParser
-from common.lessons import ROOT, lesson_names
+from common.lessons import ROOT, lesson_file, lesson_names
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -24,19 +24,6 @@ if TYPE_CHECKING:
 # The line of a lesson that reads the flags, with its comment, and what a notebook has instead.
 FLAGS = re.compile(r"\n*(?:^#.*\n)*^config = parse_flags\(.*\n?", re.MULTILINE)
 SETTINGS = "config = Config()  # settings go here: Config(epochs=3, seed=1); help(Config) lists all"
-
-
-def lesson_file(number: str) -> Path:
-    """The lesson's path by its number or name.
-
-    Raises:
-        UserError: there is no such lesson.
-    """
-    names = lesson_names()
-    name = {n[:2]: n for n in names}.get(number.zfill(2), Path(number).stem)
-    if name not in names:
-        raise unknown("lesson", number, names)
-    return ROOT / f"{name}.py"
 
 
 def read_cells(path: Path) -> NotebookNode:

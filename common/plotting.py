@@ -350,6 +350,8 @@ def curves(
     for i, (name, values) in enumerate(series.items()):
         color = PALETTE[i % len(PALETTE)]
         style = ["-", "--", ":"][i // len(PALETTE) % 3]
+        if len(values) and np.ndim(values[0]):  # runs, some of which may have stopped early
+            values = [*zip(*itertools.zip_longest(*values, fillvalue=np.nan))]
         runs = np.atleast_2d(np.asarray(values, dtype=float))
         runs = np.where(np.isfinite(runs) & ((runs > 0) | (not log_y)), runs, np.nan)
         points = runs.shape[1]

@@ -68,7 +68,7 @@ def prepare(config: ConfigT) -> tuple[ConfigT, torch.device]:
 
 
 def banner(
-    config: TrainConfig, device: torch.device, data: Data, model: nn.Module, run: Run | None
+    config: TrainConfig, device: torch.device, data: Data, model: nn.Module, run: Run
 ) -> None:
     """What is about to happen, in five lines."""
     if not processes.is_main():
@@ -90,8 +90,7 @@ def banner(
         f"images, "
         f"{config.schedule} from lr {config.lr:.3g}, augment {config.augment}, seed {config.seed}"
     )
-    if run is not None:
-        print(f"folder     {run.folder}", flush=True)
+    print(f"folder     {run.folder}", flush=True)
 
 
 class Run(RunFolder):
@@ -100,10 +99,6 @@ class Run(RunFolder):
     `Run.open(config, lesson)` makes it, or finds the one to resume; `save`, `load`, `save_best` and
     `load_best` are its checkpoints.
     """
-
-    def __init__(self, folder: Path, config: TrainConfig, lesson: str, resumed: bool) -> None:
-        super().__init__(folder, config, lesson, resumed)
-        self.figures: list[Path] = []
 
     def note_epoch(self, history: list[EpochRecord], epochs: int) -> None:
         if not processes.is_main():

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common.cli import exit_codes
 from common.engine.flags import OneLineParser
 from common.engine.report import figure_html, page
-from common.notebook import lesson_file, read_cells, write_lesson
+from common.lessons import lesson_file
+from common.notebook import read_cells, write_lesson
 
 try:
     from pygments import highlight

@@ -7,6 +7,7 @@ can't drift away from it.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 import sys
@@ -76,11 +77,15 @@ def make_starter(
         worth_it = f"({e.level}, {_points([e.number]):g} points)"
         tasks.append(f"# - **{e.number} {e.title}** {worth_it}: {parts}.")
         tasks.append(_wrapped(f"Hidden cases: {e.kind}.", "#   "))
+    try:
+        course = os.path.relpath(ROOT, folder.resolve())
+    except ValueError:  # on another drive of Windows
+        course = str(ROOT)
     text = ASSIGNMENT.format(
         head=_wrapped(variants.head(variant, lesson)[2:], "# ") + "\n\n" if variant else "",
         tasks="\n".join(tasks),
         name=file_name(lesson),
-        course=os.path.relpath(ROOT, folder.resolve()),
+        course=course,
     )
     source = take_out(source, chosen)
     docstring, *others = ast.parse(source).body
@@ -105,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     in the way.
     """
     parser = OneLineParser(prog="python -m common.starter", description=__doc__.split("\n\n")[0])
-    parser.add_argument("lesson", nargs="+", help="number of a lesson, 01 to 08, or all")
+    parser.add_argument("lesson", nargs="+", help="number of a lesson, 00 to 08, or all")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write the starters to"
     )
@@ -117,37 +122,41 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="overwrite a file that is there")
     options = parser.parse_args(argv)
     chosen = [number.zfill(2)[:2] for number in options.lesson]
-    if not 0 <= options.variant < 2**31:
-        return _fail(f"--variant {options.variant}: a number from 0 to {2**31 - 1}")
-    for lesson in manifests() if options.lesson == ["all"] else chosen:
-        if lesson not in manifests():
-            return _fail(
-                f"lesson {lesson} has no exercises; there are some in {', '.join(manifests())}"
-            )
-        known = exercises(lesson)
-        for number in options.only or ():
-            if number.split(".")[0].zfill(2) == lesson and number not in known:
-                return _fail(f"no exercise {number} in lesson {lesson}; it has {', '.join(known)}")
-        path = options.out / file_name(lesson)
-        if path.resolve() == lesson_path(lesson).resolve():
-            return _fail(f"{path} is the lesson itself: choose another folder")
-        if path.exists() and not options.force:
-            return _fail(f"{path} exists, and may hold somebody's work: remove it or add --force")
-        numbers = [n for n in known if n in (options.only or known)]
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-            text = make_starter(lesson, numbers, options.out, options.variant)
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            return _fail(f"can't write {path}: {error.strerror}")
-        print(f"{path}: {len(numbers)} exercises, {_points(numbers):g} points")
-        print(f"  next: open it, look for NotImplementedError, then  python -m common.grade {path}")
+    try:
+        if not 0 <= options.variant < 2**31:
+            raise ValueError(f"--variant {options.variant}: a number from 0 to {2**31 - 1}")
+        for lesson in manifests() if options.lesson == ["all"] else chosen:
+            _write(lesson, options)
+    except (ValueError, OSError) as error:
+        print(f"starter: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
-def _fail(message: str) -> int:
-    print(f"starter: {message}", file=sys.stderr)
-    return 2
+def _write(lesson: str, options: argparse.Namespace) -> None:
+    if lesson not in manifests():
+        known = ", ".join(manifests())
+        raise ValueError(f"lesson {lesson} has no exercises; there are some in {known}")
+    known = exercises(lesson)
+    for number in options.only or ():
+        if number.split(".")[0].zfill(2) == lesson and number not in known:
+            raise ValueError(f"no exercise {number} in lesson {lesson}; it has {', '.join(known)}")
+    numbers = [n for n in known if n in (options.only or known)]
+    if not numbers:
+        raise ValueError(f"--only {' '.join(options.only)}: none of it is of lesson {lesson}")
+    path = options.out / file_name(lesson)
+    if path.resolve() == lesson_path(lesson).resolve():
+        raise ValueError(f"{path} is the lesson itself: choose another folder")
+    if path.exists() and not options.force:
+        raise ValueError(f"{path} exists, and may hold somebody's work: remove it or add --force")
+    text = make_starter(lesson, numbers, options.out, options.variant)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"can't write {path}: {error.strerror}") from None
+    print(f"{path}: {len(numbers)} exercises, {_points(numbers):g} points")
+    print(f"  next: open it, look for NotImplementedError, then  python -m common.grade {path}")
 
 
 if __name__ == "__main__":

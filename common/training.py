@@ -130,7 +130,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices and kernels, none for biases and norms.  He et al. 2019, "Bag of
-    tricks", sec. 2.
+    tricks", sec. 3.1.
 
     A norm's scale and a bias are vectors: pulling them to zero switches channels off instead of
     smoothing. A parameter with an attribute `no_decay` that is true has none either.
@@ -164,7 +164,7 @@ def fit(
     The best epoch is the one of the highest validation accuracy, the lower loss where two are
     equal. With a `run` everything is saved there and a run that was stopped goes on where it was,
     to the same weights. Without one nothing is written, and the weights are those of the last
-    epoch.
+    epoch, or their average.
 
     Args:
         label: shown before the epoch's number; without it and without a `run` nothing is shown.
@@ -274,6 +274,8 @@ def fit(
     if run is not None:
         with checkpoint.fitting(run.best):
             model.load_state_dict(run.load_best()["model"])
+    elif average:
+        model.load_state_dict(average.module.state_dict())
     return history
 
 

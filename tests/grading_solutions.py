@@ -779,13 +779,15 @@ _add(
     "8.4",
     """
 class FocalLoss(nn.Module):
-    def __init__(self, gamma=2.0):
+    def __init__(self, gamma=2.0, alpha=None):
         super().__init__()
-        self.gamma = gamma
+        self.gamma, self.alpha = gamma, alpha
 
     def forward(self, logits, y):
         log_p = logits.log_softmax(1).gather(1, y[:, None]).squeeze(1)
         weight = (1 - log_p.exp()) ** self.gamma
+        if self.alpha is not None:
+            weight = weight * self.alpha[y]
         return (-weight * log_p).mean()
 """,
 )

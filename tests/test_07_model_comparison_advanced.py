@@ -441,7 +441,7 @@ def test_a_time_budget_becomes_whole_epochs(
 
     def fake(name: str, build: object, data: object, config: TrainConfig, *_: object) -> Trial:
         timed.append(config.epochs)
-        return Trial(name, 1, 1, 0.5, 7.0, [])
+        return Trial(1, 1, 0.5, 7.0, [])
 
     monkeypatch.setattr(training, "train_trial", fake)
     arms = [lesson.arm(lesson.entry("digits", "lenet5", get_model("lenet5"), 8), config)]

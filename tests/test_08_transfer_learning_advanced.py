@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,18 @@ from common.engine.errors import UserError
 from common.engine.sources import Pictures, load_digits, read_image
 from common.pretrained import load_torchvision_state
 from common.training import fit, make_schedule
-from common.transfer import calibration, embedding, export, flags, images, origins, parts, task
+from common.transfer import (
+    arms,
+    calibration,
+    deployment,
+    embedding,
+    export,
+    flags,
+    images,
+    origins,
+    parts,
+    task,
+)
 from common.transfer.export import export_model
 from common.transfer.images import choose_classes, few_labels, long_tail, shifted
 from common.transfer.origins import Catalogue, TorchvisionModel
@@ -768,6 +780,35 @@ def test_experiments_in_miniature(
     found = json.loads(outcome.read_text())
     assert len(found["rows"]) == rows and len(found["claims"]) == len(designs()[experiment].claims)
     assert any(p.stat().st_size > 10_000 for p in outcome.parent.glob("*.png"))
+
+
+def test_files_normalise_as_the_net_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inception's own scaling, set after official weights came in, is no part of the state."""
+    inception = lesson("03")
+    net = inception.MODELS["googlenet"](num_classes=3, small_input=True, aux=False).eval()
+    build = partial(inception.MODELS["googlenet"], small_input=True, aux=False)
+    net.transform_input = True
+    exported: list[nn.Module] = []
+    monkeypatch.setattr(deployment, "export_model", lambda model, *rest: exported.append(model))
+    config = SimpleNamespace(predict="", export=True, export_pixels=False)
+    deployment.deploy(config, tmp_path, net, "abc", (), 32, lambda n: build(num_classes=n), None)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(exported[0].eval()(x), net(x))
+
+
+def test_recalls_of_a_class_without_test_images_and_of_what_diverged() -> None:
+    labels = torch.tensor([0, 0, 2])  # of class 1 there were two images in all
+    train = SimpleNamespace(labels=torch.tensor([0, 0, 1, 2]))
+    names = ["cat", "dog", "eel"]
+    data = SimpleNamespace(
+        train=train, test=SimpleNamespace(labels=labels), num_classes=3, class_names=names
+    )
+    known = {"lost": [None, None], "found": [[0.5, 1.0], None]}
+    results = SimpleNamespace(records=known, values=lambda name, key: known[name])
+    axes = arms.recall_figure(data, results).axes[0]
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert shown == ["cat (2)", "eel (1)"]
+    assert "50" in " ".join(text.get_text() for text in axes.texts)
 
 
 def test_embedding_keeps_clusters_apart() -> None:

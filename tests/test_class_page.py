@@ -74,6 +74,15 @@ def test_a_renamed_copy_is_shown_and_an_independent_solution_is_not(tmp_path: Pa
     assert not any("class BasicBlock" in line for line in marked)  # the starter has that
 
 
+def test_a_copy_under_another_name_and_with_a_byte_order_mark_is_shown(tmp_path: Path) -> None:
+    own = solved("01", list(exercises("01")))
+    for name, bom in (("ann", ""), ("bob", "\ufeff")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "solution.py").write_text(bom + own, encoding="utf-8")
+    page = class_page(GRADES, [Submission(name, tmp_path / name) for name in ("ann", "bob")])
+    assert "ann and bob, lesson 01: 100%" in page
+
+
 def test_false_alarms_are_as_rare_as_the_page_says() -> None:
     """The course's solutions against the independent ones of the grader's tests."""
     shares, single = [], []

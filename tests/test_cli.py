@@ -20,6 +20,7 @@ import pytest
 import sklearn.datasets
 import torch
 
+from common.cli import exit_codes
 from common.engine.errors import UserError
 from tests.conftest import LESSONS, ROOT, lesson
 from tests.warm import Warm
@@ -122,6 +123,30 @@ def test_bad_input_is_one_line_and_exit_code_2(cli: Callable, flags: list, messa
     code, _, err = cli("01", *flags)
     assert code == 2 and message in err
     assert err.startswith("error: ") and len(err.strip().splitlines()) == 1
+
+
+def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as leaving, exit_codes():
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert leaving.value.code == 2 and "too little memory" in capsys.readouterr().err
+
+
+def test_a_folder_is_judged_at_the_size_that_it_is_trained_at(
+    cli: Callable, image_folder: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """500 images of 224 px need 16 GiB, the same of 16 px some tens of MiB."""
+    folder = image_folder(per_class=200)
+    flags = "--dataset folder --model resnet9 --recipe fast --device cpu --data-dir".split()
+    monkeypatch.setattr("common.engine.limits.memory", lambda device: 2**30)
+    code, _, err = cli("01", *flags, str(folder), "--smoke")
+    assert code == 0, err
+    code, _, err = cli("01", *flags, str(folder), "--image-size", "224")
+    assert code == 2 and "GiB of memory" in err
+
+
+def test_summary_of_too_small_an_image_is_one_line(cli: Callable) -> None:
+    code, _, err = cli("03", "--model", "inception_v3", "--image-size", "70", "--summary")
+    assert code == 2 and "makes nothing of so small an image" in err and err.count("\n") == 1
 
 
 def test_unwritable_run_folder_stops_before_training(cli: Callable, tmp_path: Path) -> None:

@@ -255,3 +255,23 @@ def test_page_in_a_real_browser(tmp_path: Path) -> None:
     assert "unmeasured" not in seen["pointsByLatency"] and len(seen["pointsByLatency"]) == 4
     assert seen["leftToRight"]
     assert seen["frontCorners"] == len(pareto_front(ZOO, "latency_ms"))
+
+
+NUMBERS = """
+<script>
+addEventListener('load', () => {
+  const result = document.createElement('pre');
+  const axis = [...document.querySelectorAll('svg text[text-anchor=middle]')];
+  result.id = 'seen';
+  result.textContent = JSON.stringify(axis.map(text => text.textContent));
+  document.body.append(result);
+});
+</script>
+</body>"""
+
+
+def test_an_axis_of_nets_that_cost_the_same_has_numbers(tmp_path: Path) -> None:
+    same = [candidate(f"n{i}", macs=297_000 + 3_000 * i, top1=0.9 - i / 50) for i in range(4)]
+    page = comparison_page("Equals", [Table("All", "made up", same)], pareto_front)
+    seen = seen_in_browser(tmp_path, page.replace("</body>", NUMBERS))
+    assert {"290K", "300K", "310K"} <= set(seen), seen

@@ -296,6 +296,15 @@ def test_broken_image_is_named_or_skipped(image_folder: Callable) -> None:
         assert data.skipped == 1 and "1 broken left out" in data.describe()
 
 
+def test_a_link_that_leads_nowhere_is_a_broken_image(image_folder: Callable) -> None:
+    folder = image_folder(splits=("train", "test"))
+    (folder / "train" / "dog" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=r"gone\.png"):
+        load_data(folder_config(folder, image_size=16, workers=0), CPU)
+    data = load_data(folder_config(folder, image_size=16, workers=0, skip_broken=True), CPU)
+    assert data.skipped == 1
+
+
 def test_an_image_that_breaks_during_an_epoch_is_named(image_folder: Callable) -> None:
     folder = image_folder(size=100)
     for workers in (0, 1):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from common.data import Data
 from common.engine.errors import Interrupted
 from common.engine.sources import load_digits, load_folder
 from common.engine.verdicts import LEVEL, OverImages, OverSeeds, judge, wilson
-from common.experiments import Arm, Claim, Experiment, run_experiment
+from common.experiments import Arm, Claim, Experiment, open_store, run_experiment
 from tests.simulation import CASES, assert_calm, results_of
 from tests.warm import Warm
 
@@ -251,6 +252,40 @@ def test_a_training_that_diverges_counts_as_a_guess(tmp_path: Path) -> None:
     assert outcome["rows"][0]["diverged"] == 2 and outcome["claims"][0]["outcome"] == "fails"
 
 
+def test_seeds_that_diverge_or_stop_early_leave_a_figure_and_a_table(tmp_path: Path) -> None:
+    """... and one that diverged has no interval: it gave no answers."""
+
+    def some(config: TrainConfig) -> Experiment:
+        def infinite(config: TrainConfig) -> nn.Module:
+            return Infinite() if config.seed == 1 else nn.CrossEntropyLoss()
+
+        return Experiment("", [Arm("a", net, loss=infinite), Arm("b", net)], [Claim("", "a", "b")])
+
+    more = {"smoke": False, "patience": 1, "epochs": 9, "lr": 0.4}
+    outcome = run_experiment(LESSON, some, config_for(tmp_path, **more))
+    lengths = {len(r["losses"]) for r in outcome["trainings"] if "losses" in r}
+    assert len(lengths) > 1 and outcome["rows"][0]["diverged"] == 1
+    alone = run_experiment(LESSON, some, config_for(tmp_path, seed=1, seeds=1))
+    assert ["95% interval" in row for row in alone["rows"]] == [False, True]
+
+
+class Infinite(nn.Module):
+    def forward(self, output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return output.sum() * float("inf")
+
+
+def test_a_students_copy_is_another_lesson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a store keeps is for the text that was run, wherever it lies."""
+    copy = tmp_path / f"{LESSON}.py"
+    monkeypatch.setattr("common.experiments.script", lambda: str(copy))
+    run = SimpleNamespace(config=config_for(tmp_path), folder=tmp_path, resumed=False)
+    seen = []
+    for text in ("a = 1", "a = 2"):
+        copy.write_text(text)
+        seen.append(open_store(run, LESSON, "images", torch.device("cpu")).settings)
+    assert seen[0] != seen[1] and {**seen[0], "lesson": ""} == {**seen[1], "lesson": ""}
+
+
 def test_what_is_stopped_goes_on_and_says_how(tmp_path: Path) -> None:
     config, calls = config_for(tmp_path), []
 
@@ -274,6 +309,7 @@ def test_what_is_stopped_goes_on_and_says_how(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from tests.test_experiments import LESSON, config_for, design
 from common.experiments import run_experiment
 run_experiment(LESSON, design, config_for(Path(sys.argv[1]), smoke=False, seeds=3))

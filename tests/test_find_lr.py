@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from common import find_lr as find_lr_module
 from common.config import TrainConfig
 from common.find_lr import HIGHEST, LOWEST, find_lr
+from common.resnet9 import ResNet9
 
 
 def test_the_range_test_finds_where_gradient_descent_diverges(tmp_path: Path) -> None:
@@ -39,6 +41,27 @@ def test_the_range_test_finds_where_gradient_descent_diverges(tmp_path: Path) ->
     assert min(losses) < 0.7 * losses[0] and math.isclose(losses[0], math.log(10), rel_tol=0.3)
     (folder,) = (tmp_path).glob("*/find-lr-digits-s0-*")
     assert (folder / "find_lr.png").exists() and (folder / "report.html").exists()
+
+
+def test_groups_keep_their_shares_and_measured_layers_are_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is tried is the net and the optimizer of the run: Muon's groups differ in rates."""
+    made = []
+    make = find_lr_module.make_optimizer
+
+    def noted(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        made.extend([model, make(model, config)])
+        return made[1]
+
+    monkeypatch.setattr(find_lr_module, "make_optimizer", noted)
+    config = TrainConfig(model="resnet9", dataset="digits", recipe="fast", run_dir=str(tmp_path))
+    found = find_lr(config, lambda _, n: ResNet9((8, 8, 8), num_classes=n))
+    net, optimizer = made
+    last = found["rates"][-1]
+    assert [g["lr"] / last for g in optimizer.param_groups] == pytest.approx([1, 1 / 40, 1 / 5])
+    filters = net.stem[0].weight.flatten(1)
+    assert torch.equal(filters[:12], -filters[12:])  # measured: each direction and its negative
 
 
 def test_find_lr_from_the_command_line(cli: Callable, tmp_path: Path) -> None:

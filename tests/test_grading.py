@@ -8,6 +8,7 @@ import ast
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from common.grading.exercises import (
     worth,
 )
 from common.grading.holes import functions_of, put_in
+from common.grading.marking import code_of_notebook
 from common.grading.sandbox import Limits
 from tests import grading_cases
 from tests.grading_solutions import SOLUTIONS
@@ -136,6 +138,9 @@ sys.path.insert(0, {str(tmp_path)!r})
     )
     assert starter.main(["01", "--out", str(ROOT)]) == 2
     assert starter.main(["77", "--out", str(tmp_path)]) == 2
+    other = tmp_path / "other"
+    assert starter.main(["02", "--only", "1.3", "--out", str(other)]) == 2
+    assert not other.exists(), "a lesson without a hole is its solution"
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
@@ -538,10 +543,61 @@ def test_bad_input_is_exit_code_2_and_one_line(
         [str(tmp_path), "--lessons", "99"],
         [str(tmp_path / "notes.py"), "--out", str(tmp_path / "grades.csv")],
         [str(tmp_path), "--jobs", "0"],
+        [str(tmp_path), "--lessons", "05,"],
+        [str(lesson_path("00")), "--lessons", "00", "--grade-json", str(tmp_path)],
     ):
         assert grade.main(arguments) == 2, arguments
         output = capsys.readouterr()
         assert output.out == "" and output.err.startswith("grade: ") and output.err.count("\n") == 1
+
+
+def test_a_lesson_named_twice_counts_once() -> None:
+    assert grade.parse_lessons("1, 01,05") == ("01", "05")
+
+
+def test_a_manifest_with_a_fault_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    bad = tmp_path / "05.ini"
+    bad.write_text("[5.1]\ntitle = a\ntitle = b\n")
+    every = {**manifests(), "05": bad}
+    exercises.cache_clear()
+    monkeypatch.setattr("common.grading.exercises.manifests", lambda: every)
+    try:
+        assert starter.main(["05", "--out", str(tmp_path / "out")]) == 2
+    finally:
+        exercises.cache_clear()
+    error = capsys.readouterr().err
+    assert "05.ini" in error and error.count("\n") == 1
+
+
+def test_marks_of_other_checks_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of grades.csv is about the checks that it was made by."""
+    for name in ("checks.py", "exercises"):
+        source = grade.FOLDER.parent / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, tmp_path / name)
+    monkeypatch.setattr(grade, "FOLDER", tmp_path / "exercises")
+    before = grade._rules_digest(("05",))
+    with (tmp_path / "checks.py").open("a") as file:
+        file.write("# mended\n")
+    assert grade._rules_digest(("05",)) != before
+
+
+def test_twins_have_their_own_time(grader: grade.Grader, tmp_path: Path) -> None:
+    """Two who hand in the same slow file: the second is marked as the first is."""
+    for name in ("ann", "bob"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file_name("05")).write_text(LESSON_5, encoding="utf-8")
+    one, two = (grade.Submission(name, tmp_path / name) for name in ("ann", "bob"))
+    first = grader.mark_exercise(one, "5.2")
+    for key in grader.seconds:
+        if key[0] == one.path:
+            grader.seconds[key] = 0.0
+    assert all(result.passed for result in [*first, *grader.mark_exercise(two, "5.2")])
+    assert not any(result.passed for result in grader.mark_exercise(one, "5.2"))
 
 
 def test_without_a_warm_host_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -588,6 +644,19 @@ def test_a_formula_in_a_message_stays_text(tmp_path: Path) -> None:
     grade._write_grades(tmp_path / "grades.csv", {line.student: [line]})
     assert "\n'=1+1,05" in (tmp_path / "grades.csv").read_text()
     assert grade._read_grades(tmp_path / "grades.csv")[0].student == "=1+1"
+
+
+def test_a_notebooks_magics_go_and_its_code_stays() -> None:
+    cells = [
+        "%matplotlib inline\n!pip list\nif True:\n    %cd /\na = 1",
+        "%%bash\nls",
+        "%%time\nb = 2",
+    ]
+    cells.append('c = (\n    "%d"\n    % a\n)\nd = (\n    a\n    != b\n)')
+    book = {"cells": [{"cell_type": "code", "source": text} for text in cells]}
+    found: dict[str, object] = {}
+    exec(code_of_notebook("a.ipynb", json.dumps(book).encode()), found)
+    assert (found["a"], found["b"], found["c"], found["d"]) == (1, 2, "1", True)
 
 
 def test_notebooks_archives_and_namesakes_have_lines(

@@ -351,6 +351,11 @@ def test_several_runs_are_drawn_as_their_mean_in_a_band_of_their_range() -> None
     assert {(1.0, 1.0), (1.0, 3.0), (2.0, 2.0), (3.0, 0.0), (3.0, 6.0)} <= heights
 
 
+def test_runs_that_stopped_early_are_drawn_as_far_as_they_go() -> None:
+    ax = draw(plotting.curves({"a": [[4.0, 2.0], [2.0, 0.0, 6.0]]}, "x", "y", "t")).axes[0]
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [3, 1, 6])
+
+
 @pytest.mark.parametrize("count", [2, 6, 12])
 def test_names_at_the_ends_of_curves_that_meet_do_not_overlap(count: int) -> None:
     series = {f"series number {i}": np.linspace(i, 1 + 0.001 * i, 20) for i in range(count)}

@@ -295,6 +295,24 @@ def test_damage_is_seen_and_the_one_before_is_used(
     assert "going on from previous.pt" in capsys.readouterr().out
 
 
+def test_any_bit_that_flips_is_one_line_or_no_harm(tmp_path: Path) -> None:
+    """In what frames a file, which no checksum covers: zipfile has errors of many kinds."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"i": 1})
+    data = path.read_bytes()
+    directory = data.index(b"PK\x01\x02")
+    refused = 0
+    for place in [*range(60), *range(directory, len(data))]:
+        broken = bytearray(data)
+        broken[place] ^= 1 << place % 8
+        path.write_bytes(broken)
+        try:
+            assert checkpoint.load(path)["i"] == 1
+        except UserError:
+            refused += 1
+    assert refused > 100
+
+
 def test_a_file_cannot_run_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import shutil
+import socket
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -100,6 +101,22 @@ def test_wrong_content_is_thrown_away_and_a_mirror_is_tried(server: str, tmp_pat
     with pytest.raises(UserError, match="another checksum"):
         fetch([f"{server}/wrong"], path, MD5)
     assert not path.exists()
+
+
+def test_an_answer_that_is_no_http_is_a_failed_download(tmp_path: Path) -> None:
+    """As a proxy may send; http.client's errors are no OSErrors."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"nonsense\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/whole"
+        with pytest.raises(UserError, match="can't be downloaded"):
+            fetch([url], tmp_path / "data.bin", MD5)
 
 
 def test_archives_stay_inside_their_folder(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from common.config import TrainConfig
 from common.data import Data, make_data
 from common.engine.errors import Diverged, UserError
 from common.engine.guard import Guard
-from common.engine.meter import top1_hits
+from common.engine.meter import Meter, top1_hits
+from common.engine.progress import Bar
 from common.engine.sources import Pictures, Source
 from common.evaluation import score
-from common.experiments import train_trial
 from common.runs import Run
 from common.training import Schedule, fit, make_optimizer, make_schedule, parameter_groups
 from common.transfer.images import PairLoader
@@ -236,12 +236,37 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
     assert schedule.taken == 3
 
 
-def test_a_trial_that_diverges_keeps_the_losses_so_far() -> None:
-    data, config = colours()
-    with pytest.raises(Diverged) as caught:
-        train_trial("poisoned", make_net, data, config, torch.device("cpu"), Poison())
-    *before, last = caught.value.losses
-    assert len(before) == 3 and all(map(math.isfinite, before)) and math.isnan(last)
+def test_what_was_validated_is_what_is_left() -> None:
+    """Also without a run's folder: the average where there is one, so that a rate that is chosen by
+    it is a rate for what is tested.
+    """
+    data, _ = colours(ema=0.9)
+    net, history, _ = train(ema=0.9)
+    assert score(net, data.val)[0] == pytest.approx(history[-1].val_loss)
+
+
+def test_seconds_of_an_epoch_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... where it is saved at its end, or memory ran out on the way."""
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("common.engine.meter.time.monotonic", lambda: next(clock))
+    meter, bar = Meter(CPU, epochs=3), Bar(0, "", show=False)
+    meter.begin_epoch(bar)
+    meter.rewind()
+    meter.begin_epoch(bar)
+    assert meter.elapsed() == 20  # ten before the batch that failed
+    meter.end_epoch()
+    assert meter.state_dict()["seconds"] == 10  # of the next, on the clock that ticks by ten
+
+
+def test_a_last_step_that_is_not_finite_is_seen_though_the_host_lags() -> None:
+    """On a GPU the number on its way may be an earlier step's."""
+    guard, net = Guard(CPU, clip=0.0, amp=None), make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    guard.finite.push = lambda number, at=0: None  # nothing has come yet
+    sum(p.sum() for p in net.parameters()).backward()
+    guard.check(torch.tensor(math.nan), optimizer, epoch=1, step=9)
+    with pytest.raises(Diverged):
+        guard.settle(val_loss=0.5)
 
 
 def test_clip_limits_the_gradient() -> None:

@@ -145,6 +145,12 @@ def test_the_roster_or_the_file_tells_the_variant(
     assert "the variant of ann is 'seven'" in capsys.readouterr().err
 
 
+def test_a_number_of_ten_digits_is_found_again(tmp_path: Path) -> None:
+    """As a student's is; the largest seed that the starter takes."""
+    assert starter.main(["01", "--out", str(tmp_path), "--variant", str(2**31 - 1)]) == 0
+    assert seed_of((tmp_path / file_name("01")).read_text(encoding="utf-8")) == 2**31 - 1
+
+
 def test_no_file_stops_the_marks_of_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -170,15 +170,23 @@ function draw(section, chart, axis) {
   const px = value => left + (Math.log10(value) - x0) / (x1 - x0) * (width - left - right);
   const py = percent => height - bottom - (percent - y0) / (y1 - y0) * (height - top - bottom);
 
-  let last = -Infinity;
+  const [low, high] = [10 ** x0, 10 ** x1];
+  let marks = [];
   for (let decade = Math.floor(x0); decade <= x1; decade++)
-    for (const step of [1, 2, 5]) {
-      const value = step * 10 ** decade, x = px(value);
-      if (x < left || x > width - right || x < last + 44) continue;
-      last = x;
-      svg(root, 'line', {class: 'grid', x1: x, x2: x, y1: top, y2: height - bottom});
-      svg(root, 'text', {x, y: height - bottom + 20, 'text-anchor': 'middle'}, si(value));
-    }
+    marks.push(...[1, 2, 5].map(step => step * 10 ** decade));
+  marks = marks.filter(value => low <= value && value <= high);
+  if (marks.length < 2) {  // all cost about the same
+    const step = 10 ** Math.floor(Math.log10((high - low) / 2)), first = Math.ceil(low / step);
+    marks = Array.from({length: Math.floor(high / step) - first + 1}, (_, i) => (first + i) * step);
+  }
+  let last = -Infinity;
+  for (const value of marks) {
+    const x = px(value);
+    if (x < last + 44) continue;
+    last = x;
+    svg(root, 'line', {class: 'grid', x1: x, x2: x, y1: top, y2: height - bottom});
+    svg(root, 'text', {x, y: height - bottom + 20, 'text-anchor': 'middle'}, si(value));
+  }
   const unit = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20].find(u => (y1 - y0) / u <= 8) || 25;
   for (let i = Math.ceil(y0 / unit); i * unit <= y1; i++) {
     const y = py(i * unit);

@@ -47,7 +47,7 @@ def within_seconds(
     for arm in arms:
         key = f"{arm.name}, one epoch"
         if store.get(key) is None:
-            one = replace(config, **{**arm.changes, "lr": min(arm.rates), "epochs": 1, "warmup": 0})
+            one = replace(config, **{**arm.changes, "lr": 1e-6, "epochs": 1, "warmup": 0})
             build = partial(arm.build, num_classes=data.num_classes)
             store.put(key, {"seconds": train_trial(key, build, data, one, device).seconds})
         fit = int(seconds / store.get(key)["seconds"])

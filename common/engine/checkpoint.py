@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ from common.engine.errors import UserError
 from common.engine.records import EpochRecord
 
 FORMAT = 1  # of the dicts below; a file of another format is refused, not guessed at
+
+# What zipfile, zlib and torch make of broken bytes.
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, LookupError, ValueError)
 
 Schema = dict[str, Any]  # key -> type, schema of a dict, or [schema of each item]
 _BEST: Schema = {"top1": float, "loss": float, "epoch": int}
@@ -78,8 +82,8 @@ def load(path: Path) -> dict[str, Any]:
         if damaged:
             raise UserError(f"{path} is damaged ({damaged} fails its checksum)")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, KeyError) as error:
-        why = str(error).splitlines()[0]
+    except BROKEN as error:
+        why = (str(error) or "it ends too early").splitlines()[0]
         raise UserError(f"{path} is truncated or no checkpoint ({why})") from None
     except pickle.UnpicklingError:
         raise UserError(

@@ -93,11 +93,8 @@ def amp_dtype(device: torch.device, enabled: bool, image_size: int) -> torch.dty
     if not enabled:
         return None
     if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bfloat16 else torch.float16
     if device.type == "cpu" and image_size >= 32 and cpu_has_bfloat16():
         return torch.bfloat16
     return None

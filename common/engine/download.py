@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import os
 import shutil
 import tarfile
@@ -40,7 +41,7 @@ def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
     for url in urls:
         try:
             size = _download(url, partial, timeout)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error))
             continue
         if check_md5(partial, md5):

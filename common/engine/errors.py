@@ -18,11 +18,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """The loss or its gradient is no longer finite. `losses` are those of the steps before, where
-    they were kept.
-    """
-
-    losses: list[float] = []
+    """The loss or its gradient is no longer finite."""
 
 
 class Interrupted(KeyboardInterrupt):

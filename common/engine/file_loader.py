@@ -187,7 +187,7 @@ def worker_count(workers: int | None) -> int:
     """As many as asked for; else one per core of this process's share, 8 at most for memory."""
     if workers is not None:
         return workers
-    return min(8, max(1, (os.cpu_count() or 1) // processes.world_size()))
+    return min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 # -------------------------------------------------------------------------------- reading all files

@@ -66,10 +66,9 @@ class Guard:
             Diverged: a step was not finite, or the weights after the last one are not.
         """
         self.finite.take()
-        self.refuse()
-        if not math.isfinite(val_loss):
+        if self.failed or not math.isfinite(val_loss):  # what was on its way may be an earlier step
             self.finite.value = 1.0
-            self.refuse()
+        self.refuse()
 
     def refuse(self) -> None:
         if not self.finite.value:

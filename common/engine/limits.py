@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from common.engine.errors import UserError
+from common.engine.sources import size_of_folder
 
 if TYPE_CHECKING:
     from common.config import TrainConfig
@@ -34,25 +35,22 @@ def check_size(
         UserError: too large, or too small an image for this model.
     """
     name = "digits" if config.dataset == "auto" else config.dataset
-    config = config.resolve(name, 224 if name == "folder" else None)
+    unsized = name == "folder" and config.image_size is None
+    config = config.resolve(name, size_of_folder(config.data_dir)[0] if unsized else None)
     size = (3, config.image_size, config.image_size)
     images = train_images.get(name, 1000)  # of a folder nothing is known yet
     outputs: list[int] = []
     try:
         with torch.device("meta"):
             model = build(config, 10)
-        hooks = [
-            module.register_forward_hook(lambda m, x, y: outputs.append(_numbers(y)))
-            for module in model.modules()
-            if not list(module.children())
-        ]
+        for module in model.modules():
+            if not list(module.children()):
+                module.register_forward_hook(lambda m, x, y: outputs.append(_numbers(y)))
         macs = count_macs(model, size)
     except (RuntimeError, ValueError) as error:
         if "must match" not in str(error) and "size" not in str(error):
             raise
         raise too_small(config.model, config.image_size, error) from None
-    for hook in hooks:
-        hook.remove()
     # Weights, gradients, momentum, and what backward needs of one batch: not every layer's output
     # (a norm's goes as soon as the ReLU after it is done), hence the half.
     batch = min(config.batch_size, images)

@@ -56,6 +56,7 @@ class Meter:
 
     def end_epoch(self) -> None:
         self.epoch, self.batch, self.batch_at_step, self.seconds = self.epoch + 1, 0, 0, 0.0
+        self.began = time.monotonic()
         self.sums.zero_()
         self.sums_at_step.zero_()
 
@@ -70,7 +71,7 @@ class Meter:
 
     def rewind(self) -> None:
         """Back to the last optimizer step, when the batches since have failed."""
-        self.batch = self.batch_at_step
+        self.batch, self.seconds = self.batch_at_step, self.elapsed()
         self.sums.copy_(self.sums_at_step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -55,15 +55,10 @@ class Bar:
         elif self.show and time.monotonic() - self.last > self.seconds:
             self.last = time.monotonic()
             share = f"{self.done / self.total:4.0%}" if self.total else f"{self.done}"
-            left = (
-                (self.last - self.started)
-                / max(1, self.done - self.first)
-                * (self.total - self.done)
-            )
-            print(
-                f"{self.label}: {share}, about {max(0, left):.0f} s left {note}".rstrip(),
-                flush=True,
-            )
+            each = (self.last - self.started) / max(1, self.done - self.first)
+            left = max(0, each * (self.total - self.done))
+            after = f", about {left:.0f} s left" if self.total else ""
+            print(f"{self.label}: {share}{after} {note}".rstrip(), flush=True)
 
     def __enter__(self) -> Bar:
         return self

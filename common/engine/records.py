@@ -58,7 +58,6 @@ class LayerRecord:
     output_shape: tuple[int, ...]
     params: int
     macs: int
-    depth: int = 0  # nesting, for indentation
 
 
 @dataclass(frozen=True)

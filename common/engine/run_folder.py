@@ -26,6 +26,7 @@ class RunFolder:
     def __init__(self, folder: Path, config: Any, lesson: str, resumed: bool) -> None:
         self.folder, self.config, self.lesson, self.resumed = folder, config, lesson, resumed
         self.last, self.best = folder / "last.pt", folder / "best.pt"
+        self.figures: list[Path] = []
 
     @classmethod
     def open(cls, config: Any, lesson: str) -> RunFolder:
@@ -144,7 +145,7 @@ def _new(config: Any, lesson: str) -> tuple[Path, bool]:
     # torchrun starts its processes again after a fault, with the flags of the first time.
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         for earlier in sorted(parent.glob(f"{stem}-*"), reverse=True):
-            if (earlier / "last.pt").exists() and _settings(earlier) == settings:
+            if (earlier / "last.pt").exists() and settings_of(earlier) == settings:
                 return earlier, True
     folder = base = parent / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     for again in range(2, 1000):
@@ -162,7 +163,7 @@ def _new(config: Any, lesson: str) -> tuple[Path, bool]:
     return folder, False
 
 
-def _settings(folder: Path) -> dict[str, Any] | None:
+def settings_of(folder: Path) -> dict[str, Any] | None:
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -236,7 +236,8 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
     - DIR/train/CLASS/*, DIR/val/CLASS/* and DIR/test/CLASS/*
     - DIR/train/CLASS/* and one of the others, which is then the test set; validation images are
       split off train
-    - DIR/CLASS/*, split by seed into 80% train, 10% validation and 10% test of each class
+    - DIR/CLASS/*, split by seed: 10% of each class for the test, `--val-share` of the rest for
+      validation
 
     Raises:
         UserError: no such folder, no images, one class only, a class without images, classes that
@@ -285,7 +286,7 @@ def _apart(splits: dict[str, Pictures], notes: list[str]) -> list[Pictures]:
     owner: dict[tuple[int, int], str] = {}
     apart = []
     for name, pictures in splits.items():
-        files = [(status.st_dev, status.st_ino) for status in map(os.stat, pictures.paths)]
+        files = [(status.st_dev, status.st_ino) for status in map(_status, pictures.paths)]
         rows = [i for i, file in enumerate(files) if owner.setdefault(file, name) == name]
         if not rows:
             raise UserError(f"all files of {name} are links into another split: nothing is left")
@@ -293,6 +294,11 @@ def _apart(splits: dict[str, Pictures], notes: list[str]) -> list[Pictures]:
             notes.append(f"{count:,} files of {name} are links into another split: left out")
         apart.append(pictures.take(torch.tensor(rows)))
     return apart
+
+
+def _status(path: str) -> os.stat_result:
+    """Of the file behind a link; of a link that leads nowhere itself, which is then unreadable."""
+    return os.stat(path) if os.path.exists(path) else os.lstat(path)
 
 
 def _scan(folder: Path) -> tuple[list[str], Pictures, list[str]]:
@@ -379,7 +385,12 @@ def shared_content(source: Source, most: int = 200_000) -> list[str]:
     parts = {name: part.paths for name, part in splits.items() if part and part.paths}
     if sum(map(len, parts.values())) > most:
         return []
-    files = [(name, path, os.path.getsize(path)) for name in parts for path in parts[name]]
+    files = [
+        (name, path, os.path.getsize(path))
+        for name in parts
+        for path in parts[name]
+        if os.path.exists(path)
+    ]
     splits_with = Counter(size for size, _ in {(size, name) for name, _, size in files})
     first: dict[bytes, tuple[str, str]] = {}
     twice: dict[tuple[str, str], list[str]] = {}

@@ -168,7 +168,9 @@ def result(trial: Trial) -> None:
 
 
 def unseen(trial: Trial) -> None:
-    """All of the above that the exercise asks for, on sizes that the assignment does not print."""
+    """Shape, parameters, layers, values and result, as far as the exercise asks for them, on sizes
+    that the assignment does not print.
+    """
     for check in (shape, parameters, layers, values, result):
         if check.__name__ in trial.asked and trials_of(check.__name__, [trial], []):
             check(trial)

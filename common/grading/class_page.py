@@ -226,7 +226,8 @@ def _pairs(submissions: Sequence[Submission], lessons: Sequence[str]) -> str:
         verbatim: dict[str, list[str]] = defaultdict(list)
         for submission in submissions:
             try:
-                source = submission.source(lesson)[1].decode("utf-8", "replace")
+                data = submission.source(lesson, only=len(lessons) == 1)[1]
+                source = data.decode("utf-8-sig", "replace")
             except (ValueError, OSError):
                 continue
             # The course's own text says nothing of two students: the assignment may have left it.

@@ -161,10 +161,11 @@ def code_of_notebook(name: str, data: bytes) -> bytes:
     lines: list[str] = []
     for number, text in enumerate(texts, 1):
         lines.append(f"# %% code cell {number}")
-        if text.lstrip().startswith("%%"):  # another language, as a rule
+        if re.match(r"\s*%%(?!(time|timeit|capture|prun)\b)", text):  # another language, as a rule
             lines += [f"# {line}" for line in text.splitlines()]
-        else:
-            lines += [re.sub(r"^(\s*)([%!].*)$", r"\1pass  # \2", x) for x in text.splitlines()]
+        else:  # an expression that goes on may begin a line with % or != too
+            magic = r"^(\s*)(%%?[A-Za-z].*|!(?!=).*)$"
+            lines += [re.sub(magic, r"\1pass  # \2", x) for x in text.splitlines()]
     return ("\n".join(lines) + "\n").encode("utf-8", "replace")
 
 
@@ -208,9 +209,9 @@ class Grader(contextlib.AbstractContextManager):
         preload = ["import torch._dynamo", "import numpy", "import common.grading.probes"]
         preload += [line for lesson in lessons for line in _reference(lesson)[0].split("\n")]
         self.host = Host(preload, limits or Limits())
-        # By the lesson and what was submitted for it: what is left, and why it can't be run at all.
-        self.seconds: dict[tuple[str, bytes], float] = {}
-        self.hopeless: dict[tuple[str, bytes], str] = {}
+        # By submission, lesson and content: what is left, and why it can't be run at all.
+        self.seconds: dict[tuple[Path, str, bytes], float] = {}
+        self.hopeless: dict[tuple[Path, str, bytes], str] = {}
 
     def __exit__(self, *exc_info: object) -> None:
         self.host.close()
@@ -228,7 +229,7 @@ class Grader(contextlib.AbstractContextManager):
             filename, data = submission.source(exercise.lesson, only=len(self.lessons) == 1)
         except ValueError as error:
             return _all_lost(exercise, str(error))
-        key = exercise.lesson, hashlib.sha256(data).digest()
+        key = submission.path, exercise.lesson, hashlib.sha256(data).digest()
         left = self.seconds.setdefault(key, self.host.limits.lesson_seconds)
         late = "not marked: the time for the whole lesson is used up" if left <= 0 else ""
         if why := self.hopeless.get(key) or late:
@@ -238,9 +239,8 @@ class Grader(contextlib.AbstractContextManager):
         mine, self.hopeless[key] = observe(
             self.host, exercise, filename, data, seed, started + left, theirs
         )
-        results = self._judge(exercise, mine, theirs, started)
-        self.seconds[key] -= time.monotonic() - started
-        return results
+        self.seconds[key] -= time.monotonic() - started  # to name the mistakes is our time
+        return self._judge(exercise, mine, theirs, started)
 
     def _judge(
         self, exercise: Exercise, mine: list[Seen], theirs: list[Seen], started: float
@@ -399,8 +399,8 @@ def observe(
     careful: bool = False,
 ) -> tuple[list[Seen], str]:
     """Try all cases of one exercise in a worker of its own: what was seen of each, the hidden ones
-    last, and why the file could not be run at all, so that no other exercise need try. Never
-    raises: whatever goes wrong is an observation.
+    last, and why the file could not be run at all, so that no other exercise need try.
+    Whatever a submission does is an observation.  Raises: SandboxUnavailable.
 
     Where the numbers are not `theirs`, the reference's, every other assignment of the weights that
     the shapes allow is tried. `careful`: see `probes`.

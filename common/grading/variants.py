@@ -137,7 +137,7 @@ CHOICES: dict[str, tuple[Option, ...]] = {
                ("summed, over 4 d^2.", "summed, over d^2."))),
 }  # fmt: skip
 
-HEAD = re.compile(r"^# Variant (\d{1,9}):", re.MULTILINE | re.ASCII)
+HEAD = re.compile(r"^# Variant (\d{1,10}):", re.MULTILINE | re.ASCII)
 
 
 def drawn(seed: int) -> dict[str, Option]:

@@ -38,12 +38,17 @@ def recalls(trial: Trial, data: Data) -> dict[str, Any]:
 
 def recall_figure(data: Data, results: Results) -> Figure:
     """A row an arm, a column a class with its training images in `data`."""
-    table = [np.mean(results.values(name, "recalls"), axis=0) for name in results.records]
+    shown = data.test.labels.unique().tolist()  # a class of two images has none there
+    nothing = [[np.nan] * len(shown)]  # where every training diverged
+    table = [
+        np.mean([v for v in results.values(name, "recalls") if v] or nothing, axis=0)
+        for name in results.records
+    ]
     counts = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
     return plotting.heatmap(
         np.stack(table),
         list(results.records),
-        [f"{name} ({count})" for name, count in zip(data.class_names, counts)],
+        [f"{data.class_names[c]} ({counts[c]})" for c in shown],
         "Recall of each class, mean over seeds",
         xlabel="class (its training images)",
         percent=True,

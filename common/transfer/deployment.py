@@ -50,5 +50,7 @@ def deploy(
     if config.export or config.export_pixels:
         clean = build(len(class_names))  # without the hooks that freezing leaves
         clean.load_state_dict(model.state_dict())
+        if hasattr(model, "transform_input"):  # Inception's own way of normalising is no weight
+            clean.transform_input = model.transform_input
         known = class_names, mean_std, calibration
         export_model(clean, (3, side, side), folder, *known, config.export_pixels)

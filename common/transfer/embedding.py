@@ -56,5 +56,7 @@ def feature_map(
             ax.scatter(*mine.T, s=14, color=color, marker=marker, alpha=0.7, label=class_names[c])
         ax.set(xticks=[], yticks=[])
         ax.set_title(f"{name} the transfer ({method})", size=plotting.TITLE_SIZE, loc="left")
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    legend = axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a folder's name may have a $ in it
     return figure

@@ -166,7 +166,10 @@ def worth(lessons: tuple[str, ...]) -> tuple[Worth, ...]:
 
 def _parse(lesson: str) -> configparser.ConfigParser:
     parser = configparser.ConfigParser(interpolation=None)
-    parser.read(manifests()[lesson], encoding="utf-8")
+    try:
+        parser.read(manifests()[lesson], encoding="utf-8")
+    except configparser.Error as error:  # it names the file
+        raise ValueError(" ".join(str(error).split())) from None
     return parser
 
 
