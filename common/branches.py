@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from common import plotting
@@ -86,6 +85,8 @@ def look_at_branches(
     """The tables of shares and "loss added", and how well each share orders the losses; of the
     branch called `watched` its mean shares, and how much more it is missed than any other.
     """
+    from scipy.stats import spearmanr
+
     tables = branch_shares(trial.model, *next(iter(data.val.batches())))
     tables["loss added"] = silenced_losses(trial.model, data.val)
     added = np.ravel(tables["loss added"])

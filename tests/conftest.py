@@ -4,6 +4,7 @@ image folders, the command line in this process.
 
 from __future__ import annotations
 
+import gc
 import html
 import importlib
 import json
@@ -11,18 +12,28 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from common.grade import Grader
+
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted(p.stem for p in ROOT.glob("0[1-8]_*.py"))
 
 torch.set_num_threads(1)  # several test processes share the cores
+
+
+def pytest_collection_finish() -> None:
+    """Torch and the lessons are there to stay: the garbage collector need not look at them."""
+    gc.collect()
+    gc.freeze()
 
 
 def lesson(number: str) -> ModuleType:
@@ -74,8 +85,35 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of a short run's time, and other tests draw them."""
+    from common import plotting
+
+    for name in LESSONS:
+        monkeypatch.setattr(lesson(name[:2]), "draw_figures", lambda *parts: None, raising=False)
+    monkeypatch.setattr(lesson("08"), "feature_map", lambda *parts: plotting.panels(1)[0])
+
+
+@pytest.fixture(scope="session")
+def warm_grader() -> Iterator[Grader]:
+    """One for all tests of a process: its host, and what it has seen of the lessons, is what costs.
+    The seed of a real run is drawn anew.
+    """
+    from common import grade
+
+    with grade.Grader(grade.parse_lessons(None), references=grade.References(seed=1)) as grader:
+        yield grader
+
+
+@pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable:
     """`cli("01", "--epochs", "0")` -> (exit code, stdout, stderr), without a new interpreter."""
+    from common import profiling
+
+    passes = profiling.time_passes  # 5 of them and not 50: no test asks how long they take
+    monkeypatch.setattr(
+        profiling, "time_passes", lambda model, x, *_, **__: passes(model, x, seconds=0.0)
+    )
 
     def call(number: str, *argv: str) -> tuple[int, str, str]:
         module = lesson(number)

@@ -135,7 +135,7 @@ def test_zero_init_leaves_plain_blocks_alone() -> None:
 def test_experiment_in_miniature(cli: Callable, tmp_path: Path) -> None:
     code, out, err = cli(
         "01", "--experiment", "skip-connections", "--deep", "4", "--dataset", "digits",
-        "--smoke", "--device", "cpu", "--seeds", "1",
+        "--smoke", "--device", "cpu", "--seeds", "1", "--batch-size", "16",
     )  # fmt: skip
     assert code == 0, err
     (outcome,) = (tmp_path / "runs").rglob("experiment.json")

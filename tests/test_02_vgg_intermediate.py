@@ -175,7 +175,9 @@ def test_effective_field_holds_the_share_and_no_less() -> None:
 
 
 def test_run_in_miniature(cli: Callable, tmp_path: Path) -> None:
-    code, _, err = cli("02", "--dataset", "digits", "--smoke", "--device", "cpu")
+    code, _, err = cli(
+        "02", "--dataset", "digits", "--smoke", "--device", "cpu", "--batch-size", "16"
+    )
     assert code == 0, err
     (outcome,) = (tmp_path / "runs").rglob("result.json")
     result = json.loads(outcome.read_text())

@@ -82,16 +82,13 @@ def steady_twin(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_logits_equal_torchvision(name: str) -> None:
+    """And the comparison is as sharp as it claims: an epsilon of 1e-5 for 1e-3 is seen."""
     twin = steady_twin(name)
     ours = on_meta(name).to_empty(device="cpu")
     assert largest_difference(ours, twin, image_size=64) < 1e-4
-
-
-def test_logits_would_show_a_wrong_epsilon() -> None:
-    """The comparison is as sharp as it claims: 1e-5 for 1e-3 is seen."""
-    twin = steady_twin("efficientnet_b5")
-    ours = on_meta("efficientnet_b5", norm=nn.BatchNorm2d).to_empty(device="cpu")
-    assert largest_difference(ours, twin, image_size=64) > 1e-3
+    if name == "efficientnet_b5":
+        wrong = on_meta(name, norm=nn.BatchNorm2d).to_empty(device="cpu")
+        assert largest_difference(wrong, twin, image_size=64) > 1e-3
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

@@ -344,7 +344,7 @@ def test_torch_without_kernels_is_no_error(monkeypatch: pytest.MonkeyPatch) -> N
 
 # --- experiments --------------------------------------------------------------------------------
 
-TINY = ("--dataset", "digits", "--device", "cpu", "--smoke", "--width-mult", "0.25")
+TINY = "--dataset digits --device cpu --smoke --width-mult 0.25 --batch-size 16".split()
 DESIGNS = (lesson.separable, lesson.inverted_residual, lesson.multipliers, lesson.integers)
 
 

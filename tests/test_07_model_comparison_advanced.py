@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
+from common import plotting
 from common.cli import parse_flags
 from common.comparison import training
 from common.comparison.conclusion import trained_verdict
@@ -236,9 +237,12 @@ def test_every_model_has_its_place_on_the_timeline() -> None:
 @pytest.mark.parametrize(
     ("match", "models"), [("params", "all"), ("macs", "simple_cnn,resnet18,vit_xs_16")]
 )
-def test_matched_sizes_are_about_equal(match: str, models: str) -> None:
-    config = lesson.Config(dataset="digits", experiment="matched-size", match=match, model=models)
-    config = config.resolve("digits")
+def test_matched_sizes_are_about_equal(
+    match: str, models: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.comparison.counting.count_by_thop", lambda *parts: (0, ""))
+    sizes = {"experiment": "matched-size", "match": match, "model": models}
+    config = lesson.Config(dataset="digits", profile_only=True, **sizes).resolve("digits")
     target = match_target(config, 10, lesson.FAMILIES)
     bar = Bar(0, "test", show=False)
     names = chosen_names(models, [lesson.default_model(family) for family in lesson.FAMILIES])
@@ -287,6 +291,9 @@ def test_a_comparison_from_start_to_report_and_on_with_more_seeds(
 
     # One more seed: what is there stays to the last digit, what is missing is made.
     monkeypatch.setattr(sys, "argv", [lesson.__file__])  # from here on without a new process
+    for name in ("cost_figure", "curves_figure"):  # drawn once
+        empty = lambda *parts: plotting.panels(1)[0]  # noqa: E731
+        monkeypatch.setattr(f"common.comparison.conclusion.{name}", empty)
     resume = ["--resume", str(folder), "--seeds"]
     lesson.run(parse_flags(lesson.Config, [*resume, "2", "--choose", "params<100K"]))
     said = capsys.readouterr().out

@@ -6,9 +6,7 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +16,20 @@ from PIL import Image
 
 from common.config import TrainConfig
 from common.data import Data, load_data, make_data
-from common.engine import sources
+from common.engine import file_loader, sources
 from common.engine.errors import UserError
 from common.engine.sources import Pictures, Source, load_folder, read_image, stratified_split
+from tests.warm import Warm
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_worker_outlives_its_test() -> Iterator[None]:
+    """Found by the garbage collector, in some later test, a pool costs up to 5 seconds."""
+    yield
+    file_loader.close_workers()
 
 
 def numbered(n: int = 100, classes: int = 4, **options: object) -> tuple[Source, TrainConfig]:
@@ -204,13 +210,10 @@ def test_one_pool_serves_all_splits_where_processes_are_spawned(
     """As on macOS and Windows, where each new process imports the script again."""
     script = tmp_path / "train.py"
     script.write_text(SPAWNED.format(folder=str(image_folder(per_class=8, size=100))))
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, cwd=ROOT, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("imported") == 1 + 1, "the script itself, and one worker for all"
-    assert done.stdout.splitlines()[-1] == "equal"
+    code, out, err = Warm(tmp_path, str(script), PYTHONPATH=str(ROOT)).join()
+    assert code == 0, err
+    assert out.count("imported") == 1 + 1, "the script itself, and one worker for all"
+    assert out.splitlines()[-1] == "equal"
 
 
 SPAWNED = """
@@ -350,7 +353,7 @@ def test_exif_turns_and_transparency_is_white(tmp_path: Path) -> None:
 
 
 def test_an_imagenet_shaped_folder_trains_through_the_real_path(
-    cli: Callable, tmp_path: Path
+    cli: Callable, tmp_path: Path, no_figures: None
 ) -> None:
     """Hundreds of JPEGs of several sizes and modes, in train and val, by the ImageNet recipe."""
     generator = np.random.default_rng(0)

@@ -5,11 +5,9 @@ weights, the same counts, over gloo on the CPU.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -207,13 +205,11 @@ def faulty(folder: Path) -> Path:
     return script
 
 
-def under_torchrun(folder: Path, fault: str, *flags: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-         *flags, str(faulty(folder)), fault, str(folder)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def under_torchrun(folder: Path, fault: str, *flags: str) -> Warm:
+    """torchrun itself begins with torch imported; what it starts are processes as they come."""
+    run = ["-c", "from torch.distributed.run import main; main()", *flags]
+    two = "--nproc-per-node=2", "--standalone"
+    return Warm(folder, *run, *two, str(faulty(folder)), fault, str(folder))
 
 
 FAULTS = {
@@ -249,20 +245,18 @@ def test_torchrun_starts_again_where_the_run_was(tmp_path: Path) -> None:
 
     It hung as long as the new workers found the addresses of the old ones in torchrun's store.
     """
-    process = under_torchrun(tmp_path, "killed", "--max-restarts=1")
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+    code, out, err = under_torchrun(tmp_path, "killed", "--max-restarts=1").join()
+    assert code == 0, err
     assert "resume     after" in out and "done 0 1" in out and "done 1 1" in out
     assert len(list((tmp_path / "ddp").iterdir())) == 1
 
 
 def test_a_signal_under_torchrun_is_one_farewell_that_goes_on(tmp_path: Path) -> None:
-    process = under_torchrun(tmp_path, "slow")
-    for line in process.stdout:
-        if line.startswith("step 12"):
-            break
-    process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=200)[1]
+    started = under_torchrun(tmp_path, "slow")
+    while "step 12" not in started.out.read_text() and started.process.is_alive():
+        time.sleep(0.01)
+    started.kill(signal.SIGTERM)
+    err = started.join()[2]
     told = [line for line in err.splitlines() if "Go on with" in line]
     assert len(told) == 1 and " --standalone --nproc-per-node=2 " in told[0], err
     (run,) = (tmp_path / "ddp").iterdir()

@@ -72,7 +72,7 @@ def test_find_lr_from_the_command_line(cli: Callable, tmp_path: Path) -> None:
     assert len(json.loads(outcome.read_text())["losses"]) > 20
 
 
-def test_epochs_are_tracked(cli: Callable, tmp_path: Path) -> None:
+def test_epochs_are_tracked(cli: Callable, tmp_path: Path, no_figures: None) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

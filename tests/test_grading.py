@@ -43,15 +43,8 @@ ROOT = Path(grade.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def references() -> grade.References:
-    return grade.References(seed=1)  # the seed of a real run is drawn anew
-
-
-@pytest.fixture(scope="module")
-def grader(references: grade.References) -> Iterator[grade.Grader]:
-    """One for all tests: the host and the reference's observations are what costs."""
-    with grade.Grader(LESSONS, references=references) as grader:
-        yield grader
+def grader(warm_grader: grade.Grader) -> grade.Grader:
+    return warm_grader
 
 
 def mark(
@@ -373,15 +366,26 @@ KEEP_POINTS = {  # who does no harm to the other exercises keeps their points
 
 
 def mark_all(
-    folder: Path, out: Path, limits: Limits | None = None, **options: object
+    folder: Path, out: Path, by: grade.Grader, limits: Limits | None = None, **options: object
 ) -> list[grade.Grade]:
-    found, limits = grade.find_submissions(folder, out), limits or Limits()
-    return grade.mark_class(found, out, ("05",), jobs=2, limits=limits, quiet=True, **options)
+    """With `limits` two hosts are started; else `by`'s own does it, one submission at a time."""
+    found, make = grade.find_submissions(folder, out), grade.Grader
+
+    def borrow(lessons: tuple[str, ...], *rest: object) -> grade.Grader:
+        one = make(lessons, None, by.references)
+        one.host = by.host
+        return one
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grade, "References", lambda: by.references)  # the lessons were observed
+        if not limits:
+            patch.setattr(grade, "Grader", borrow)
+            patch.setattr(by.host, "close", lambda: None)
+        jobs, limits = 2 if limits else 1, limits or Limits()
+        return grade.mark_class(found, out, ("05",), jobs, limits, quiet=True, **options)
 
 
-def test_a_class_with_hostile_ones(
-    grader: grade.Grader, references: grade.References, tmp_path: Path
-) -> None:
+def test_a_class_with_hostile_ones(grader: grade.Grader, tmp_path: Path) -> None:
     """Nobody is lost, nobody gains or loses by what a neighbour does, and a stopped run goes on."""
     folder, out = tmp_path / "class", tmp_path / "grades.csv"
     folder.mkdir()
@@ -407,7 +411,7 @@ def test_a_class_with_hostile_ones(
     limits = replace(Limits(), import_seconds=1.5, case_seconds=1.5, patience=20)
 
     started = time.monotonic()
-    grades = mark_all(folder, out, limits)
+    grades = mark_all(folder, out, grader, limits)
     print(f"{students} students in {time.monotonic() - started:.1f} s")
 
     total = sum(row.points for row in worth(("05",)))
@@ -437,7 +441,7 @@ def test_a_class_with_hostile_ones(
         if not line.startswith("good_04,")
     ]
     out.write_text("".join(kept))
-    second = mark_all(folder, out, limits)
+    second = mark_all(folder, out, grader)
     assert {line.student for line in set(second) - set(grades)} == {"good_01", "good_04"}
     assert len(second) == len(grades)
     assert sum(line.score for line in second if line.student == "good_01") == 0
@@ -460,21 +464,11 @@ def test_results_json_and_junit_from_pytest(tmp_path: Path) -> None:
         tmp_path / name for name in (file_name("05"), "results.json", "junit.xml")
     )
     submission.write_text(starter.make_starter("05", ["5.1"]), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "tests/grading",
-        "--submission",
-        submission,
-    ]
-    command += ["--grade-json", results, "--junitxml", junit, "-k", "not 5.3"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
+    run = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    flags = ["-p", "no:cacheprovider", "--submission", submission, "--grade-json", results]
+    flags += ["--junitxml", junit, "-k", "not 5.3"]
+    code, out, err = Warm(tmp_path, "-c", run, "tests/grading", *flags).join()
+    assert code == 1, out + err
     rows = worth(("05",))
 
     report = json.loads(results.read_text())
@@ -498,7 +492,7 @@ def test_results_json_and_junit_from_pytest(tmp_path: Path) -> None:
     assert sum(case.find("failure") is not None for case in cases) == sum(
         row.exercise == "5.1" for row in rows
     )
-    assert "not done yet: Exercise 5.1" in done.stdout
+    assert "not done yet: Exercise 5.1" in out
 
 
 def test_results_json_is_valid_after_the_grader_was_killed(tmp_path: Path) -> None:
@@ -600,18 +594,23 @@ def test_twins_have_their_own_time(grader: grade.Grader, tmp_path: Path) -> None
     assert not any(result.passed for result in grader.mark_exercise(one, "5.2"))
 
 
-def test_without_a_warm_host_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on macOS: each worker imports torch itself, and `ps` says what it uses."""
+def test_without_a_warm_host_too(
+    grader: grade.Grader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS: each worker imports torch itself, and `ps` says what it uses. What it sees is
+    what a fork of a warm host saw.
+    """
+    grader.references.get(exercises("05")["5.2"], grader.host)
     monkeypatch.setattr("common.grading.sandbox.LINUX", False)
     path = tmp_path / file_name("05")
     path.write_text(LESSON_5, encoding="utf-8")
-    with grade.Grader(("05",)) as grader:
-        results = grader.mark_exercise(grade.Submission("student", path), "5.2")
-    assert grader.host.preload == () and all(r.passed for r in results), results
+    with grade.Grader(("05",), references=grader.references) as cold:
+        results = cold.mark_exercise(grade.Submission("student", path), "5.2")
+    assert cold.host.preload == () and all(r.passed for r in results), results
 
 
 def test_a_fault_of_the_grader_costs_one_student_and_only_until_the_next_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    grader: grade.Grader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, out = tmp_path / "class", tmp_path / "grades.csv"
     (folder / os.fsdecode(b"caf\xe9")).mkdir(parents=True)  # a name that is no UTF-8
@@ -626,8 +625,8 @@ def test_a_fault_of_the_grader_costs_one_student_and_only_until_the_next_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(grade.Grader, "mark", fail)
-        first = mark_all(folder, out)
-    second = mark_all(folder, out)
+        first = mark_all(folder, out, grader)
+    second = mark_all(folder, out, grader)
     for grades, says in ((first, "the grader failed: KeyError('a bug')"), (second, "missing file")):
         messages = {line.student: line.message for line in grades}
         assert set(messages) == {"beta", "caf\\xe9", "gamma"}
@@ -660,7 +659,7 @@ def test_a_notebooks_magics_go_and_its_code_stays() -> None:
 
 
 def test_notebooks_archives_and_namesakes_have_lines(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    grader: grade.Grader, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """None is ignored in silence, and who handed in nothing is on the roster."""
     folder, out = tmp_path / "class", tmp_path / "grades.csv"
@@ -674,7 +673,7 @@ def test_notebooks_archives_and_namesakes_have_lines(
     roster = tmp_path / "names.csv"
     roster.write_text("student,group\nann,1\nbob,1\ncy,2\n")
     names = grade.read_roster(roster)
-    grades = mark_all(folder, out, roster=names)
+    grades = mark_all(folder, out, grader, roster=names)
     points_of = {line.student: 0.0 for line in grades}
     for line in grades:
         points_of[line.student] += line.score

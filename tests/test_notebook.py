@@ -14,17 +14,25 @@ from common import notebook
 from common.lessons import ROOT, lesson_names
 
 if TYPE_CHECKING:
+    from jupyter_client.manager import KernelManager
     from nbformat import NotebookNode
 
 # What makes a lesson small enough for a test, beside smoke=True.
 MINIATURE = {
     "01": "model='resnet20', ",
     "02": "image_size=8, ",
-    "03": "model='googlenet', ",
-    "06": "model='densenet40_k12', ",
+    "03": "model='googlenet', width_mult=0.25, ",
+    "06": "model='densenet40_k12', growth_rate=4, ",
     "07": "model='lenet5,simple_cnn', seeds=1, ",
     "08": "model='resnet20', compare=False, ",
 }
+# Coarser pictures, and 5 timed passes in place of 50: what is seen in them is no test's business.
+QUICK = """
+from common import plotting, profiling
+from common.engine.measure import time_passes
+plotting.DPI = 50
+profiling.time_passes = lambda model, x, *rest, **more: time_passes(model, x, seconds=0.0)
+"""
 
 
 def test_without_jupytext_one_line_says_what_to_install(
@@ -50,23 +58,30 @@ def test_a_notebook_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFix
     assert path.read_text().startswith("{")
 
 
-@pytest.fixture
-def run_cells(tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """`run_cells(book)` in one kernel, each book in an empty namespace of its own."""
-    pytest.importorskip("jupytext")
-    pytest.importorskip("ipykernel")
-    nbclient = pytest.importorskip("nbclient")
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelManager]:
+    """One for all books, which imports torch once."""
+    for package in ("jupytext", "ipykernel", "nbclient"):
+        pytest.importorskip(package)
     from jupyter_client.manager import start_new_kernel
 
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path))
+    elsewhere = str(tmp_path_factory.mktemp("kernel"))  # where no `common` lies
+    manager, client = start_new_kernel(kernel_name="python3", cwd=elsewhere)
     client.stop_channels()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def run_cells(tmp_path: Path, kernel: KernelManager) -> Callable[..., None]:
+    """`run_cells(book)`, each book in an empty namespace of its own."""
+    import nbclient
 
     def run(book: NotebookNode, allow_errors: bool = False) -> None:
-        book.cells.insert(0, notebook._cell("code", "%reset -f"))
-        nbclient.NotebookClient(book, km=manager, timeout=300, allow_errors=allow_errors).execute()
+        book.cells.insert(0, notebook._cell("code", f"%reset -f\n%cd -q {tmp_path}"))
+        nbclient.NotebookClient(book, km=kernel, timeout=300, allow_errors=allow_errors).execute()
 
-    yield run
-    manager.shutdown_kernel(now=True)
+    return run
 
 
 @pytest.mark.timeout(600)
@@ -80,6 +95,7 @@ def test_all_lessons_run_from_the_first_to_the_last_cell(
         (settings,) = (c for c in book.cells if c.source.startswith("config = Config("))
         small = MINIATURE.get(name[:2], "")
         settings.source = f"config = Config({small}dataset='digits', batch_size=8, smoke=True)"
+        book.cells.insert(2, notebook._cell("code", QUICK))  # behind the cell that finds common
         run_cells(book)
 
         outputs = [output for cell in book.cells for output in cell.get("outputs", [])]

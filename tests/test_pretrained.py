@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import bundle, data, plotting, pretrained
+from common import bundle, data, pretrained
 from common.engine import checkpoint, processes
 from common.engine import weights as stored
 from common.engine.errors import UserError
@@ -44,15 +44,7 @@ def weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No figures: other tests draw them."""
-    for number in ("01", "08"):
-        monkeypatch.setattr(lesson(number), "draw_figures", lambda *parts: None)
-    monkeypatch.setattr(lesson("08"), "feature_map", lambda *parts: plotting.panels(1)[0])
-
-
-@pytest.fixture
-def finished(cli: Callable, tmp_path: Path, quick: None) -> Path:
+def finished(cli: Callable, tmp_path: Path, no_figures: None) -> Path:
     """A run of lesson 1 from its first to its last line, on a few noisy pictures."""
     images = str(make_pictures(tmp_path / "pictures", TEN))
     code, _, err = cli(
@@ -217,7 +209,7 @@ def test_the_classifier_stays_for_the_same_classes_and_no_others(
 
 
 def test_digits_are_normalised_and_sized_as_the_weights_were_trained(
-    packed: stored.Bundle, cli: Callable, tmp_path: Path, quick: None
+    packed: stored.Bundle, cli: Callable, tmp_path: Path, no_figures: None
 ) -> None:
     """In lesson 1 and lesson 8: in what the model sees, and in what the run saves."""
     flags = ["--dataset", "digits", "--pretrained", "--model", "resnet20", "--device", "cpu"]
@@ -244,7 +236,7 @@ def test_digits_are_normalised_and_sized_as_the_weights_were_trained(
 
 
 def test_the_classes_it_knows_keep_their_classifier_in_both_lessons(
-    packed: stored.Bundle, cli: Callable, tmp_path: Path, quick: None
+    packed: stored.Bundle, cli: Callable, tmp_path: Path, no_figures: None
 ) -> None:
     images = str(make_pictures(tmp_path / "pictures", TEN))
     flags = ["--pretrained", "--model", "resnet20", "--device", "cpu", "--smoke", "--lr", "1e-30"]
@@ -259,7 +251,7 @@ def test_the_classes_it_knows_keep_their_classifier_in_both_lessons(
 
 
 def test_its_name_stands_for_a_run_to_predict_with_and_to_start_from(
-    packed: stored.Bundle, cli: Callable, tmp_path: Path, quick: None
+    packed: stored.Bundle, cli: Callable, tmp_path: Path, no_figures: None
 ) -> None:
     from PIL import Image
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from common.engine.signals import STOPPING, caught
 from common.runs import Run
 from common.training import fit, make_optimizer, make_schedule
 from tests.conftest import ROOT
+from tests.warm import Warm
 
 
 def test_depthwise_nets_are_channels_last_at_any_size() -> None:
@@ -49,11 +49,11 @@ print(int(obeyed), given_back, min(faults() for _ in range(20)))  # it takes som
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets glibc's malloc")
-def test_freed_memory_is_kept_for_the_next_step() -> None:
+def test_freed_memory_is_kept_for_the_next_step(tmp_path: Path) -> None:
     """Counted by the system: every page of a block that comes back from it is a page fault."""
-    command = [sys.executable, "-c", COUNT_PAGE_FAULTS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    obeyed, given_back, kept = map(int, done.stdout.split())
+    code, out, err = Warm(tmp_path, "-c", COUNT_PAGE_FAULTS).join()
+    assert code == 0, err
+    obeyed, given_back, kept = map(int, out.split())
     if not obeyed:
         pytest.skip("malloc is not glibc's")
     # With pages of 4 kB 16,384 for each block; fewer, and never fewer than one, with larger pages.

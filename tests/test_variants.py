@@ -33,6 +33,7 @@ from common.grading.marking import Grader, Submission
 asked = json.loads(sys.argv[1])  # exercise: folders of submissions
 told = {}
 with Grader(sorted({int(n.split(".")[0]) and f"{int(n.split('.')[0]):02d}" for n in asked})) as g:
+    g.references.name = lambda *parts: ""  # points alone are asked for
     for number, folders in asked.items():
         for folder in folders:
             results = g.mark_exercise(Submission("x", Path(folder)), number)

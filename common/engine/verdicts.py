@@ -14,12 +14,18 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-
-import numpy as np
+from functools import cache, cached_property
 
 LEVEL = 0.05  # share of experiments with equal methods in which one may be called the better
 MOST_SEEDS = 1000  # beyond this nobody waits
+
+
+@cache
+def _quantile(degrees: int, level: float) -> float:
+    """Of Student's t, for an interval that is wrong in a share `level` of cases."""
+    from scipy.special import stdtrit  # without the checks of scipy.stats
+
+    return float(stdtrit(degrees, 1 - level / 2))
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,16 @@ class OverSeeds:
 
     @cached_property
     def estimate(self) -> float:
-        return float(np.mean(self.differences)) if len(self.differences) else math.nan
+        return sum(self.differences) / len(self.differences) if len(self.differences) else math.nan
 
     @cached_property
     def deviation(self) -> float:
-        return max(float(np.std(self.differences, ddof=1)), self.resolution)
+        errors = [value - self.estimate for value in self.differences]
+        return max(math.sqrt(sum(e * e for e in errors) / (len(errors) - 1)), self.resolution)
 
     def half_width(self, n: int, level: float) -> float:
         """Of the interval that n seeds of this deviation give."""
-        from scipy.special import stdtrit  # quantiles of t, without the checks of scipy.stats
-
-        return float(stdtrit(n - 1, 1 - level / 2)) * self.deviation / math.sqrt(n)
+        return _quantile(n - 1, level) * self.deviation / math.sqrt(n)
 
     def interval(self, level: float) -> tuple[float, float]:
         """Where the true difference lies, wrong in a share `level` of cases; all numbers where one

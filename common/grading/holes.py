@@ -49,6 +49,18 @@ def put_in(source: str, code: str) -> str:
     return source
 
 
+def definitions(body: list[ast.stmt]) -> dict[str, ast.stmt]:
+    """Name -> statement, for what the body of a module or class defines or assigns."""
+    found: dict[str, ast.stmt] = {}
+    for node in body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found[node.name] = node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found.update({t.id: node for t in targets if isinstance(t, ast.Name)})
+    return found
+
+
 def _replaced(source: str, part: str, new: ast.stmt) -> str:
     lines, old = source.splitlines(), _find(ast.parse(source), part)
     first = min([old.lineno, *(decorator.lineno for decorator in old.decorator_list)])

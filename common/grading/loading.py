@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.grading.holes import definitions
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -194,18 +196,6 @@ class Seal:
 
 
 # --------------------------------------------------------------------------- putting it together
-
-
-def definitions(body: list[ast.stmt]) -> dict[str, ast.stmt]:
-    """Name -> statement, for what the body of a module or class defines or assigns."""
-    found: dict[str, ast.stmt] = {}
-    for node in body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            found[node.name] = node
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found.update({t.id: node for t in targets if isinstance(t, ast.Name)})
-    return found
 
 
 def require_parts(tree: ast.Module, parts: list[str], filename: str) -> None:

@@ -38,11 +38,11 @@ from common.grading.exercises import (
     manifests,
     worth,
 )
-from common.grading.holes import functions_of, put_in
+from common.grading.holes import definitions, functions_of, put_in
 from common.grading.sandbox import Host, Limits, Worker, WorkerLost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 SOURCE_LIMIT = 1 << 20  # bytes of a file; of a notebook, with its pictures, ten times that
 MARKED = (".py", ".ipynb")
@@ -309,7 +309,8 @@ class References:
         looks: list[tuple[int, int, list[Seen]]] = []
         for draw in range(self.DRAWS):
             seed = self.seed + 1000 * draw
-            found, _ = observe(host, exercise, path.name, path.read_bytes(), seed, careful=True)
+            given = host, exercise, path.name, path.read_bytes(), seed
+            found, _ = observe(*given, careful=True, counted=looks and looks[-1][2])
             for case, seen in zip(exercise.cases + exercise.unseen, found):
                 if error := seen.get("error") or seen.get("forward_error"):
                     raise RuntimeError(
@@ -397,13 +398,15 @@ def observe(
     deadline: float = float("inf"),
     theirs: list[Seen] | None = None,
     careful: bool = False,
+    counted: Sequence[Seen] = (),
 ) -> tuple[list[Seen], str]:
     """Try all cases of one exercise in a worker of its own: what was seen of each, the hidden ones
     last, and why the file could not be run at all, so that no other exercise need try.
     Whatever a submission does is an observation.  Raises: SandboxUnavailable.
 
     Where the numbers are not `theirs`, the reference's, every other assignment of the weights that
-    the shapes allow is tried. `careful`: see `probes`.
+    the shapes allow is tried. `careful`: see `probes`. `counted`: an observation with another seed,
+    which is the same where numbers are not drawn.
     """
     cases = exercise.cases + exercise.unseen
     seen: list[Seen] = []
@@ -415,6 +418,9 @@ def observe(
                 return [{"error": _clean(answer["error"])}] * len(cases), ""
             loaded = True
             for i, case in enumerate(cases):
+                if counted and case.probe == "count":
+                    seen.append(counted[i])
+                    continue
                 question = _question(case, seed + i)
                 if case.probe == "observe":
                     question["careful"] = careful
@@ -504,18 +510,10 @@ def _reference(lesson: str) -> tuple[str, dict[str, str], dict[str, str]]:
     methods that are an exercise, each in a class that has nothing else.
     """
     tree = ast.parse(lesson_path(lesson).read_text(encoding="utf-8"))
-    imports, texts, codes = [], {}, {}
-    for node in tree.body:
-        names = []
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            imports.append(ast.unparse(node))
-        elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            names = [node.name]
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [t.id for t in targets if isinstance(t, ast.Name)]
-        for name in names:
-            texts[name], codes[name] = ast.unparse(node), _pack(node)
+    imports = [ast.unparse(n) for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    named = definitions(tree.body)
+    texts = {name: ast.unparse(node) for name, node in named.items()}
+    codes = {name: _pack(node) for name, node in named.items()}
     for part in {part for e in exercises(lesson).values() for part in e.parts}:
         owner, _, method = part.partition(".")
         if method:

@@ -199,7 +199,7 @@ def copy_course(to: Path) -> None:
     from common.grading.exercises import exercises, lesson_path, manifests
     from common.grading.holes import take_out
 
-    modules = "__init__ confinement loading mutants probes sandbox weights".split()
+    modules = "__init__ confinement holes loading mutants probes sandbox weights".split()
     of_grader = {f"{name}.py" for name in modules}
     changed = {lesson_path(lesson).stem for lesson in manifests()}
 

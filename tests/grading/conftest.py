@@ -86,7 +86,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def grader(pytestconfig: pytest.Config) -> Iterator[grade.Grader]:
+def grader(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Iterator[grade.Grader]:
+    if pytestconfig.getoption("--submission", None) is None:  # a run of the whole suite
+        yield request.getfixturevalue("warm_grader")
+        return
     seconds = pytestconfig.getoption("--time-limit", Limits().case_seconds)
     limits = replace(Limits(), import_seconds=seconds, case_seconds=seconds)
     with grade.Grader(pytestconfig.stash[_MARKING].lessons, limits) as grader:
