@@ -418,7 +418,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.projection(x)  # (N, D, h, w)
         patches = x.flatten(2).transpose(1, 2)  # (N, h * w, D)
-        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.class_token.expand(x.shape[0], -1, -1), patches], dim=1)
         return tokens + self.position_for(*x.shape[-2:])
 
     def position_for(self, height: int, width: int) -> Tensor:

@@ -83,7 +83,7 @@ def make_data(
     source: Source, config: TrainConfig, device: torch.device, mean_std: MeanStd | None = None
 ) -> Data:
     """As `load_data`, from images that are already at hand."""
-    fingerprint, source = source.fingerprint, read_once(source, config)
+    source = read_once(source, config)
     train, val = source.train, source.val
     if val is None:
         rest, part = sources.stratified_split(train.labels, config.val_share, config.seed)
@@ -114,7 +114,7 @@ def make_data(
         image_size=config.image_size,
         mean=mean_std[0],
         std=mean_std[1],
-        fingerprint=fingerprint,
+        fingerprint=source.fingerprint,
         in_memory=in_memory,
         skipped=source.skipped,
         **loaders,
@@ -330,7 +330,7 @@ class FileLoader(ImageLoader):
         self.waited, began = 0.0, time.monotonic()
         for batch, (x, y) in enumerate(self.pool.batches(plan), start):
             self.waited += time.monotonic() - began
-            x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
+            x, y = (t.to(self.device, non_blocking=t.is_pinned()) for t in (x, y))
             if draws is not None:
                 here = draws[list(self.positions(batch))].to(self.device)
                 x = augmentation.cutout(x, self.config.cutout, here)

@@ -34,7 +34,6 @@ from common.engine import processes, report
 from common.engine.device import describe, memory_format, pick_device, set_up_torch
 from common.engine.errors import Diverged
 from common.engine.files import lock, write_json
-from common.engine.overview import write_index
 from common.engine.records import EpochRecord
 from common.engine.run_folder import settings_of
 from common.engine.signals import stop_says
@@ -338,8 +337,8 @@ def run_experiment(
     store = open_store(run, lesson, source.fingerprint, device)
 
     def kept() -> str:
-        here = command("--resume", str(run.folder))
-        return f"stopped; {len(store.results)} finished trainings are kept. Go on with: {here}"
+        kept = f"{len(store.results)} finished trainings are kept"
+        return f"stopped; {kept}. Go on with: {run.go_on()}"
 
     with stop_says(kept):
         return _outcome(run, train_arms(experiment, config, device, source, store), seeds)
@@ -579,7 +578,7 @@ def conclude(
         print(f"verdict    {sentence}")
     for path in run.figures:
         print(f"figure     {path}")
-    print(f"report     {page}, all runs: {write_index(run.folder.parent.parent)}", flush=True)
+    print(f"report     {page}{run.where()}", flush=True)
     return outcome
 
 

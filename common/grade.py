@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
@@ -273,7 +274,10 @@ def read_roster(path: Path) -> dict[str, int | None]:
     each what its column `variant` says; None where it has none.  Raises: ValueError.
     """
     try:
-        rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+        lines = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig")).splitlines()
+        first = next(filter(str.strip, lines), "")
+        comma = max(",;\t", key=first.count)  # as the spreadsheet's language has it
+        rows = list(csv.reader(lines, delimiter=comma))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"--roster {path}: can't be read: {error}") from None
     rows = [row for row in rows if any(cell.strip() for cell in row)]
@@ -303,7 +307,8 @@ def _name(path: Path) -> str:
 
 def _text(name: str) -> str:
     """A file's name as text: of one that is none, its bytes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", text)  # macOS writes an umlaut as two characters
 
 
 def _grade(student: str, group: list[Result], digest: str) -> Grade:

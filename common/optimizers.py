@@ -67,7 +67,7 @@ class Muon(Optimizer):
                 memory.mul_(momentum).add_(grad)
                 step = grad.add(memory, alpha=momentum)  # Nesterov
                 if group["orthogonal"]:
-                    p.mul_(len(p) ** 0.5 / p.norm())
+                    p.mul_(len(p) ** 0.5 / p.norm().clamp(min=1e-7))
                     step = orthogonalise(step.flatten(1)).view_as(p)
                 p.sub_(lr * step)
 

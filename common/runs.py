@@ -22,7 +22,6 @@ from common.engine import processes, report, sources
 from common.engine.baselines import baselines
 from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
 from common.engine.files import write_csv, write_json
-from common.engine.overview import write_index
 from common.engine.records import EpochRecord, Evaluation, Profile
 from common.engine.run_folder import RunFolder
 from common.engine.surroundings import command
@@ -183,8 +182,7 @@ class Run(RunFolder):
         tables = {**(tables or {}), "Per class": result["per_class"], "Epochs": epochs}
         title = f"{self.config.model} on {self.config.dataset}"
         page = report.write_report(self.folder, title, facts, tables, self.figures, notes=notes)
-        index = write_index(self.folder.parent.parent)
-        print(f"{report.outcome_of(result)}\nreport     {page}, all runs: {index}", flush=True)
+        print(f"{report.outcome_of(result)}\nreport     {page}{self.where()}", flush=True)
         return result
 
 

@@ -237,6 +237,7 @@ def fit(
                 optimizer,
                 config.auto_batch,
                 title,
+                scaler,
             )
             train_loss, train_top1 = meter.means()
             seconds = meter.elapsed()
@@ -270,7 +271,8 @@ def fit(
             if run is not None:
                 run.note_epoch(history, config.epochs)
                 meter.announce(history[-1].seconds * config.epochs)
-            keeper.pause(now=meter.epoch == config.epochs)
+            done = meter.epoch == config.epochs or _out_of_patience(history, config.patience)
+            keeper.pause(now=done)
     if run is not None:
         with checkpoint.fitting(run.best):
             model.load_state_dict(run.load_best()["model"])

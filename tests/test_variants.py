@@ -158,8 +158,8 @@ def test_no_file_stops_the_marks_of_the_others(
     """A folder of two variants, and a number with too many digits for Python to read."""
     (tmp_path / "ann").mkdir()
     for lesson, seed in (("00", "3"), ("01", "4")):
-        (tmp_path / "ann" / file_name(lesson)).write_text(f"# Variant {seed}: x.\n")
-    (tmp_path / f"eve_{file_name('00')}").write_text(f"# Variant {'9' * 5000}: x.\n")
+        (tmp_path / "ann" / file_name(lesson)).write_text(head(int(seed), lesson))
+    (tmp_path / f"eve_{file_name('00')}").write_text(f"# Variant {'9' * 5000}: 0.1: x.\n")
     found = grade.find_submissions(tmp_path, tmp_path / "grades.csv")
     assert set(grade.variants_of(found, ("00", "01"), {}).values()) == {0}
     assert "its files are of several variants: [3, 4]" in capsys.readouterr().err

@@ -34,7 +34,6 @@ from common.comparison.sweeps import FOLDED, MakeEntry
 from common.engine.device import describe, pick_device
 from common.engine.errors import UserError
 from common.engine.files import write_atomically
-from common.engine.overview import write_index
 from common.engine.store import Store
 from common.lessons import get_model
 from common.pretrained import load_pretrained
@@ -186,8 +185,7 @@ def present(
     for table in tables:
         print(f"\n{table.title}. {table.note}\n\n{markdown_table(table.candidates)}")
     print("", *(f"verdict    {sentence}" for sentence in verdicts), sep="\n")
-    index = write_index(run.folder.parent.parent)
-    print(f"report     {run.folder / 'report.html'}, all runs: {index}", flush=True)
+    print(f"report     {run.folder / 'report.html'}{run.where()}", flush=True)
     return tables
 
 

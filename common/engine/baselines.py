@@ -36,14 +36,16 @@ def baselines(data: Data, most: int = 5000, side: int = 16) -> dict[str, float]:
     generator = np.random.default_rng(0)
     train, test = (loader.labels.numpy() for loader in (data.train, data.test))
     rows, tested = (generator.permutation(len(labels))[:most] for labels in (train, test))
+    found = {
+        "chance": 1 / data.num_classes,
+        "majority": float((test == np.bincount(train).argmax()).mean()),
+    }
+    if len(np.unique(train[rows])) < 2:  # a rare class that none of so many drawn images is of
+        return found
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
     # One thread: on a busy machine several wait for each other longer than they compute.
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)
         linear.fit(pixels(data.train, rows), train[rows])
         right = linear.predict(pixels(data.test, tested)) == test[tested]
-    return {
-        "chance": 1 / data.num_classes,
-        "majority": float((test == np.bincount(train).argmax()).mean()),
-        "logistic_regression": float(right.mean()),
-    }
+    return {**found, "logistic_regression": float(right.mean())}

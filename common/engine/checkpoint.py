@@ -8,7 +8,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +165,13 @@ def _link(path: Path, other: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the renaming itself to the disk, where the system can (Windows can't, and needn't)."""
+    """Bring the renaming itself to the disk, where the system can (Windows can't, and needn't; nor
+    can shared folders of VirtualBox and network drives under WSL, which say so by an error).
+    """
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)

@@ -19,6 +19,8 @@ from common.engine.errors import UserError
 from common.engine.files import lock, unlock
 from common.engine.progress import Bar
 
+FILTERS = hasattr(tarfile, "data_filter")  # not in Python 3.11.2, which Debian 12 has
+
 
 def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
     """Download to `path`, or find it there; its MD5 is checked either way.
@@ -106,11 +108,23 @@ def unpack_tar(archive: Path, folder: str) -> None:
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack-") as scratch:
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(scratch, filter="data")
+                if FILTERS:
+                    tar.extractall(scratch, filter="data")
+                else:
+                    _extract_inside(tar, Path(scratch).resolve())
             os.replace(Path(scratch) / folder, archive.parent / folder)
         except (tarfile.TarError, EOFError, OSError) as error:
             why = f"{archive} can't be unpacked ({error})"
             raise UserError(f"{why}: delete it and run again") from None
+
+
+def _extract_inside(tar: tarfile.TarFile, folder: Path) -> None:
+    """Plain files and folders alone, none of them outside of `folder`."""
+    for member in tar.getmembers():
+        inside = (folder / member.name).resolve().is_relative_to(folder)
+        if not inside or not (member.isreg() or member.isdir()):
+            raise tarfile.TarError(f"{member.name} is outside of the folder, or no plain file")
+    tar.extractall(folder)
 
 
 def unpack_gzip(archive: Path) -> None:

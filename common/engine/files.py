@@ -82,11 +82,11 @@ def cannot_write(path: Path, error: BaseException, more: str = "") -> UserError:
 _locks: dict[Path, IO[bytes]] = {}  # of this process, until it ends or gives them back
 
 
-def lock(path: Path) -> bool:
+def lock(path: Path, sure: bool = False) -> bool:
     """Whether this process has the lock that the file `path` stands for, now or since before.
 
     The system takes it back when the process ends, however it ends. True too where the file system
-    knows no locks.
+    knows no locks, if one needn't be sure.
     """
     path = path.resolve()
     if path in _locks:
@@ -102,7 +102,7 @@ def lock(path: Path) -> bool:
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked worker doesn't inherit it
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+        if sure or error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             file.close()
             return False
     _locks[path] = file
@@ -127,7 +127,7 @@ def claim_folder(folder: Path) -> None:
         )
     for left in folder.parent.glob("*/.*.tmp"):
         mine = left.parent.resolve() == folder.resolve()
-        if mine or lock(left.parent / ".lock"):
+        if mine or lock(left.parent / ".lock", sure=True):
             left.unlink(missing_ok=True)
             if not mine:
                 unlock(left.parent / ".lock")

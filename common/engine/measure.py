@@ -53,11 +53,13 @@ def peak_memory(model: nn.Module, x: Tensor, amp: torch.dtype | None = None) -> 
     leaves out what a kernel takes for itself.
     """
     with evaluating(model), autocast(x.device, amp):
+        held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers(), x))
         if x.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(x.device)
+            # The images of a data set, momentum and averages are there too, and are not inference.
+            before = torch.cuda.memory_allocated(x.device)
             model(x)
-            return torch.cuda.max_memory_allocated(x.device)
-        held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers(), x))
+            return held + torch.cuda.max_memory_allocated(x.device) - before
         with _LiveBytes() as live:
             model(x)
         return held + live.peak

@@ -21,6 +21,7 @@ def with_less_memory(
     optimizer: Optimizer,
     halve: bool,
     title: str,
+    scaler: torch.amp.GradScaler,
 ) -> None:
     """Run `train`, an epoch, under a bar; out of CUDA memory go on with half the images a batch and
     twice as many batches per step.
@@ -43,6 +44,9 @@ def with_less_memory(
         # Outside the except clause, which would hold on to the failed step's tensors.
         meter.rewind()
         optimizer.zero_grad(set_to_none=True)
+        if scaler.is_enabled():  # it may have unscaled the gradients of the step that failed
+            scaler.scale(torch.zeros((), device=meter.sums.device))  # has a scale from here on
+            scaler.update(scaler.get_scale())
         torch.cuda.empty_cache()
         loader.rebatch(loader.batch_size // 2, 2 * loader.accumulate)
         meter.batch, meter.batch_at_step = 2 * meter.batch, 2 * meter.batch

@@ -21,12 +21,17 @@ from common.engine.errors import UserError
 from common.engine.signals import on_leave
 
 
+def _joined() -> bool:
+    """Torch for AMD's GPUs on Windows has no `distributed`, nor a function to ask it with."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _joined() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _joined() else 1
 
 
 def local_rank() -> int:
@@ -45,8 +50,10 @@ def join_processes(device_name: str) -> None:
         UserError: the others don't come.
     """
     global _store
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined():
         return
+    if not dist.is_available():
+        raise UserError(f"torch {torch.__version__} can't join processes: run without torchrun")
     cuda = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -152,7 +159,7 @@ def _linger() -> None:
 @on_leave
 def leave_processes() -> None:
     """When all went well. The others wait for rank 0, which has a report to write."""
-    if _failed or not dist.is_initialized():
+    if _failed or not _joined():
         return
     if _store is not None:
         try:

@@ -14,6 +14,7 @@ from torch import nn
 from common.engine import checkpoint, processes
 from common.engine.errors import UserError
 from common.engine.files import claim_folder, write_json
+from common.engine.overview import write_index
 from common.engine.signals import on_leave
 from common.engine.surroundings import command
 
@@ -116,11 +117,33 @@ class RunFolder:
         checkpoint.check(state, checkpoint.BEST, self.best)
         return state
 
+    def where(self) -> str:
+        """What of this the last lines of a run name: the page of all runs, written anew. A run that
+        was copied elsewhere, out of RUN_DIR/LESSON/, has none beside it.
+        """
+        for lesson in (self.folder.parent, Path(os.path.abspath(self.folder)).parent):
+            if lesson.name == self.lesson:  # as it was typed, or from inside of RUN_DIR
+                return f", all runs: {write_index(lesson.parent)}"
+        return ""
+
     def kept(self) -> str:
         return f"; the last good state is in {self.folder}"
 
     def farewell(self) -> str:
-        return f"stopped; everything is saved. Go on with: {command('--resume', str(self.folder))}"
+        return f"stopped; everything is saved. Go on with: {self.go_on()}"
+
+    def go_on(self) -> str:
+        """The command that goes on, with what has changed of where it runs since it began."""
+        saved, flags = settings_of(self.folder) or {}, []
+        for name in sorted(self.config.FREE_ON_RESUME - {"resume", "run_dir"}):
+            value, flag = getattr(self.config, name), name.replace("_", "-")
+            if value == saved.get(name):
+                continue
+            if isinstance(value, bool):
+                flags.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                flags += [f"--{flag}", str(value)]
+        return command("--resume", str(self.folder), *flags)
 
 
 @on_leave

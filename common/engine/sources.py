@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 from collections import Counter
@@ -89,7 +90,8 @@ class Source:
         for part in filter(None, (self.train, self.val, self.test)):
             digest.update(part.labels.numpy().tobytes())
             if part.paths is not None:
-                digest.update("\n".join(Path(p).name for p in part.paths).encode())
+                names = "\n".join(Path(p).name for p in part.paths)
+                digest.update(names.encode("utf-8", "backslashreplace"))  # of any bytes on a disk
         return digest.hexdigest()[:16]
 
 
@@ -194,7 +196,10 @@ def load_mnist(name: str, data_dir: str) -> Source:
                     unpack_gzip(archive)
     splits = []
     for train in (True, False):
-        data = kind(data_dir, train=train)
+        try:
+            data = kind(data_dir, train=train)
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:
+            raise UserError(f"{raw} is damaged ({error}): delete it and run again") from None
         pixels = torch.nn.functional.pad(data.data, (2, 2, 2, 2)).unsqueeze(1).repeat(1, 3, 1, 1)
         splits.append(Pictures(data.targets.long(), pixels))
     return Source(name, list(data.classes), *splits, flips=name == "fashion_mnist")
@@ -379,7 +384,7 @@ def _decodable() -> set[str]:
 def shared_content(source: Source, most: int = 200_000) -> list[str]:
     """Pictures that are in two splits: what is tested, or chosen by, has then been trained on.
 
-    Files of one size and with the same first and last 4 KiB are taken for the same.
+    Only files of one size and with the same first and last 4 KiB are compared.
     """
     splits = {"train": source.train, "val": source.val, "test": source.test}
     parts = {name: part.paths for name, part in splits.items() if part and part.paths}
@@ -402,7 +407,7 @@ def shared_content(source: Source, most: int = 200_000) -> list[str]:
             file.seek(max(0, size - 4096))
             content += file.read(4096) + str(size).encode()
         where, other = first.setdefault(content, (name, path))
-        if where != name:
+        if where != name and filecmp.cmp(other, path, shallow=False):
             twice.setdefault((where, name), []).append(f"{other} = {path}")
     return [
         f"{len(pairs):,} pictures of {a} are in {b} too, so {b} is no independent measure: "
@@ -421,7 +426,7 @@ def size_of_folder(data_dir: str) -> tuple[int, int]:
     paths, sides = source.train.paths, []
     for path in paths[:: max(1, len(paths) // 64)][:64]:
         # A broken one is named when it is read.
-        with suppress(OSError, ValueError, SyntaxError), Image.open(path) as image:
+        with suppress(Exception), Image.open(path) as image:
             sides.append(min(image.size))
     side = int(np.median(sides or [224]))
     count = len(paths) if source.val else round(0.9 * len(paths))
@@ -441,7 +446,9 @@ def read_image(path: str) -> Tensor:
         with Image.open(path) as image:
             image = to_rgb(ImageOps.exif_transpose(image))
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything: struct.error, RuntimeError, ...
         why = f"can't be read as an image ({error})"
         raise UserError(f"{path} {why}: repair or remove it") from None
 
@@ -451,9 +458,11 @@ def to_rgb(image: Image) -> Image:
     from PIL import Image
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float32)
-        # Cameras and scanners store 12 bits in 16: as 16 they would be all but black.
-        top = next((t for t in (255.0, 4095.0) if values.max() <= t), 65535.0)
+        values = np.nan_to_num(np.asarray(image).astype(np.float32))
+        # Cameras and scanners store 12 bits in 16: as 16 they would be all but black. Floats are
+        # shares of 1 as often as not.
+        tops = (1.0, 255.0, 4095.0) if image.mode == "F" else (255.0, 4095.0)
+        top = next((t for t in tops if values.max() <= t), 65535.0)
         return Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")

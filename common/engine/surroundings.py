@@ -6,6 +6,7 @@ import builtins
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def command(*flags: str) -> str:
     """
     if script():
         words = [*_launcher(), script(), *(flags or sys.argv[1:])]
-        return shlex.join(words)
+        # cmd.exe knows no single quotes, in which shlex puts every word with a backslash.
+        return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
     return f"config = parse_flags(Config, {list(flags)})" if flags else "cells of a notebook"
 
 

@@ -57,7 +57,8 @@ def definitions(body: list[ast.stmt]) -> dict[str, ast.stmt]:
             found[node.name] = node
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found.update({t.id: node for t in targets if isinstance(t, ast.Name)})
+            names = [n for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+            found.update({n.id: node for n in names if isinstance(n.ctx, ast.Store)})
     return found
 
 

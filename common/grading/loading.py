@@ -147,6 +147,10 @@ class _Placeholders(MetaPathFinder, Loader):
         pass
 
 
+class Locked(ImportError):
+    """Something of torchvision was called that holds no models: transforms, data sets."""
+
+
 class _Locked(types.ModuleType):
     """A module, or a name in it, that gives more of its like and can't be called."""
 
@@ -156,7 +160,8 @@ class _Locked(types.ModuleType):
         return _Locked(f"{self.__name__}.{name}")
 
     def __call__(self, *args: object, **options: object) -> object:
-        raise ImportError(f"not allowed: a submission may not use {self.__name__}")
+        kind = ImportError if self.__name__.startswith(tuple(FORBIDDEN)) else Locked
+        raise kind(f"not allowed: a submission may not use {self.__name__}")
 
     def __mro_entries__(self, bases: tuple) -> tuple:
         return ()  # as the base of a class that no exercise is about
@@ -246,22 +251,41 @@ def run_with_grafts(
     replace: dict[str, str],
     lacking: dict[str, str],
     number: str,
+    others: list[str],
 ) -> None:
     """Run the submission, with the reference's in place of other exercises'. Statement by
     statement, because each code object carries one file name: no message shall quote grafted text
     as the student's.
+
+    A statement that uses the parts of other exercises (`others`), and what is made of them, may
+    fail: they may be wrong, or the reference's, with layers of other names.
     """
-    later = []
-    for code, is_own in _statements(tree, filename, replace, lacking):
+    later, uses_others = [], set(others)
+    for node, code in _statements(tree, filename, replace, lacking):
+        names = [n for n in ast.walk(node) if isinstance(n, ast.Name)] if node else []
+        uses = any(n.id in uses_others for n in names)
+        defines = isinstance(node, (ast.ClassDef, ast.FunctionDef))
+        may_fail = uses and not defines
+        made = {node.name} if defines else {n.id for n in names if isinstance(n.ctx, ast.Store)}
+        uses_others = uses_others | made if uses else uses_others - made | set(others)
         try:
             exec(code, namespace)
         except NameError:
-            if is_own:
+            if node and not may_fail:
                 raise
-            later.append(code)  # what the submission lacks may need what comes further down
+            if node is None:
+                later.append(code)  # what the submission lacks may need what comes further down
+        except Locked:
+            if defines:
+                raise
+            # A data set of the student's own, say: what needs it will say so.
         except NotImplementedError as error:
             hole = str(error)  # another exercise's, which this doesn't need
-            if not hole.startswith("Exercise") or hole.startswith(f"Exercise {number}:"):
+            own = not hole.startswith("Exercise") or hole.startswith(f"Exercise {number}:")
+            if own and not may_fail:
+                raise
+        except Exception:
+            if not may_fail:
                 raise
     for code in later:
         with contextlib.suppress(Exception):
@@ -280,8 +304,8 @@ def run_with_grafts(
 
 def _statements(
     tree: ast.Module, filename: str, replace: dict[str, str], lacking: dict[str, str]
-) -> Iterator[tuple[types.CodeType, bool]]:
-    """With each statement comes whether it belongs to the submission, or stands in for what it
+) -> Iterator[tuple[ast.stmt | None, types.CodeType]]:
+    """With its code comes each statement of the submission; None with what stands in for what it
     lacks: that comes behind the imports.
     """
     future = __future__.annotations.compiler_flag
@@ -296,6 +320,6 @@ def _statements(
     top = (ast.Expr, ast.Import, ast.ImportFrom)
     imports = list(takewhile(lambda node: isinstance(node, top), tree.body))
     own = definitions(tree.body)
-    yield from ((code(node), True) for node in imports)
-    yield from ((unpack(text), False) for name, text in lacking.items() if name not in own)
-    yield from ((code(node), True) for node in tree.body[len(imports) :])
+    yield from ((node, code(node)) for node in imports)
+    yield from ((None, unpack(text)) for name, text in lacking.items() if name not in own)
+    yield from ((node, code(node)) for node in tree.body[len(imports) :])

@@ -20,7 +20,7 @@ import stat
 import threading
 import time
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +105,14 @@ class Submission:
             or [p for p in files if re.match(rf"{lesson}\D", p.name)]
             or (files if only and len(files) == 1 else [])
         )
-        # A notebook beside the script that was made of it, or the other way round.
-        found = [p for p in found if p.suffix.lower() == ".py"] or found
+        # A notebook beside the script that was made of it, or the other way round: one of the two
+        # may be the starter still.
+        scripts = [p for p in found if p.suffix.lower() == ".py"]
+        if len(scripts) == 1 and len(found) == 2:
+            found = [
+                max(sorted(found, key=scripts.count, reverse=True), key=partial(_done, lesson))
+            ]
+        found = [p for p in found if p in scripts] or found
         if len(found) > 1:
             places = ", ".join(str(p.relative_to(self.path)) for p in found[:3])
             raise ValueError(f"more than one file for lesson {lesson}: {places}; leave one")
@@ -158,15 +164,46 @@ def code_of_notebook(name: str, data: bytes) -> bytes:
         texts = ["".join(cell["source"]) for cell in cells if cell.get("cell_type") == "code"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{name} can't be read as a notebook") from None
-    lines: list[str] = []
+    lines = ["display = print  # in a notebook it is always there"]
     for number, text in enumerate(texts, 1):
-        lines.append(f"# %% code cell {number}")
-        if re.match(r"\s*%%(?!(time|timeit|capture|prun)\b)", text):  # another language, as a rule
-            lines += [f"# {line}" for line in text.splitlines()]
-        else:  # an expression that goes on may begin a line with % or != too
-            magic = r"^(\s*)(%%?[A-Za-z].*|!(?!=).*)$"
-            lines += [re.sub(magic, r"\1pass  # \2", x) for x in text.splitlines()]
+        lines += [f"# %% code cell {number}", *_as_python(text)]
     return ("\n".join(lines) + "\n").encode("utf-8", "replace")
+
+
+_MAGICS = (  # what only IPython understands, and what stands there instead
+    (re.compile(r"^(\s*)%time\s+(\S.*)$"), r"\1\2"),
+    (re.compile(r"^(\s*)(%%?[A-Za-z].*|!(?!=).*|\?.*|[\w.]+\?\??\s*)$"), r"\1pass  # \2"),
+    (re.compile(r"^(\s*[^=()]+=\s*)([!%].*)$"), r"\1None  # \2"),
+)
+
+
+def _as_python(text: str) -> list[str]:
+    """The lines of a code cell. Where it is Python as it stands, nothing in it is a magic."""
+    lines = text.splitlines()
+    if re.match(r"\s*%%(?!(time|timeit|capture|prun)\b)", text):  # another language, as a rule
+        return [f"# {line}" for line in lines]
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        ast.parse(text)
+        return lines
+    found, goes_on = [], False
+    for line in lines:
+        new = f"# {line}" if goes_on else line
+        for magic, instead in _MAGICS:
+            new = magic.sub(instead, new)
+        goes_on = new != line and line.endswith("\\")
+        found.append(new)
+    return found
+
+
+def _done(lesson: str, path: Path) -> int:
+    """How far the exercises of the lesson are done in a file: parts that are there, less holes."""
+    try:
+        text = _code(path).decode("utf-8", "replace")
+    except ValueError:
+        return -SOURCE_LIMIT
+    parts = {part.split(".")[0] for e in exercises(lesson).values() for part in e.parts}
+    there = parts & set(re.findall(r"^(?:class|def)\s+(\w+)", text, re.MULTILINE))
+    return len(there) - text.count("raise NotImplementedError")
 
 
 def is_hidden(path: Path) -> bool:
@@ -256,21 +293,29 @@ class Grader(contextlib.AbstractContextManager):
             failed = checks.failures(row.check, about)
             # Each expression is worth its share; any other check is passed or not.
             share = 1 - len(failed) / len(about) if row.check == "result" else float(not failed)
-            message = self._message(exercise, row, *failed[0]) if failed else ""
+            message = self._message(exercise, row, trials, *failed[0]) if failed else ""
             if failed and share:
                 message = f"{len(failed)} of {len(about)} cases fail; {message}"
             seconds = (time.monotonic() - started) / len(rows)
             results.append(_result(row, message, seconds, share))
         return results
 
-    def _message(self, exercise: Exercise, row: Worth, trial: checks.Trial, text: str) -> str:
+    def _message(
+        self, exercise: Exercise, row: Worth, trials: list[checks.Trial], trial: checks.Trial,
+        text: str,
+    ) -> str:  # fmt: skip
         if text.startswith(checks.ALL_CASES):
             return text
-        if "ReLU" not in text:  # else the check itself has named the mistake
-            with contextlib.suppress(Exception):  # what a worker sent may be anything
-                name = self.references.name(exercise, trial, row.check, self.host)
-                text += f"; likely: {name}" if name else ""
+        with contextlib.suppress(Exception):  # what a worker sent may be anything
+            if name := self.references.name(exercise, trials, trial, row.check, self.host):
+                # A known mistake says more than what the check itself makes of the numbers.
+                text = re.split(
+                    "; it would be right after|; there is a ReLU|: unused in forward", text
+                )[0]
+                text += f"; likely: {name}"
         if row.check == "unseen":
+            if trial.case.probe == "evaluate":  # who reads the answer could write it down
+                text = re.sub(r"expected .*?, got .*?(?=; likely: |$)", "another value comes", text)
             return f"a case that is not printed (of the kind: {exercise.kind}): {text}"
         return f"{trial.case}: {text}"
 
@@ -322,15 +367,21 @@ class References:
                 break
         return min(looks, key=lambda look: look[0])[1:]
 
-    def name(self, exercise: Exercise, trial: checks.Trial, check: str, host: Host) -> str:
-        """The likely mistake: the one known that gives what the submission gave; else ''."""
+    def name(
+        self, exercise: Exercise, trials: list[checks.Trial], trial: checks.Trial, check: str,
+        host: Host,
+    ) -> str:  # fmt: skip
+        """The likely mistake: the one known that gives what the submission gave; else ''. Of
+        several the one that gives it in the most of all `trials`, right ones too.
+        """
         if "error" in trial.mine or "forward_error" in trial.mine:
             return ""
         number, place = exercise.number, (exercise.cases + exercise.unseen).index(trial.case)
         asked = host, exercise, self.get(exercise, host)[0]
-        for name, seen in self._once((number, "manifest"), manifest_mistakes, *asked):
-            if _explains(trial, check, seen[place]):
-                return name
+        known = self._once((number, "manifest"), manifest_mistakes, *asked)
+        fits = [(name, seen) for name, seen in known if _explains(trial, check, seen[place])]
+        if fits:
+            return max(fits, key=lambda fit: sum(map(_gives, trials, fit[1])))[0]
         # With other layers than the reference's, no mistake in the reference's can explain it.
         if trial.case.probe != "observe" or checks.layer_difference(trial):
             return ""
@@ -340,6 +391,14 @@ class References:
         if check in ("values", "unseen") and agree(trial.mine.get("eval"), trial.theirs["eval"]):
             return "right in eval mode, not in train mode: dropout (rate, place) or BatchNorm"
         return ""
+
+
+def _gives(trial: checks.Trial, known: Seen) -> bool:
+    """Whether a known mistake gives what the submission gave, right or wrong."""
+    if trial.case.probe == "evaluate":
+        mine, theirs = (side.get("value", side.get("error")) for side in (trial.mine, known))
+        return not checks.value_difference(mine, theirs)
+    return agree(trial.mine.get("eval"), known.get("eval"))
 
 
 def _explains(trial: checks.Trial, check: str, known: Seen) -> bool:
@@ -428,7 +487,9 @@ def observe(
                 if theirs is not None and case.probe == "observe":
                     answer = _arranged(worker, question, answer, theirs[i], deadline)
                 seen.append({k: _clean(v) if k.endswith("error") else v for k, v in answer.items()})
-                if str(answer.get("error", "")).startswith(("not done yet", "not allowed")):
+                if str(answer.get("error", "")).startswith("not allowed"):
+                    if i >= len(exercise.cases):  # its words could tell of a hidden case
+                        seen[-1] = {"error": "not allowed: the submission changes torch or Python"}
                     return [seen[-1]] * len(cases), ""
             return seen, ""
     except WorkerLost as lost:
@@ -501,7 +562,8 @@ def grafts(exercise: Exercise, text: str) -> dict[str, Any]:
             replaced[name] = code
         if name in needed - own:
             lacking[name] = code
-    return {"imports": imports, "replace": replaced, "lacking": lacking}
+    told = sorted({part.split(".")[0] for e in others for part in e.parts} - own)
+    return {"imports": imports, "replace": replaced, "lacking": lacking, "others": told}
 
 
 @cache

@@ -126,6 +126,7 @@ class Submission:
         module = types.ModuleType("submission")
         module.__file__ = filename
         sys.modules["submission"] = module  # dataclasses look their module up
+        sys.argv = [filename]  # not the host's: the file may read its flags
         self.namespace = vars(module)
         self.namespace.update(loading.borrowed_imports(nodes, grafts["imports"]))
         loading.lock_doors(reference)
@@ -135,8 +136,9 @@ class Submission:
         torch.set_num_threads = torch.set_num_interop_threads = lambda number: None
         self.seal = Seal(loading, mutants, weights, sys.modules[__name__], Submission, Noise, types)
         loading.run_with_grafts(
-            tree, filename, self.namespace, grafts["replace"], grafts["lacking"], exercise
-        )
+            tree, filename, self.namespace, grafts["replace"], grafts["lacking"], exercise,
+            grafts["others"],
+        )  # fmt: skip
         exec(compile(setup, "<manifest>", "exec", dont_inherit=True), self.namespace)
         return {}
 
@@ -245,8 +247,7 @@ class Submission:
     def _build(
         self, expression: str, inputs: list[list[int]], as_list: bool, seed: int
     ) -> tuple[nn.Module, Callable[..., list[Tensor]]]:
-        torch.manual_seed(seed)
-        torch.set_grad_enabled(True)  # the file may have switched it off
+        _start_anew(seed)
         module = self._module(expression)
         generator = torch.Generator().manual_seed(seed)
         # Images a little larger than they come, so that what ends at 6 is told from what does not.
@@ -256,12 +257,16 @@ class Submission:
         ]
 
         def forward(grad: bool = False) -> list[Tensor]:
-            # A block that works in place must not spoil the next pass.
-            x = [t.clone().requires_grad_(grad) for t in tensors]
-            self.last_inputs = x
+            # A block that works in place must not spoil the next pass; and it gets no leaves, which
+            # torch would not let it change, but what another layer could have made.
+            self.last_inputs = [t.clone().requires_grad_(grad) for t in tensors]
             with torch.set_grad_enabled(grad):
+                x = [leaf.clone() for leaf in self.last_inputs]
                 return outputs(module(x) if as_list else module(*x))
 
+        if any(map(nn.parameter.is_lazy, module.parameters())):
+            with contextlib.suppress(Exception):  # it is tried again
+                forward()  # the sizes of lazy layers follow from their first input
         return module, forward
 
     def _module(self, expression: str) -> nn.Module:
@@ -315,7 +320,7 @@ class Submission:
 
     def evaluate(self, expression: str, seed: int) -> dict:
         """The value of an expression."""
-        torch.manual_seed(seed)
+        _start_anew(seed)
         value = eval(expression, self.namespace)
         if value is NotImplemented:
             raise Trouble("gives NotImplemented")
@@ -342,6 +347,13 @@ class Submission:
         if isinstance(error, MemoryError) or "can't allocate memory" in text:
             return f"out of memory{where}: {text}"
         return f"{type(error).__name__}: {text}{where}"
+
+
+def _start_anew(seed: int) -> None:
+    """As torch is at first: the file may have switched gradients off, or over to float64."""
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    torch.manual_seed(seed)
 
 
 def outputs(result: object) -> list[Tensor]:

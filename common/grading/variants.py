@@ -137,7 +137,9 @@ CHOICES: dict[str, tuple[Option, ...]] = {
                ("summed, over 4 d^2.", "summed, over d^2."))),
 }  # fmt: skip
 
-HEAD = re.compile(r"^# Variant (\d{1,10}):", re.MULTILINE | re.ASCII)
+# As `head` makes it: a comment of the student's own may begin alike.
+_LINE = r"^# Variant (\d{1,10}): (?=\d\.\d: |as in the lesson\.)"
+HEAD = re.compile(_LINE, re.MULTILINE | re.ASCII)
 
 
 def drawn(seed: int) -> dict[str, Option]:

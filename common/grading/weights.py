@@ -185,6 +185,9 @@ def _arrangements(units: list[Unit], slots: list[Slot]) -> Iterator[list[Source]
         if len(mine[outline]) != len(theirs[outline]):
             spare[0].extend(itertools.chain(*mine.pop(outline)))
             spare[1].extend(itertools.chain(*theirs.pop(outline)))
+    for chosen, order in zip(spare, (units, slots)):  # as they ran
+        places = {id(thing): i for i, thing in enumerate(order)}
+        chosen.sort(key=lambda thing: places[id(thing)])
     layouts = [_same] if spare[0] else list(_layouts(slots))
     for loose in itertools.islice(_loose(*spare), MOST):
         for rows in layouts:
@@ -203,11 +206,17 @@ def _pairings(
 
 
 def _orders(wanted: list) -> Iterator[list]:
-    """All orders of a few; of many the given one and each exchange of two."""
+    """All orders of a few; of many the given one, those of queries, keys and values head by head,
+    and each exchange of two.
+    """
     if len(wanted) <= 4:
         yield from map(list, itertools.permutations(wanted))
         return
     yield list(wanted)
+    if len(wanted) % 3 == 0:
+        each = len(wanted) // 3
+        for thirds in itertools.permutations([wanted[i : i + each] for i in (0, each, 2 * each)]):
+            yield [thing for of_a_head in zip(*thirds) for thing in of_a_head]
     for i, j in itertools.combinations(range(len(wanted)), 2):
         order = list(wanted)
         order[i], order[j] = order[j], order[i]
@@ -258,7 +267,9 @@ def _loose(units: list[Unit], slots: list[Slot]) -> Iterator[list[Source]]:
     cuts = ((key, (slot, rows)) for slot in slots for key, rows in _cut(_outline(slot), layers))
     for pairing in _pairings(layers, _groups(cuts)):
         yield [source for unit, (slot, rows) in pairing for source in _whole([(unit, slot)], rows)]
-    tensors = _groups(((("", _flat(t.shape)),), t) for unit in units for t in unit.tensors.values())
+    # By role, as in an outline, so that a norm's four tensors of one shape meet their like.
+    mine = [t for unit in units for _, t in sorted(unit.tensors.items())]
+    tensors = _groups(((("", _flat(t.shape)),), t) for t in mine)
     for transposed in (False, True):
         pieces = (
             (key, (slot, role, rows))

@@ -55,6 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise ValueError(f"no such file or folder: {path}")
         submission = grade.Submission(path.stem, path)
         lessons = grade.lessons_for(submission, config.getoption("--lessons", None))
+        if seed := grade.variant_of(submission, lessons):
+            raise ValueError(f"variant {seed} is marked by python -m common.grade {path}")
     except (ValueError, SandboxUnavailable) as error:
         raise pytest.UsageError(f"--submission: {error}") from None
     config.stash[_MARKING] = Marking(submission, lessons)
