@@ -447,15 +447,18 @@ def test_a_folder_is_read_once_for_all_trainings(
 # ------------------------------------------------------------------------------- export
 
 
+@pytest.mark.parametrize("transformer", [False, True])
 def test_exported_files_give_the_models_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transformer: bool
 ) -> None:
+    """... for any number of images."""
     monkeypatch.delitem(export.WRITERS, "model.onnx")  # the next test reads that
-    model = small_net().eval()
+    net = partial(lesson("07").MODELS["vit_xs_16"], num_classes=5, small_input=True)
+    model, side = (net().eval(), 32) if transformer else (small_net().eval(), 8)
     mean_std = torch.tensor([0.4] * 3), torch.tensor([0.2] * 3)
-    found = export_model(model, (3, 8, 8), tmp_path, list("abcde"), mean_std)
+    found = export_model(model, (3, side, side), tmp_path, list("abcde"), mean_std)
     assert "model.pt2" in found and max(found.values()) < 1e-4
-    x = torch.randn(5, 3, 8, 8)
+    x = torch.randn(5, 3, side, side)
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
     assert json.loads((tmp_path / "model.json").read_text())["classes"] == list("abcde")
