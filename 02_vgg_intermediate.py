@@ -80,7 +80,7 @@ class Config(TrainConfig):
         0.01 per 256 images (sec. 3.1).
         """
         config = super().resolve(*args, **options)
-        plain = self.lr is None and not self.model.endswith("_bn")
+        plain = self.lr is None and self.base_lr is None and not self.model.endswith("_bn")
         return replace(config, lr=config.lr / 10) if plain else config
 
 

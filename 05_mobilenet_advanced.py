@@ -658,12 +658,14 @@ def multipliers(config: Config) -> Experiment:
     net = partial(mobilenet_v1, small_input=config.small_input)
     whole = partial(net, width_mult=config.trial_width)
     rates = [config.lr * factor for factor in (1, 2.5, 6)]
-    arms, claims = [Arm("whole", whole, rates=rates)], []
+    one = {"amp": False}  # a CPU with bfloat16 would use it from 32 px on, for large images alone
+    arms, claims = [Arm("whole", whole, one, rates=rates)], []
     for factor in numbers_of(config.factors, "--factors"):
         thin, small = f"width x {factor:g}", f"side x {factor:g}"
         side = replace(config, image_size=round(config.image_size * factor)).image_size
-        arms.append(Arm(thin, partial(net, width_mult=config.trial_width * factor), rates=rates))
-        arms.append(Arm(small, whole, {"image_size": side}, rates=rates))
+        thinner = partial(net, width_mult=config.trial_width * factor)
+        arms.append(Arm(thin, thinner, one, rates=rates))
+        arms.append(Arm(small, whole, {"image_size": side, **one}, rates=rates))
         claims.append(Claim(f"{thin} is better than {small}", thin, small, margin=0.01))
     return Experiment("Thinner nets or smaller images", arms, claims)
 

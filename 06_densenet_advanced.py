@@ -509,7 +509,8 @@ def forgetting_weight_decay(config: Config, steps: int, left: float = 0.05) -> f
     Decay w at learning rates lr_t and momentum m shrinks it by exp(-w * sum(lr_t) / (1 - m)), and a
     schedule that rises and falls has a mean of about half its peak.
     """
-    return math.log(1 / left) * (1 - config.momentum) / (config.lr / 2 * steps)
+    momentum = config.momentum if config.optimizer == "sgd" else 0  # AdamW's decay has none
+    return math.log(1 / left) * (1 - momentum) / (config.lr / 2 * steps)
 
 
 def remarks(model: DenseNet) -> dict[str, float]:
@@ -534,8 +535,9 @@ def reuse(config: Config) -> Experiment:
     def forget(arm: Arm, data: Data, config: Config, device: torch.device) -> Trial:
         # NOTE: the paper trains for 300 epochs with a decay of 1e-4, in which the initial weights
         # are forgotten. A run of seconds has to forget faster to show anything but its start.
-        decay = forgetting_weight_decay(config, config.epochs * len(data.train))
-        config, name = replace(config, weight_decay=decay), f"{net}, seed {config.seed}"
+        steps = config.epochs * len(data.train) // data.train.accumulate
+        decay, name = forgetting_weight_decay(config, steps), f"{net}, seed {config.seed}"
+        config = replace(config, weight_decay=decay)
         return train_trial(name, partial(made, data.num_classes), data, config, device)
 
     def after(trial: Trial, data: Data) -> dict[str, object]:

@@ -107,7 +107,6 @@ config = parse_flags(Config) if __name__ == "__main__" else Config()
 
 # %%
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -132,7 +131,7 @@ from common.transfer.embedding import feature_map
 from common.transfer.images import in_chunks, with_features
 from common.transfer.origins import Catalogue
 from common.transfer.parts import ClassifierOnFeatures, classify_with_features, parts_of
-from common.transfer.prediction import EVERY_PICTURE, find_images
+from common.transfer.prediction import EVERY_PICTURE, find_images, paths_of
 from common.transfer.task import SOURCE, Task, around, as_many_steps, at_one_rate, choose_strategy
 from common.transfer.task import open_task, with_weights
 
@@ -430,7 +429,7 @@ def transfer(
 def run(config: Config) -> dict[str, object] | None:
     """Compare where that is asked for, train by one strategy, test once, draw, save, predict."""
     if config.predict:
-        find_images(config.predict.split(os.pathsep))  # now, and not after the training
+        find_images(paths_of(config.predict))  # now, and not after the training
     if config.from_run and (config.predict or config.export or config.export_pixels):
         return use(config, HERE)
     task = open_task(config, HERE)
@@ -441,7 +440,7 @@ def run(config: Config) -> dict[str, object] | None:
     config = run.config  # with the strategy and its rate
 
     data = task.data(task.images, config, device)
-    model = task.start(config)
+    model = task.start(config, data)
     print(f"transfer   {config.strategy}, from {origin.name}")
     banner(config, device, data, model, run)
     before = {} if origin.model is None else {"before": extract_features(origin.model, data.test)}
@@ -521,7 +520,7 @@ def fractions(task: Task, config: Config) -> Experiment:
     claims = [
         Claim("with the fewest labels transfer is ahead of scratch", *few, margin=0.02),
         Claim(text, *few, margin=0.02, beyond=many),
-    ]
+    ][: len(set(counts))]
     return Experiment("What labels are worth", arms, claims, data=task.data, seeds=8)
 
 
@@ -590,7 +589,8 @@ class FocalLoss(nn.Module):
     def forward(self, logits: Tensor, y: Tensor) -> Tensor:
         log_p = -F.cross_entropy(logits, y, reduction="none")  # (N,), log of the true class's share
         loss = -((1 - log_p.exp()) ** self.gamma) * log_p
-        return (loss if self.alpha is None else self.alpha[y] * loss).mean()
+        weight = 1 if self.alpha is None else self.alpha[y] if y.dim() == 1 else y @ self.alpha
+        return (weight * loss).mean()
 
 
 class LogitAdjustedLoss(nn.Module):

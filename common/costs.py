@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.engine.errors import UserError
 from common.engine.measure import time_passes
 from common.profiling import count_macs, count_parameters, macs_by_module
 
@@ -37,16 +38,22 @@ def cost_by_kind(
 def width_for_macs(
     build: Callable[..., nn.Module], macs: int, input_size: tuple[int, int, int]
 ) -> float:
-    """The least width_mult, in hundredths from 0.05 to 1, whose net takes at least `macs`
+    """The least width_mult, in hundredths from 0.05 to 8, whose net takes at least `macs`
     multiply-adds.
+
+    Raises:
+        UserError: even the narrowest takes a third more.
     """
 
     def cost(hundredths: int) -> int:
         with torch.device("meta"):
             return count_macs(build(width_mult=hundredths / 100), input_size)
 
-    widths = range(5, 100)
-    return (widths.start + bisect_left(widths, macs, key=cost)) / 100
+    widths = range(5, 800)
+    found = widths.start + bisect_left(widths, macs, key=cost)
+    if cost(found) > 4 / 3 * macs:
+        raise UserError("--trial-width: so narrow that no standard net is as cheap; try 0.15")
+    return found / 100
 
 
 def time_saved(name: str, slow: nn.Module, fast: nn.Module) -> str:

@@ -32,7 +32,7 @@ from common.config import TrainConfig
 from common.data import Data, make_data, read_once
 from common.engine import processes, report
 from common.engine.device import describe, memory_format, pick_device, set_up_torch
-from common.engine.errors import Diverged
+from common.engine.errors import Diverged, UserError
 from common.engine.files import lock, write_json
 from common.engine.records import EpochRecord
 from common.engine.run_folder import settings_of
@@ -322,6 +322,11 @@ def run_experiment(
     Raises:
         Interrupted: Ctrl-C or a signal; every finished training is kept.
     """
+    if config.pretrained and source is None:
+        raise UserError(
+            f"--experiment {config.experiment} trains every net from random weights: leave out "
+            "--pretrained; with torchvision:NAME add --strategy scratch"
+        )
     config, device = prepare(config)
     experiment = design(config)
     many = config.dataset == "digits" and not config.smoke

@@ -40,6 +40,8 @@ def find_lr(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -> dict
     Raises:
         UserError: the loss never fell.
     """
+    if getattr(config, "from_run", ""):
+        raise UserError("--find-lr starts from random or --pretrained weights: leave out --from")
     config, device = prepare(replace(config, experiment="find-lr"))
     data = load_data(config, device, weights_mean_std(config.model) if config.pretrained else None)
     model = build(config, data.num_classes).to(device).train()

@@ -7,6 +7,7 @@ at in its plain form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -53,7 +54,7 @@ def stage_activations(model: nn.Module, x: Tensor, part: str = "") -> dict[str, 
     seen: dict[str, np.ndarray] = {}
 
     def keep(name: str, output: Tensor) -> None:
-        seen[name] = _array(output[0])
+        seen[name] = _array(_as_map(model, output)[0])
 
     with _hooked(stages, keep), evaluating(model), torch.no_grad():
         model(_beside(model, x))
@@ -102,8 +103,12 @@ def grad_cam(
             chosen = torch.as_tensor(class_index, dtype=torch.long, device=logits.device)
             # Images don't mix in eval mode, so the gradient of the sum holds each image's own.
             score = logits.gather(1, chosen[:, None]).sum()
-            features = [maps[-1], *(m for m in maps if min(m.shape[2:]) >= min_size)][-1]
-            (gradient,) = torch.autograd.grad(score, features)  # (N, C, h, w)
+            if maps[-1].dim() == 3:  # a transformer's last tokens: its classifier reads only one
+                maps = maps[:-1] or maps
+            large = (m for m in maps if min(_as_map(model, m).shape[2:]) >= min_size)
+            features = [maps[-1], *large][-1]
+            (gradient,) = torch.autograd.grad(score, features)
+            gradient, features = (_as_map(model, t) for t in (gradient, features))  # (N, C, h, w)
     finally:
         del model.forward_features  # the method of the class is back
 
@@ -178,6 +183,16 @@ def _beside(model: nn.Module, x: Tensor) -> Tensor:
     """`x` on the model's device, in the type of its weights."""
     like = next(model.parameters(), x)
     return x.to(device=like.device, dtype=like.dtype)
+
+
+def _as_map(model: nn.Module, x: Tensor) -> Tensor:
+    """(N, C, h, w) of a stage's output, of tokens (N, T, C) without the class token, or of Swin's
+    (N, h, w, C).
+    """
+    if x.dim() == 3:
+        side = math.isqrt(x.shape[1])
+        return x[:, -(side**2) :].transpose(1, 2).unflatten(2, (side, side))
+    return x.permute(0, 3, 1, 2) if getattr(model, "channels_at_end", False) else x
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -176,6 +176,11 @@ def present(
         if constraints and any(c.top1 is not None for c in table.candidates):
             told = describe_choice(choose(table.candidates, constraints))
             choices.append(f"{config.choose}, {table.title}. {table.ranked_by}\n{told}")
+    if constraints and not choices:
+        choices.append(
+            f"{config.choose}: no accuracy is known of these models, so none can be chosen; train "
+            "them first, without --choose, and ask with --resume RUN --choose"
+        )
     title = f"Model comparison: {config.experiment or config.dataset}"
     write_tables(run.folder, title, tables)
     pictures = {name: run.figure(name, figure).read_bytes() for name, figure in figures.items()}

@@ -319,7 +319,7 @@ def _scan(folder: Path) -> tuple[list[str], Pictures, list[str]]:
         raise UserError(f"{folder}: no class folders in it (expected {folder}/CLASS/IMAGE)")
     if len(classes) == 1:
         raise UserError(f"{folder}: one class only ({classes[0]}); there is nothing to tell apart")
-    paths, labels, left_out, readable = [], [], Counter(), _decodable()
+    paths, labels, left_out, readable = [], [], Counter(), decodable()
     for label, name in enumerate(classes):
         found, missing = [], Counter()
         for path in _files_below(folder / name):
@@ -365,7 +365,7 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename} can't be read ({error.strerror})") from None
 
 
-def _decodable() -> set[str]:
+def decodable() -> set[str]:
     """The endings that Pillow reads here."""
     from PIL import Image
 

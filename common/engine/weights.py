@@ -84,6 +84,7 @@ def official_state(name: str) -> dict[str, Tensor]:
     """
     from torchvision import models
 
+    name = name.removeprefix("torchvision:")  # as lesson 8 spells it
     # Torchvision's own loading knows the older checkpoints' names. The heads that it drops by
     # default are asked for.
     options = {"aux_logits": True} if name in ("googlenet", "inception_v3") else {}

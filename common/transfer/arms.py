@@ -18,7 +18,7 @@ from common.data import Data, Loader, make_data, read_once
 from common.engine.device import memory_format, set_up_torch
 from common.engine.sources import load_source
 from common.experiments import Arm, Results, Trial, tested
-from common.training import fit, make_optimizer, make_schedule
+from common.training import fit, make_optimizer, make_schedule, measure_layers
 from common.transfer.flags import locate
 from common.transfer.images import PairLoader, other_domain, source_of
 from common.transfer.parts import TwoDomains
@@ -114,6 +114,7 @@ class Adaptation:
         set_up_torch(device, config.seed, config.deterministic)
         model = self.build(here.num_classes)
         model = model.to(device, memory_format=memory_format(config.image_size))
+        measure_layers(model, here)
         learner, loss_fn, data = model, nn.CrossEntropyLoss(), here
         if method == "oracle":  # the target's labels, and three times as long: to convergence
             longer = 1 if config.smoke else 3

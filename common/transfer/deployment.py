@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +13,7 @@ from common.engine.device import pick_device
 from common.transfer.calibration import Calibration
 from common.transfer.export import export_model
 from common.transfer.origins import open_run
-from common.transfer.prediction import predict_files
+from common.transfer.prediction import paths_of, predict_files
 
 
 def use(config: Any, lesson: ModuleType) -> None:
@@ -43,7 +42,7 @@ def deploy(
 ) -> None:
     """Classify the images of `--predict`; write the files of `--export`."""
     if config.predict:
-        paths = config.predict.split(os.pathsep)
+        paths = paths_of(config.predict)
         predict_files(
             model, class_names, mean_std, side, paths, folder, calibration, config.skip_broken
         )

@@ -23,6 +23,8 @@ def embed(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
     from sklearn.manifold import TSNE
 
     features = np.asarray(features, dtype=np.float64)
+    if min(features.shape) < 2:  # one test image
+        return np.zeros((len(features), 2)), "PCA"
     if len(features) < 30:
         return PCA(2, random_state=seed).fit_transform(features), "PCA"
     # Above 50 dimensions the distances are mostly noise: van der Maaten and Hinton 2008, sec. 4.2.

@@ -22,6 +22,9 @@ def parse_flags(config_class: type[ConfigT], argv: list[str] | None = None) -> C
         argv = sys.argv[1:] if cli.script() else []
     config = cli.parse_flags(config_class, spell_out(argv))
     with cli.exit_codes():
+        for flag, value in (("--predict", config.predict), ("--from", config.from_run)):
+            if not value and any(word.partition("=")[0] == flag for word in argv):
+                raise UserError(f"{flag}: what comes after it is empty")
         return locate(config)
 
 
@@ -54,8 +57,12 @@ def locate(config: ConfigT, flag: str = "--dataset") -> ConfigT:
     """
     if config.model.startswith(EXTERNAL) and config.strategy != "scratch":
         config = dataclasses.replace(config, pretrained=True)
-    if config.pretrained and config.image_size is None and config.model.startswith("vit"):
-        config = dataclasses.replace(config, image_size=224)  # their positions fit no other size
+    external = config.model.startswith(EXTERNAL)
+    if config.model.removeprefix(EXTERNAL).startswith("vit") and (config.pretrained or external):
+        if external and config.image_size not in (None, 224):
+            raise UserError(f"--image-size {config.image_size}: {config.model} takes 224 px alone")
+        # Their positions fit no other size.
+        config = dataclasses.replace(config, image_size=config.image_size or 224)
     if config.dataset in DATASETS:
         return config
     if Path(config.dataset).is_dir():

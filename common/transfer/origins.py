@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from common.engine import checkpoint
 from common.engine.errors import UserError, unknown
+from common.engine.files import write_json
 from common.engine.weights import find_bundle
 from common.lessons import lesson_names, load_lesson
 from common.pretrained import load_pretrained
@@ -22,6 +23,8 @@ from common.transfer.flags import EXTERNAL
 if TYPE_CHECKING:
     from types import ModuleType
 
+
+MADE = "made.json"  # how the net of a run was built that started from another run
 
 # ------------------------------------------------------------------------------------------- models
 
@@ -76,6 +79,7 @@ class TorchvisionModel(nn.Module):
         with_heads = name in ("googlenet", "inception_v3")  # official inputs are from -1 to 1
         options = {"aux_logits": False, "transform_input": True, "init_weights": False}
         self.net = models.get_model(name, weights=None, **(options if with_heads else {}))
+        self.channels_at_end = name.startswith("swin")  # of its stages' outputs, (N, h, w, C)
         linear = [n for n, m in self.net.named_modules() if isinstance(m, nn.Linear)]
         if not linear:
             raise UserError("this torchvision model ends in no linear layer")
@@ -143,8 +147,11 @@ class Origin:
     mean_std: tuple[Tensor, Tensor] | None = None  # of its inputs, pixels in [0, 1]
     class_names: list[str] | None = None  # that its classifier tells apart
     top1: float | None = None  # test accuracy on these, where it is known
+    made: dict[str, Any] | None = None  # settings of the run whose lesson built it
 
     def save(self, path: Path) -> None:
+        if self.made:  # beside it: what is trained on is built in the same way
+            write_json(path.with_name(MADE), self.made)
         mean, std = self.mean_std
         facts = {"name": self.name, "class_names": self.class_names, "top1": self.top1}
         checkpoint.save(path, {**facts, "model": self.model.state_dict(), "mean": mean, "std": std})
@@ -194,22 +201,40 @@ def open_run(path: str, here: ModuleType) -> PastRun:
         raise UserError(
             f"--from {path}: no best.pt in it; an experiment leaves none, a training run does"
         )
-    lesson = saved.pop("lesson", "")
-    module = here if lesson == here.LESSON else load_lesson(lesson)
-    known = {spec.name for spec in dataclasses.fields(module.Config)}
-    config = module.Config(**{name: value for name, value in saved.items() if name in known})
+    made = folder / MADE  # it started from another run, whose lesson built it
+    made = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else saved
+    (_, config), (module, maker) = _settings(saved, here), _settings(made, here)
     state = checkpoint.load(folder / "best.pt")
+    build = partial(_plain, module.build, maker)
     try:
-        model = module.build(config, len(state["class_names"]))
-        model.load_state_dict(state["model"])
-        if config.pretrained and hasattr(model, "transform_input"):
+        # Side classifiers are trained by lesson 3's loss alone.
+        model = build(len(state["class_names"]))
+        mine = {k: v for k, v in state["model"].items() if not k.startswith("aux_heads.")}
+        model.load_state_dict(mine)
+        if maker.pretrained and hasattr(model, "transform_input"):
             model.transform_input = True
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--from {path}: the weights don't fit {config.model} ({reason})") from None
     mean_std, name = (state["mean"], state["std"]), f"{config.model} of {folder}"
-    origin = Origin(name, model, mean_std, state["class_names"])
-    return PastRun(folder, config, origin, partial(module.build, config))
+    origin = Origin(name, model, mean_std, state["class_names"], made=made)
+    return PastRun(folder, config, origin, build)
+
+
+def _settings(saved: dict[str, Any], here: ModuleType) -> tuple[ModuleType, Any]:
+    """The lesson of a config.json, and its settings."""
+    lesson = saved.get("lesson", "")
+    module = here if lesson == here.LESSON else load_lesson(lesson)
+    known = {spec.name for spec in dataclasses.fields(module.Config)}
+    return module, module.Config(**{name: v for name, v in saved.items() if name in known})
+
+
+def _plain(build: Callable[[Any, int], nn.Module], config: Any, num_classes: int) -> nn.Module:
+    """What a lesson builds, without side classifiers: in training they make a tuple of logits."""
+    model = build(config, num_classes)
+    if hasattr(model, "aux_heads"):
+        model.aux_heads.clear()
+    return model
 
 
 def trained_origin(name: str, build: Callable[[int], nn.Module]) -> Origin:

@@ -20,7 +20,7 @@ def parts_of(model: nn.Module) -> list[nn.ModuleList]:
     >>> [len(part) for part in parts_of(model)]
     [1, 2, 2, 2, 1, 1]
     """
-    stages = list(model.stages.children())
+    stages = [s for s in model.stages.children() if any(True for _ in s.parameters())]
     size = math.ceil(len(stages) / 4)
     parts = [[model.stem], *(stages[i : i + size] for i in range(0, len(stages), size))]
     # What else there is, such as auxiliary heads, learns with the head.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common import inspection, plotting
 from common.engine.errors import UserError
 from common.engine.files import write_atomically, write_json
-from common.engine.sources import EXTENSIONS, read_image
+from common.engine.sources import decodable, read_image
 from common.transfer.calibration import UNKNOWN, Calibration
 
 EVERY_PICTURE = (
@@ -24,17 +24,28 @@ EVERY_PICTURE = (
 )
 
 
+def paths_of(joined: str) -> list[str]:
+    """The paths of `--predict`, joined by `os.pathsep`; one that has it in its name stays whole."""
+    parts, paths = joined.split(os.pathsep), []
+    while parts:
+        ends = range(len(parts), 0, -1)
+        end = next((n for n in ends if os.path.exists(os.pathsep.join(parts[:n]))), 1)
+        paths.append(os.pathsep.join(parts[:end]))
+        del parts[:end]
+    return paths
+
+
 def find_images(paths: Sequence[str]) -> list[str]:
     """The files themselves; of a folder, the pictures in it, sorted.
 
     Raises:
         UserError: a path that isn't there, or no pictures at all.
     """
-    found: list[str] = []
+    found, readable = [], decodable()
     for path in paths:
         here = Path(path)
         if path and here.is_dir():
-            inside = sorted(p for p in here.rglob("*") if p.suffix.lower() in EXTENSIONS)
+            inside = sorted(p for p in here.rglob("*") if p.suffix.lower() in readable)
             found += [str(p) for p in inside if not p.name.startswith(".")]
         elif path and here.is_file():
             found.append(path)

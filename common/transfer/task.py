@@ -26,6 +26,7 @@ from common.engine.errors import UserError
 from common.engine.sources import Source, load_source
 from common.experiments import Arm, Experiment, Trial, run_experiment, tested, train_trial
 from common.runs import Run, prepare
+from common.training import measure_layers
 from common.transfer.flags import locate
 from common.transfer.images import balanced_order, choose_classes, few_labels, long_tail
 from common.transfer.origins import Origin, open_run, trained_origin
@@ -52,7 +53,7 @@ class Task:
     def class_names(self) -> list[str]:
         return [self.images.class_names[c] for c in self.classes]
 
-    def start(self, config: Any) -> nn.Module:
+    def start(self, config: Any, data: Data) -> nn.Module:
         """The source's model with a new classifier, or for `scratch` an untrained one.
 
         The same classes in the same order, as in pictures of another kind, keep the classifier.
@@ -64,7 +65,10 @@ class Task:
             model = deepcopy(self.origin.model)
             if self.origin.class_names != self.class_names:
                 model.reset_classifier(len(self.classes))
-        return model.to(self.device, memory_format=memory_format(config.image_size))
+        model = model.to(self.device, memory_format=memory_format(config.image_size))
+        if config.strategy == "scratch":
+            measure_layers(model, data)  # the filters of ResNet-9's stem
+        return model
 
     def arm(
         self,
@@ -87,7 +91,7 @@ class Task:
                 loader.order = partial(balanced_order, loader.labels, config.seed)
                 data = dataclasses.replace(data, train=loader)
             counts = torch.bincount(data.train.labels, minlength=data.num_classes)
-            model, loss_fn = self.start(config), loss(counts).to(device)
+            model, loss_fn = self.start(config, data), loss(counts).to(device)
             began = time.monotonic()
             history = self.lesson.transfer(model, data, config, loss_fn)
             seconds = time.monotonic() - began
@@ -269,6 +273,8 @@ def at_one_rate(lesson: ModuleType, design: Callable[[Any], Experiment]) -> Call
 
     def carry_out(config: Any) -> object:
         config = locate(config)
+        if config.from_run:
+            raise UserError(f"--experiment {config.experiment} trains anew: leave out --from")
         base_lr = config.base_lr or (0.8 if config.dataset == "digits" else 0.2)
         config = dataclasses.replace(config, base_lr=base_lr, clip=config.clip or 1.0)
         return run_experiment(lesson.LESSON, design, config)
