@@ -509,7 +509,7 @@ def forgetting_weight_decay(config: Config, steps: int, left: float = 0.05) -> f
     Decay w at learning rates lr_t and momentum m shrinks it by exp(-w * sum(lr_t) / (1 - m)), and a
     schedule that rises and falls has a mean of about half its peak.
     """
-    momentum = config.momentum if config.optimizer == "sgd" else 0  # AdamW's decay has none
+    momentum = 0 if config.optimizer == "adamw" else config.momentum  # AdamW's decay has none
     return math.log(1 / left) * (1 - momentum) / (config.lr / 2 * steps)
 
 

@@ -217,7 +217,7 @@ def test_what_no_decoder_reads_is_counted_and_named(
     for clutter in ("__MACOSX", ".DS_Store", "@eaDir"):
         (folder / clutter).mkdir()
     (folder / "Thumbs.db").write_bytes(b"?")
-    monkeypatch.setattr(sources, "_decodable", lambda: set(sources.EXTENSIONS))
+    monkeypatch.setattr(sources, "decodable", lambda: set(sources.EXTENSIONS))
     source = sources.load_folder(str(folder), seed=0)
     assert (
         source.class_names == ["cat", "dog", "eel"] and len(source.train) + len(source.test) == 36
