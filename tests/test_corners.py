@@ -251,3 +251,19 @@ def test_the_heading_says_what_is_spent() -> None:
         for s in (16, 48)
     ]
     assert headings[0].startswith("3.9 to 4.2 times") and headings[1].startswith("2.8 to 4.0")
+
+
+def test_maxvit_keeps_its_form_and_its_size() -> None:
+    with torch.device("meta"):
+        net = origins.TorchvisionModel("maxvit_t", 5)
+        assert net.get_classifier().bias is None
+        assert net.forward_features(torch.zeros(1, 3, 224, 224)).shape == (1, 512, 7, 7)
+    assert flags.locate(transfer.Config(model="torchvision:maxvit_t")).image_size == 224
+
+
+def test_many_pictures_are_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, asked = [str(tmp_path / f"{i}.png") for i in range(300)], []
+    monkeypatch.setattr(os.path, "exists", lambda path: asked.append(path) or path in files)
+    found = prediction.paths_of(os.pathsep.join(files))
+    monkeypatch.undo()
+    assert found == files and len(asked) <= 600

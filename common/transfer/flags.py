@@ -58,7 +58,8 @@ def locate(config: ConfigT, flag: str = "--dataset") -> ConfigT:
     if config.model.startswith(EXTERNAL) and config.strategy != "scratch":
         config = dataclasses.replace(config, pretrained=True)
     external = config.model.startswith(EXTERNAL)
-    if config.model.removeprefix(EXTERNAL).startswith("vit") and (config.pretrained or external):
+    of_one_size = config.model.removeprefix(EXTERNAL).startswith(("vit", "maxvit"))
+    if of_one_size and (config.pretrained or external):
         if external and config.image_size not in (None, 224):
             raise UserError(f"--image-size {config.image_size}: {config.model} takes 224 px alone")
         # Their positions fit no other size.

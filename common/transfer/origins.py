@@ -93,7 +93,8 @@ class TorchvisionModel(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         old = self.get_classifier()
         parent, _, name = self.last.rpartition(".")
-        new = nn.Linear(old.in_features, num_classes).to(old.weight)
+        bias = old.bias is not None  # MaxViT has none
+        new = nn.Linear(old.in_features, num_classes, bias).to(old.weight)
         setattr(self.net.get_submodule(parent), name, new)
 
     def _units(self) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -101,7 +102,7 @@ class TorchvisionModel(nn.Module):
         *children, last = self.net.children()
         units: list[nn.Module] = []
         for child in children:
-            units += child if isinstance(child, nn.Sequential) else [child]
+            units += child if isinstance(child, (nn.Sequential, nn.ModuleList)) else [child]
         units.append(last)
         classifier = self.get_classifier()
         first = next(i for i, unit in enumerate(units) if classifier in unit.modules())

@@ -28,7 +28,7 @@ def paths_of(joined: str) -> list[str]:
     """The paths of `--predict`, joined by `os.pathsep`; one that has it in its name stays whole."""
     parts, paths = joined.split(os.pathsep), []
     while parts:
-        ends = range(len(parts), 0, -1)
+        ends = range(1, min(len(parts), 8) + 1)
         end = next((n for n in ends if os.path.exists(os.pathsep.join(parts[:n]))), 1)
         paths.append(os.pathsep.join(parts[:end]))
         del parts[:end]
