@@ -28,13 +28,24 @@ GROUPS = {
     "device": "machine",
     "run_dir": "the run and its folder",
 }
-# What torch.compile says where g++, cl.exe, triton, or triton's gcc is missing.
-NO_COMPILER = (
-    "No working C++ compiler",
-    "Compiler: cl is not found",
-    "Failed to find C compiler",
-    "Cannot find a working triton",
-)
+# What torch says of what its user can mend, and what we say instead.
+TOLD: dict[tuple[str, ...], str] = {
+    (  # g++, cl.exe, triton's gcc, triton
+        "No working C++ compiler",
+        "Compiler: cl is not found",
+        "Failed to find C compiler",
+        "Cannot find a working triton",
+    ): "--compile: torch needs a C++ compiler, and on a GPU triton, and finds none: install one or "
+    "leave out --compile",
+    (
+        "Expected more than 1 value per channel when training",
+    ): "BatchNorm can't learn from a single value: try a larger --batch-size",
+    (  # Linux, Windows, GPUs
+        "can't allocate memory",
+        "not enough memory",
+        "out of memory",
+    ): "this machine has too little memory for that: try a smaller --batch-size",
+}
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 __all__ = ["exit_codes", "in_notebook", "main", "on_leave", "parse_flags"]
 
@@ -238,15 +249,9 @@ def _explained(error: Exception) -> tuple[str, int]:
         where = error.filename or "the output"
         _write_nowhere()
         return f"error: {where} can't be read or written ({error.strerror})", 2
-    if any(said in str(error) for said in NO_COMPILER):
-        why = "error: --compile: torch needs a C++ compiler, and on a GPU triton, and finds none"
-        return f"{why}: install one or leave out --compile", 2
-    if "Expected more than 1 value per channel when training" in str(error):
-        return "error: BatchNorm can't learn from a single value: try a larger --batch-size", 2
-    words = ("can't allocate memory", "not enough memory", "out of memory")  # Linux, Windows, GPUs
-    if isinstance(error, MemoryError) or any(said in str(error) for said in words):
-        return "error: this machine has too little memory for that: try a smaller --batch-size", 2
-    return "", 0
+    said = "out of memory" if isinstance(error, MemoryError) else str(error)
+    lines = [line for words, line in TOLD.items() if any(word in said for word in words)]
+    return (f"error: {lines[0]}", 2) if lines else ("", 0)
 
 
 def _write_nowhere() -> None:

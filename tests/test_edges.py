@@ -33,16 +33,11 @@ from common.engine.run_folder import RunFolder
 from common.engine.sources import Pictures, Source, load_folder, read_image, shared_content
 from common.runs import Run
 from common.training import fit, make_optimizer, make_schedule
+from tests.test_data import folder_config
 from tests.test_training import colours, make_net
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dataset", "digits", "--model", "resnet20", "--device", "cpu", "--smoke")
-
-
-def folder_config(folder: Path, **settings: object) -> TrainConfig:
-    defaults = {"dataset": "folder", "data_dir": str(folder), "batch_size": 4, "workers": 0}
-    return TrainConfig(**{**defaults, **settings}).resolve("folder", settings.get("image_size", 16))
 
 
 def test_a_python_without_filters_unpacks_archives_too(
@@ -115,7 +110,7 @@ def test_only_pinned_memory_is_copied_without_waiting(
     image_folder: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On Metal such a copy reads memory that is free by then."""
-    data = load_data(folder_config(image_folder(size=80), image_size=72), CPU)
+    data = load_data(folder_config(image_folder(size=80), image_size=72, workers=0), CPU)
     assert isinstance(data.train, FileLoader)
     asked, to = [], torch.Tensor.to
 
@@ -193,7 +188,9 @@ def test_an_image_that_was_repaired_makes_other_splits_and_another_fingerprint(
     seen = []
     for content in (whole[:50], whole):
         file.write_bytes(content)
-        seen.append(load_data(folder_config(folder, skip_broken=True), CPU))
+        seen.append(
+            load_data(folder_config(folder, image_size=16, workers=0, skip_broken=True), CPU)
+        )
     assert [data.skipped for data in seen] == [1, 0]
     assert seen[0].fingerprint != seen[1].fingerprint
 
