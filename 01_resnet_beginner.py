@@ -378,8 +378,8 @@ if live():
 # %% [markdown]
 # ## One run, from data to report
 # `fit` calls `train_one_epoch` once an epoch and validates after it. Every step is the same:
-# forward, loss, backward, step. `autocast` computes in 16 bits where that is faster; the loss is
-# then enlarged, which `unscale_` undoes. `Aids` has a line on each of the rest.
+# forward, loss, backward, step. `autocast` computes in 16 bits where that is faster; for float16
+# the loss is enlarged, which `unscale_` undoes. `Aids` has a line on each of the rest.
 
 
 # %%

@@ -598,9 +598,9 @@ if live():
 # layers, and against overfitting. Inception-v3 (sec. 4) finds no gain early in training and a small
 # one at the end: they only regularise. Between the two came BatchNorm. So train four thin nets,
 # with and without it, with and without such heads, each at its own best of the same three rates.
-# The last classifier alone is judged. Three losses bring more gradient than one,
-# so gradients are divided by the loss. Beforehand: two points of accuracy matter without BatchNorm,
-# where seeds differ much, one with it, and a tenth more gradient (0.1 in its logarithm).
+# The last classifier alone is judged. Three losses bring more gradient than one, so gradients are
+# divided by the loss. Beforehand: two points of accuracy matter without BatchNorm, where seeds
+# differ much, one with it, and a tenth more gradient (0.1 in its logarithm).
 #
 # **`branches`: which one does the work?** Look into each module of a trained thin GoogLeNet, on
 # images that it has not learned from. Each branch has a share of the *channels*, which the table
