@@ -308,11 +308,16 @@ def test_what_is_stopped_goes_on_and_says_how(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 from tests.test_experiments import LESSON, config_for, design
-from common.experiments import run_experiment
-run_experiment(LESSON, design, config_for(Path(sys.argv[1]), smoke=False, seeds=3))
+from common import experiments
+fit = experiments.fit
+def slowly(*args, **kwargs):  # so that no machine is done before it is killed
+    time.sleep(0.2)
+    return fit(*args, **kwargs)
+experiments.fit = slowly
+experiments.run_experiment(LESSON, design, config_for(Path(sys.argv[1]), smoke=False, seeds=3))
 """
 
 
@@ -333,7 +338,7 @@ def test_a_killed_experiment_resumes_to_the_same_table(tmp_path: Path) -> None:
     running.kill(signal.SIGKILL)
     running.join()
     kept = len(json.loads(store()[0].read_text()))
-    assert kept >= 1
+    assert 1 <= kept < 6
     run_experiment(LESSON, design, config_for(killed, **settings))
     assert table(killed) == table(whole)
 
