@@ -4,7 +4,7 @@
 
 writes common/weights/MODEL.pt, which `--pretrained --model MODEL` takes before it asks the network
 for official weights, and MODEL.json beside it: how the weights came about and how good they are.
-The same run gives the same bytes.
+The same run gives the same bytes. `--half` rounds each number to 16 bits, for half the bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from common.cli import exit_codes
 from common.engine import checkpoint, weights
@@ -33,15 +35,17 @@ if TYPE_CHECKING:
     from common.config import TrainConfig
 
 
-def pack(run: str | Path, trained_on: str = "") -> Path:
+def pack(run: str | Path, trained_on: str = "", half: bool = False) -> Path:
     """Write MODEL.pt and MODEL.json from the best weights of a finished run; returns the first.
 
     Args:
         run: a run folder of lessons 1 to 6.
         trained_on: the data in words; by default the name of the run's dataset.
+        half: keep weights and statistics in float16.
 
     Raises:
-        UserError: it is no run folder, the run isn't finished, or its parts don't fit together.
+        UserError: it is no run folder, the run isn't finished, its parts don't fit together, or a
+            number is beyond float16's 65,504.
     """
     folder = Path(run)
     saved = _read(folder, "config.json", "it is no run folder")
@@ -57,10 +61,13 @@ def pack(run: str | Path, trained_on: str = "") -> Path:
     lesson = load_lesson(saved.pop("lesson"))
     known = {spec.name for spec in dataclasses.fields(lesson.Config)}
     config = lesson.Config(**{name: value for name, value in saved.items() if name in known})
+    precision = torch.float16 if half else torch.float32
     state = {
-        name: (value.float() if value.is_floating_point() else value).clone()
+        name: (value.to(precision) if value.is_floating_point() else value).clone()
         for name, value in best["model"].items()
     }
+    if beyond := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"{folder}: {beyond[0]} of best.pt is not finite in {precision}")
     model = lesson.build(config, len(best["class_names"]))
     try:
         model.load_state_dict(state)
@@ -147,9 +154,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", help="folder of a finished run of lessons 1 to 6")
     parser.add_argument("--trained-on", default="", help="its data in words, for the record")
+    parser.add_argument("--half", action="store_true", help="round to 16 bits, for half the bytes")
     flags = parser.parse_args(argv)
     with exit_codes():
-        path = pack(flags.run, flags.trained_on)
+        path = pack(flags.run, flags.trained_on, flags.half)
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         print(
             f"{path}: {record['model']}, {record['parameters']:,} parameters, test top-1 "

@@ -341,6 +341,26 @@ def test_half_precision_becomes_float32_and_only_the_main_process_speaks(
     assert capsys.readouterr().out == ""
 
 
+def test_half_the_bytes_for_eleven_bits_of_each_number(
+    a_run: Path, weights: Path, capsys: pytest.CaptureFixture
+) -> None:
+    whole = bundle.pack(a_run).stat().st_size
+    bundle.main([str(a_run), "--half"])
+    assert (weights / "resnet20.pt").stat().st_size < 0.6 * whole
+    state = checkpoint.load(a_run / "best.pt")["model"]
+    for name, value in stored.find_bundle("resnet20").state.items():
+        assert value.dtype == state[name].dtype
+        torch.testing.assert_close(value, state[name], rtol=2**-11, atol=2**-24)
+
+    best = checkpoint.load(a_run / "best.pt")
+    best["model"]["stem.1.running_var"][0] = 1e5
+    checkpoint.save(a_run / "best.pt", best)
+    with pytest.raises(SystemExit):
+        bundle.main([str(a_run), "--half"])
+    assert "stem.1.running_var of best.pt is not finite in torch.float16" in capsys.readouterr().err
+    bundle.pack(a_run)
+
+
 # ------------------------------------------------------------------------------- the shipped file
 
 

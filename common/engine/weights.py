@@ -26,7 +26,7 @@ class Bundle:
     mean: Tensor  # (3,), of pixels in [0, 1]: what its inputs were normalised with
     std: Tensor  # (3,), likewise
     image_size: int  # side in pixels of its inputs
-    state: dict[str, Tensor]  # in float32
+    state: dict[str, Tensor]  # in float32, whatever it is in the file
 
     def describe(self) -> str:
         return (
@@ -51,7 +51,8 @@ def find_bundle(name: str) -> Bundle | None:
     names = [spec.name for spec in dataclasses.fields(Bundle)]
     if missing := [n for n in names if n not in saved]:
         raise UserError(f"{path} has no {missing[0]}: it was not made by python -m common.bundle")
-    return Bundle(**{n: saved[n] for n in names})
+    state = {n: v.float() if v.is_floating_point() else v for n, v in saved["state"].items()}
+    return Bundle(**{**{n: saved[n] for n in names}, "state": state})
 
 
 def size_for_weights(name: str, image_size: int | None, official: int) -> int:
