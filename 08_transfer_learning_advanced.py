@@ -77,9 +77,7 @@ class Config(TrainConfig):
         "what to train, and how fast (default: full, or what --compare finds best)",
         ("scratch", "features", "last-stage", "full", "progressive"),
     )
-    compare: bool | None = knob(
-        None, "try all strategies first, and go on with the best (default: digits only)"
-    )
+    compare: bool | None = knob(None, "try all strategies, then take the best (default: on digits)")
     fraction: float | None = knob(None, "share of the target's labels to use", low=0, high=1)
     optimizer: str = knob("sgd", "what takes the steps; each part at its own rate", ("sgd",))
     rate_decay: float = knob(1.6, "how many times slower each part learns", low=1, high=100)
@@ -589,8 +587,9 @@ class FocalLoss(nn.Module):
     def forward(self, logits: Tensor, y: Tensor) -> Tensor:
         log_p = -F.cross_entropy(logits, y, reduction="none")  # (N,), log of the true class's share
         loss = -((1 - log_p.exp()) ** self.gamma) * log_p
-        weight = 1 if self.alpha is None else self.alpha[y] if y.dim() == 1 else y @ self.alpha
-        return (weight * loss).mean()
+        if self.alpha is not None:  # labels (N, K) are mixed, and so are their weights
+            loss = loss * (self.alpha[y] if y.dim() == 1 else y @ self.alpha)
+        return loss.mean()
 
 
 class LogitAdjustedLoss(nn.Module):
