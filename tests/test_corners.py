@@ -91,6 +91,27 @@ def test_a_domain_adaptation_refuses_weights(more: list[str], cli: Callable) -> 
     assert code == 2 and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["compare", "domain-adaptation"])
+@pytest.mark.parametrize("flag", ["--export", "--export-pixels", "--predict"])
+def test_an_experiment_keeps_no_net_to_deploy(name: str, flag: str, cli: Callable) -> None:
+    more = [flag, "cat.png"] if flag == "--predict" else [flag]
+    code, _, err = cli("08", "--experiment", name, "--smoke", *more)
+    assert code == 2 and err.count("\n") == 1
+    assert f"{flag}: --experiment {name} keeps no net" in err
+
+
+@pytest.mark.parametrize("more", [[], ["--export"]])
+def test_the_run_of_from_has_a_model_of_its_own(more: list[str], cli: Callable) -> None:
+    code, _, err = cli("08", "--from", "resnet20", "--model", "vgg11_bn", "--smoke", *more)
+    assert code == 2 and "--model vgg11_bn: resnet20 has a resnet20" in err
+
+
+def test_what_is_only_put_to_use_is_not_trained(cli: Callable, tmp_path: Path) -> None:
+    code, _, err = cli("08", "--from", "resnet20", "--export", "--dataset", "mnist")
+    assert code == 2 and "--dataset mnist: with --from" in err
+    assert not list(tmp_path.rglob("*.pt2"))
+
+
 def test_a_base_rate_that_was_asked_for_is_taken() -> None:
     vgg = lesson("02")
     asked = vgg.parse_flags(vgg.Config, ["--model", "vgg11", "--base-lr", "0.1"]).resolve("digits")

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from common.engine.device import pick_device
+from common.engine.errors import UserError
 from common.transfer.calibration import Calibration
 from common.transfer.export import export_model
-from common.transfer.origins import open_run
+from common.transfer.origins import open_asked
 from common.transfer.prediction import paths_of, predict_files
 
 
@@ -20,8 +21,17 @@ def use(config: Any, lesson: ModuleType) -> None:
     """`--from RUN` with `--predict` or `--export`: what the run has learned, put to use.
 
     `--from resnet20` is the net that travels with the course.
+
+    Raises:
+        UserError: a flag is for a training, and nothing is trained here.
     """
-    past = open_run(config.from_run, lesson)
+    past = open_asked(config, lesson)
+    for name in ("dataset", "strategy", "compare", "fraction", "epochs"):
+        if getattr(config, name) != getattr(type(config), name):
+            raise UserError(
+                f"--{name} {getattr(config, name)}: with --from, --predict and --export take the "
+                f"run as it is; leave out --{name}, or train first"
+            )
     folder = past.folder or Path(config.run_dir) / lesson.LESSON / config.from_run
     folder.mkdir(parents=True, exist_ok=True)
     origin, calibration = past.origin, Calibration.load(past.folder)

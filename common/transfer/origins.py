@@ -222,6 +222,21 @@ def open_run(path: str, here: ModuleType) -> PastRun:
     return PastRun(folder, config, origin, build)
 
 
+def open_asked(config: Any, here: ModuleType) -> PastRun:
+    """The run of `--from`, whose model is its own.
+
+    Raises:
+        UserError: as `open_run`, or `--model` names another.
+    """
+    past = open_run(config.from_run, here)
+    if config.model not in (past.config.model, type(config).model):
+        raise UserError(
+            f"--model {config.model}: {config.from_run} has a {past.config.model}; leave out one "
+            "of --model and --from"
+        )
+    return past
+
+
 def _settings(saved: dict[str, Any], here: ModuleType) -> tuple[ModuleType, Any]:
     """The lesson of a config.json, and its settings."""
     lesson = saved.get("lesson", "")

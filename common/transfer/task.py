@@ -29,7 +29,7 @@ from common.runs import Run, prepare
 from common.training import measure_layers
 from common.transfer.flags import locate
 from common.transfer.images import balanced_order, choose_classes, few_labels, long_tail
-from common.transfer.origins import Origin, open_run, trained_origin
+from common.transfer.origins import Origin, open_asked, trained_origin
 
 SOURCE = "source.pt"  # the pretrained net, beside the run that started from it
 # Per 256 images of an optimizer step: 0.1 in batches of 64. A folder of large images has a gentler
@@ -131,7 +131,7 @@ def open_task(config: TrainConfig, lesson: ModuleType) -> Task:
         UserError: there are no weights to start from, or a flag asks for what can't be.
     """
     asked = locate(config)
-    past = open_run(asked.from_run, lesson) if asked.from_run else None
+    past = open_asked(asked, lesson) if asked.from_run else None
     if past:
         size = asked.image_size or past.config.image_size
         changes = {"model": past.config.model, "image_size": size, "pretrained": False}
@@ -244,6 +244,20 @@ def as_many_steps(config: Any, most: int, labels: int) -> dict[str, float]:
 # -------------------------------------------------------------------------------------- experiments
 
 
+def refuse_deployment(config: Any) -> None:
+    """An experiment keeps numbers and no net, so there is nothing to export or to ask.
+
+    Raises:
+        UserError: a flag wants a net.
+    """
+    for name in ("predict", "export", "export_pixels"):
+        if getattr(config, name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: --experiment {config.experiment} keeps no net; leave "
+                "out one of the two"
+            )
+
+
 def with_weights(
     lesson: ModuleType,
     design: Callable[[Task, Any], Experiment],
@@ -254,6 +268,7 @@ def with_weights(
     """
 
     def carry_out(config: Any) -> object:
+        refuse_deployment(config)
         task = open_task(dataclasses.replace(config, fraction=fraction(config)), lesson)
         if task.origin.model is None:
             raise UserError(
@@ -272,6 +287,7 @@ def at_one_rate(lesson: ModuleType, design: Callable[[Any], Experiment]) -> Call
     """
 
     def carry_out(config: Any) -> object:
+        refuse_deployment(config)
         config = locate(config)
         if config.from_run:
             raise UserError(f"--experiment {config.experiment} trains anew: leave out --from")
