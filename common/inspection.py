@@ -91,7 +91,7 @@ def grad_cam(
 
     compute_features = model.forward_features
     model.forward_features = lambda x: watch("last", compute_features(x))
-    stages = _hooked(dict(getattr(model, "stages", nn.Module()).named_children()), watch)
+    stages = _hooked(_stages(model), watch)
     try:
         with stages, evaluating(model), torch.inference_mode(False), torch.enable_grad():
             # The input asks for a gradient, so features have one even if every layer is frozen.
@@ -172,6 +172,17 @@ def _hooked(
             handle = module.register_forward_hook(lambda _, __, out, name=name: hook(name, out))
             stack.enter_context(handle)
         yield
+
+
+def _stages(model: nn.Module) -> dict[str, nn.Module]:
+    """The stages by name. torchvision's Transformers have one, the encoder, and of its output the
+    classifier reads the class token alone: its blocks then.
+    """
+    stages = dict(getattr(model, "stages", nn.Module()).named_children())
+    (encoder,) = stages.values() if len(stages) == 1 else (None,)
+    if hasattr(encoder, "pos_embedding"):
+        return dict(encoder.layers.named_children())
+    return stages
 
 
 def _plain(model: nn.Module) -> nn.Module:

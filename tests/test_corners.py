@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision import models
 
 from common import experiments, inspection, plotting
 from common.engine import device
@@ -41,6 +42,16 @@ def test_a_transformers_tokens_are_drawn_as_maps() -> None:
     plotting.activations(np.zeros((32, 32, 3)), maps)
     heat = inspection.grad_cam(net, x)
     assert heat.shape == (3, 8, 8) and heat.any()
+
+
+def test_torchvisions_transformer_shows_where_it_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    tiny = models.VisionTransformer(32, 8, 3, 2, 16, 32, num_classes=5)
+    nn.init.normal_(tiny.heads[-1].weight)  # zeros at the start
+    monkeypatch.setattr(models, "get_model", lambda *args, **options: tiny)
+    net = origins.TorchvisionModel("vit_b_16", num_classes=5)
+    heat = inspection.grad_cam(net, torch.randn(3, 3, 32, 32))
+    assert heat.shape == (3, 4, 4) and heat.any()
 
 
 def test_a_transformer_is_transferred(cli: Callable, tmp_path: Path) -> None:
