@@ -346,12 +346,12 @@ class VGG(Classifier):
     def init_weights(self) -> None:
         """He initialisation: N(0, 2 / fan_in), for the classifier N(0, 1 / fan_in); biases zero.
 
-        NOTE: the paper drew from N(0, 0.1^2) in every layer, and had to start its deeper nets from
-        layers of a trained vgg11 (sec. 3.1). He et al. 2015 ("Delving deep", eq. 10) divide by
-        fan_in, the number of values that a unit reads. So the variance of the activations stays the
-        same through any number of ReLUs. Lesson 1 divides by the outputs instead (eq. 14), for the
-        variance of the gradients on their way back. Without BatchNorm that would make the
-        activations smaller wherever the channels grow: 13 times from the image to the last map.
+        NOTE: the paper drew from N(0, 0.1^2), and began its deeper nets with layers of a trained
+        vgg11; it adds that Glorot's initialisation would do without (sec. 3.1). He et al. 2015
+        ("Delving deep", eq. 10) divide by fan_in, the number of values that a unit reads: so the
+        variance of the activations stays the same through any number of ReLUs. Lesson 1 divides by
+        the outputs (eq. 14), for the gradients on their way back. Without BatchNorm that would make
+        the activations smaller wherever channels grow: 13 times from the image to the last map.
         """
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
