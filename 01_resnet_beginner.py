@@ -374,6 +374,7 @@ if live():
     for part in (net.stem, *net.stages):
         x = part(x)
         print(tuple(x.shape))
+    print(1 + 2 * (2 + 2 + 2 + 2) + 1, 1 + 3 * (3 + 4 + 6 + 3) + 1)  # stem, blocks, classifier
 
 # %% [markdown]
 # ## One run, from data to report
@@ -481,11 +482,10 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 #     residual                       0.026 ± 0.007     0.038 ± 0.007     98.5%
 #     pre-activation                 0.037 ± 0.005     0.045 ± 0.007     98.3%
 # The plain net's gradient does not vanish. Before the first step it *grows* towards the image, 1.15
-# times a layer: 0.4 in the last of 32, 29 in the first. After a ReLU part of the signal is the same
-# for all images. BatchNorm removes it and divides the rest, and so the gradient, by its deviation,
-# below 1 (Yang et al. 2019: 1.21 a layer in wide nets). A shortcut brings most of the signal past
-# the block: 1.06. After training the plain net's norms are 0.2 to 0.8, larger than the others'. He
-# et al. (sec. 4.1) saw none vanish, and suppose that such nets learn exponentially slowly.
+# times a layer, 0.4 to 29. After a ReLU part of the signal is the same for all images. BatchNorm
+# removes it and divides the rest, and so the gradient, by its deviation, below 1 (Yang et al. 2019:
+# 1.21 in wide nets). A shortcut brings most past the block: 1.06. Trained, the plain net has the
+# largest: 0.2 to 0.8. He et al. (sec. 4.1) saw none vanish and suppose exponentially slow learning.
 #
 # ## Exercises
 # `python -m common.starter 01 --out DIR` makes a copy without the solutions. The easiest first:

@@ -162,7 +162,7 @@ class VGGBlock(nn.Module):
 # %%
 if live():
     block = VGGBlock(3, 64, depth=2)
-    print(count_parameters(block), (3 * 9 + 1) * 64 + (64 * 9 + 1) * 64)
+    print(count_parameters(block), (3 * 9 + 1) * 64 + (64 * 9 + 1) * 64, block(digits(1)).shape)
     show(digits(4), block(digits(1))[:, :12])
 
 # %% [markdown]

@@ -157,7 +157,7 @@ if live():
     for cost_of_b in (2, 3):
         drawn = {"a": (1, 0.7), "b": (cost_of_b, 0.9), "c": (3, 0.9), "d": (3, 0.7)}
         points = [Candidate("", n, "", None, 0, 0, macs=m, top1=t) for n, (m, t) in drawn.items()]
-        show(*(c.model for c in pareto_front(points, "macs")))
+        show([c.model for c in pareto_front(points, "macs")])
 
 # %% [markdown]
 # ## The ends of the timeline: LeNet-5, the lab's net, AlexNet
