@@ -435,7 +435,7 @@ TABLE: dict[str, dict[str, Widths | Callable[[], nn.Module]]] = {
 # %% [markdown]
 # ## The model: stem, stages, head, and auxiliary heads on the side
 #
-# `small_input`, for 32 pixels and less: the stem has no strides and no pools, GoogLeNet's 7x7 is a
+# `small_input`, for up to 64 pixels: the stem has no strides and no pools, GoogLeNet's 7x7 is a
 # 3x3. NOTE: ours; for 79 pixels Inception-v3 (sec. 9) drops one stride and one pool.
 
 

@@ -562,7 +562,7 @@ if live():
 # NOTE: in the paper a recurrent net proposes some 8,000 nets, and rewards train it: reinforcement
 # learning (Tan et al. 2019). Here *regularised evolution* proposes (Real et al. 2019, algorithm 1).
 # Three of the six youngest nets are drawn; the best of the three has a child that differs by one
-# gene. So the oldest net dies, even the best one: a lucky training doesn't count for ever.
+# gene, or by more until it is new. So the oldest net dies, even the best: luck doesn't last.
 #
 # Evolution and the random search begin with the same six nets. Beforehand: what evolution proposes
 # after them has a higher mean reward, by more than 0.01, one or two of the 143 validation images;

@@ -287,7 +287,7 @@ class AlexNet(ConvNet):
     stands before the first two linear layers, not behind them, and response normalisation is out.
 
     Args:
-        small_input: for images of 32 pixels and less.  NOTE: the first layer is 5x5 with stride 1,
+        small_input: for images of up to 64 pixels.  NOTE: the first layer is 5x5 with stride 1,
             not 11x11 with 4, pools are 2x2, the linear layers 1024 wide on 2x2, not 4096 on 6x6.
         width_mult: scales every layer but the classifier.
 
@@ -436,7 +436,7 @@ class VisionTransformer(Classifier):
 
     Args:
         patch_size, depth, heads, dim, mlp_dim: a row of TABLE.
-        small_input: for images of 32 pixels and less.  NOTE: patches a quarter as wide, in ViT-B/16
+        small_input: for images of up to 64 pixels.  NOTE: patches a quarter as wide, in ViT-B/16
             64 of 4x4 pixels for an image of 32x32; the paper enlarges CIFAR's images instead.
         width_mult: scales `dim` in steps of the number of heads, and `mlp_dim` with it.
         image_size: what positions are learned for; by default 224, or 32 with `small_input`.
