@@ -358,6 +358,8 @@ def test_a_stopped_comparison_keeps_what_is_done_and_says_how_to_go_on(tmp_path:
         (["--eval-imagenet", "nowhere"], "--eval-imagenet DIR and --pretrained go together"),
         (["--summary"], "name it with --model"),
         (["--experiment", "matched"], "did you mean matched-size?"),
+        (["--match-to", "1M"], "--match-to are for --experiment matched-size"),
+        (["--match", "macs", "--profile-only"], "are for --experiment matched-size"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

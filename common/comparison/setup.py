@@ -24,6 +24,8 @@ def settled(config: Any) -> tuple[Any, torch.device]:
     chosen_names(config.model, [])
     if config.match_to:
         parse_size(config.match_to, "--match-to")
+    if (config.match_to or config.match != "params") and config.experiment != "matched-size":
+        raise UserError("--match and --match-to are for --experiment matched-size")
     if config.budget and (epochs := parse_budget(config.budget).epochs):
         config = replace(config, epochs=epochs)
     if config.pretrained != bool(config.eval_imagenet):
