@@ -69,9 +69,9 @@ class Config(TrainConfig):
 
     model: str = knob("googlenet", "a name of MODELS: googlenet, inception_v3")
     aux: bool = knob(True, "train with auxiliary classifiers on the side")
-    five_by_five: bool = knob(False, "GoogLeNet: a real 5x5 branch, as in the paper")
-    batch_norm: bool = knob(True, "GoogLeNet: off gives the net of 2014")
-    width_mult: float = knob(1.0, "GoogLeNet: factor on all channels", low=0.05, high=8)
+    five_by_five: bool = knob(False, "a real 5x5 branch, as in the paper", without=("inception",))
+    batch_norm: bool = knob(True, "off gives the net of 2014", without=("inception",))
+    width_mult: float = knob(1.0, "factor on all channels", (), 0.05, 8, without=("inception",))
     trial_width: float = knob(0.25, "width_mult of the nets in experiments", low=0.05, high=8)
     clock: float = knob(0.5, "seconds for each module in `bottleneck`", low=0, high=60)
     # What differs from the defaults of common/config.py; the record was measured with these.
@@ -95,7 +95,6 @@ from common.branches import draw_branches, gradients, look_at_branches
 from common.classifier import SideClassifiers  # nn.Module; last layers are replaceable
 from common.data import load_data
 from common.engine.device import memory_format
-from common.engine.errors import UserError
 from common.evaluation import evaluate
 from common.experiments import Arm, Claim, Experiment, conclude, run_experiment
 from common.live import digits, live, show
@@ -553,12 +552,10 @@ if live():
 
 # %%
 def build(config: Config, num_classes: int) -> InceptionNet:
-    """The model that the flags ask for; a UserError if they are GoogLeNet's and the model isn't."""
-    own = {name: getattr(config, name) for name in ("five_by_five", "batch_norm", "width_mult")}
-    own = {name: value for name, value in own.items() if value != getattr(Config, name)}
-    if own and config.model != "googlenet":
-        raise UserError(f"--{next(iter(own)).replace('_', '-')}: only googlenet has it")
-    return MODELS[config.model](num_classes, config.small_input, config.aux, **own)
+    """The model that the flags ask for."""
+    options = {name: getattr(config, name) for name in ("five_by_five", "batch_norm", "width_mult")}
+    options = options if config.model == "googlenet" else {}
+    return MODELS[config.model](num_classes, config.small_input, config.aux, **options)
 
 
 def run(config: Config) -> dict[str, object]:

@@ -91,6 +91,8 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
             group = parser.add_argument_group(GROUPS[spec.name])
         kinds = [kind for kind in types[spec.name] if kind is not type(None)]
         help_text = spec.metadata.get("help", "").replace("%", "%%")
+        if spec.metadata.get("without"):
+            help_text += f"; not of {', '.join(spec.metadata['without'])}"
         if spec.default not in (None, "", False):
             help_text += f" (default: {spec.default})"
         elif spec.default is None:

@@ -35,6 +35,7 @@ def knob(
     low: float | None = None,
     high: float | None = None,
     short: str = "",
+    without: tuple[str, ...] = (),
 ) -> Any:
     """A field that is also a flag: its default, its line in --help, what it may be.
 
@@ -42,9 +43,10 @@ def knob(
         low: the least and `high` the most that it may be, both included. Every number has both. A
             text that has them is a list such as 20,56, and they hold for each number in it.
         short: another name of the flag.
+        without: how the names of models begin that have no such thing.
     """
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "short": short}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={**metadata, "without": without})
 
 
 def numbers_of(value: float | str, flag: str) -> list[float]:
@@ -278,6 +280,9 @@ class TrainConfig:
                 continue
             if choices and value not in choices:
                 raise unknown(flag.lstrip("-"), value, choices)
+            lacking = self.model.startswith(spec.metadata.get("without", ()))
+            if lacking and value != spec.default:
+                raise UserError(f"{flag} {value}: {self.model} has no such thing; leave it out")
             if low is not None:
                 for number in numbers_of(value, flag):
                     if not number >= low:  # nor is nan

@@ -115,6 +115,8 @@ def test_importing_lessons_does_nothing(tmp_path: Path) -> None:
         (["--dataset", "folder", "--data-dir", "/nowhere"], "no such folder"),
         (["--resume", "/nowhere"], "no such run folder"),
         (["--shortcut", "Z"], "unknown shortcut 'Z'"),
+        (["--shortcut", "A", "--model", "plainnet18"], "--shortcut A: plainnet18 has no such"),
+        (["--shortcut", "A", "--model", "resnet9"], "--shortcut A: resnet9 has no such thing"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(cli: Callable, flags: list, message: str) -> None:
