@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from common.data import IMAGENET_MEAN, IMAGENET_STD
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 class Classifier(nn.Module):

@@ -24,10 +24,10 @@ import threading
 import time
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.engine.files import temporary
 from common.engine.flags import OneLineParser
@@ -54,9 +54,6 @@ from common.grading.marking import (
 )
 from common.grading.platforms import PLATFORMS, grouped, points_of
 from common.grading.sandbox import Limits, require_platform
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
 
 # ----------------------------------------------------------------------------------------- reports
 

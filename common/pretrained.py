@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,6 @@ from common.data import IMAGENET_MEAN, IMAGENET_STD
 from common.engine import processes
 from common.engine.errors import UserError
 from common.engine.weights import Bundle, find_bundle, official_state
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 def load_torchvision_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from common.config import TrainConfig
-    from common.data import Loader
+from common.config import TrainConfig
+from common.data import Loader
 
 
 class Schedule:

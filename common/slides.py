@@ -10,9 +10,10 @@ import ast
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from common.cli import exit_codes
 from common.engine.flags import OneLineParser
@@ -26,9 +27,6 @@ try:
     from pygments.lexers import PythonLexer
 except ImportError:  # for those who want colours
     HtmlFormatter = None
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # Heights are counted in lines of text. A page has room for 17; the browser shrinks what is higher,
 # and enlarges what is lower, down to 3/4 of the size.

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,7 @@ from common.engine.errors import UserError
 from common.engine.progress import Bar
 from common.engine.store import Store
 from common.profiling import fold_batchnorm, peak_memory, time_passes
-
-if TYPE_CHECKING:
-    from common.runs import Run
+from common.runs import Run
 
 # The fields of a candidate that depend on the machine.
 MEASURED = "latency_ms latency_iqr_ms batch_size images_per_second memory_mb device dtype".split()

@@ -12,15 +12,13 @@ import base64
 import difflib
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from common.grading.exercises import Case
+from common.grading.exercises import Case
 
 TOLERANCE = 1e-4  # of the largest value, or of 1
 

@@ -16,19 +16,17 @@ import re
 import sys
 import tokenize
 import types
+from collections.abc import Iterator
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from common.grading.holes import definitions
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # What a submission may not take its models from.
 FORBIDDEN = {

@@ -19,10 +19,11 @@ import secrets
 import stat
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.grading import checks
 from common.grading.checks import agree
@@ -40,9 +41,6 @@ from common.grading.exercises import (
 )
 from common.grading.holes import definitions, functions_of, put_in
 from common.grading.sandbox import Host, Limits, Worker, WorkerLost
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
 
 SOURCE_LIMIT = 1 << 20  # bytes of a file; of a notebook, with its pictures, ten times that
 MARKED = (".py", ".ipynb")

@@ -15,12 +15,14 @@ import itertools
 import json
 import linecache
 import re
+import socket
 import sys
 import time
 import traceback
 import types
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +32,6 @@ from common.grading import loading, mutants, weights
 from common.grading.loading import Seal, Trouble
 from common.grading.mutants import Noise
 from common.grading.weights import NORMS
-
-if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable
 
 SAMPLE = 4096  # numbers of an output that are sent to the parent; of a larger one, every n-th
 NAMING_SECONDS = 5.0  # of computing, for all known mistakes in one case

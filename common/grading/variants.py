@@ -12,12 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from common.grading.exercises import ROOT, file_name, lesson_of, lesson_path, manifests
-
-if TYPE_CHECKING:
-    from common.grading.exercises import Exercise
+from common.grading.exercises import ROOT, Exercise, file_name, lesson_of, lesson_path, manifests
 
 Edit = tuple[str, str]  # what stands there once, and what stands there instead
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,10 +20,6 @@ from common.engine.weights import find_bundle
 from common.lessons import lesson_names, load_lesson
 from common.pretrained import load_pretrained
 from common.transfer.flags import EXTERNAL
-
-if TYPE_CHECKING:
-    from types import ModuleType
-
 
 MADE = "made.json"  # how the net of a run was built that started from another run
 
