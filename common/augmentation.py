@@ -151,10 +151,8 @@ def _geometric(name: str, x: Tensor, signed: Tensor) -> Tensor:
     """Sample each image on its own sheared, shifted
     or turned grid; what comes from outside is black.
     """
-    n = len(x)
-    theta = torch.eye(2, 3, device=x.device).repeat(
-        n, 1, 1
-    )  # output -> input, coordinates in [-1, 1]
+    # Output -> input, coordinates in [-1, 1].
+    theta = torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)
     if name == "shear_x":
         theta[:, 0, 1] = signed
     elif name == "shear_y":

@@ -26,6 +26,7 @@ TRAIN_IMAGES = {
 }
 
 Recipe = dict[str, Any]
+SMALL: Recipe = {"image_size": 32, "batch_size": 128}
 
 
 def knob(
@@ -202,22 +203,10 @@ class TrainConfig:
         # Everything that digits needs is below 90 s on two CPU cores; the lessons' headers say how
         # far it gets.
         "digits": {"image_size": 8, "epochs": 15, "batch_size": 64, "base_lr": 0.2, "warmup": 2},
-        "mnist": {"image_size": 32, "epochs": 5, "batch_size": 128, "base_lr": 0.1, "warmup": 1},
-        "fashion_mnist": {
-            "image_size": 32,
-            "epochs": 15,
-            "batch_size": 128,
-            "base_lr": 0.1,
-            "warmup": 1,
-        },
-        "cifar10": {"image_size": 32, "epochs": 30, "batch_size": 128, "base_lr": 0.2, "warmup": 2},
-        "cifar100": {
-            "image_size": 32,
-            "epochs": 40,
-            "batch_size": 128,
-            "base_lr": 0.2,
-            "warmup": 2,
-        },
+        "mnist": {**SMALL, "epochs": 5, "base_lr": 0.1, "warmup": 1},
+        "fashion_mnist": {**SMALL, "epochs": 15, "base_lr": 0.1, "warmup": 1},
+        "cifar10": {**SMALL, "epochs": 30, "base_lr": 0.2, "warmup": 2},
+        "cifar100": {**SMALL, "epochs": 40, "base_lr": 0.2, "warmup": 2},
         "folder": {"epochs": 20, "batch_size": 64, "base_lr": 0.1, "warmup": 2},
         # Goyal et al. 2017 with the label smoothing and augmentation that came after it.
         "imagenet": {

@@ -39,9 +39,7 @@ def macs_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[s
     """Multiply-adds of one image by module path,
     then by operator; 'Global' holds the whole model.
     """
-    from torch.utils.flop_counter import (
-        FlopCounterMode,
-    )  # here: it brings triton along, 80 MB of it
+    from torch.utils.flop_counter import FlopCounterMode  # here: it brings 80 MB of triton along
 
     # Attention as two matrix products: the fused kernels of some devices and versions aren't known
     # to the counter.

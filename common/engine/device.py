@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import random
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -61,13 +62,8 @@ def describe(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":")[1]
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        cpu = names[0].strip() if names else cpu
+    if info.exists() and (name := re.search("model name\\s*: (.+)", info.read_text())):
+        cpu = name[1].strip()
     threads = torch.get_num_threads()
     return f"{cpu}, {threads} thread{'s' if threads > 1 else ''}"
 
@@ -142,9 +138,8 @@ def set_up_torch(device: torch.device, seed: int, deterministic: bool = False) -
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cudnn.deterministic = deterministic
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS's own condition for repeatability
+        # cuBLAS's own condition for repeatability.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     if device.type == "cpu":
         keep_freed_memory()
