@@ -10,18 +10,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.engine import processes
 from common.engine.download import fetch, one_at_a_time, unpack_gzip, unpack_tar
 from common.engine.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # Pictures that Pillow reads only with a package beside it, or in its newest versions.
@@ -367,8 +364,6 @@ def _refuse(error: OSError) -> None:
 
 def decodable() -> set[str]:
     """The endings that Pillow reads here."""
-    from PIL import Image
-
     with suppress(ImportError):
         import pillow_heif
 
@@ -420,8 +415,6 @@ def size_of_folder(data_dir: str) -> tuple[int, int]:
     """The side to train at, that of the pictures where they are small (the median of 64 of them, by
     their headers), else ImageNet's 224; and how many there are to train on.
     """
-    from PIL import Image
-
     source = load_folder(data_dir, seed=0)
     paths, sides = source.train.paths, []
     for path in paths[:: max(1, len(paths) // 64)][:64]:
@@ -440,8 +433,6 @@ def read_image(path: str) -> Tensor:
     Raises:
         UserError: names the file.
     """
-    from PIL import Image, ImageOps
-
     try:
         with Image.open(path) as image:
             image = to_rgb(ImageOps.exif_transpose(image))
@@ -453,10 +444,8 @@ def read_image(path: str) -> Tensor:
         raise UserError(f"{path} {why}: repair or remove it") from None
 
 
-def to_rgb(image: Image) -> Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode to RGB, as it is seen: 12- and 16-bit and float greys scaled, alpha on white."""
-    from PIL import Image
-
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.nan_to_num(np.asarray(image).astype(np.float32))
         # Cameras and scanners store 12 bits in 16: as 16 they would be all but black. Floats are
