@@ -121,11 +121,15 @@ def _row(run: Run, columns: dict[str, tuple[str, str]], runs: Path) -> str:
 
 def _chart(trained: list[Run], field: str, title: str) -> str:
     """The runs' curves as SVG, 480 x 300."""
+    from matplotlib.ticker import MaxNLocator
+
     left, right, top, bottom = 52, 470, 34, 270
     curves = [[record[field] for record in run["history"]] for run in trained]
     known = [value for curve in curves for value in curve if math.isfinite(value)] or [0.0]
-    longest = max(map(len, curves))
-    ticks, epochs = _ticks(min(known), max(known)), _ticks(1, max(2, longest))
+    longest, low, high = max(map(len, curves)), min(known), max(known)
+    round_numbers = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values
+    ticks = round_numbers(low, high if high > low else low + (abs(low) or 1))
+    epochs = round_numbers(1, max(2, longest))
 
     def x(epoch: float) -> float:
         return left + (right - left) * (epoch - 1) / max(1, longest - 1)
@@ -155,19 +159,6 @@ def _chart(trained: list[Run], field: str, title: str) -> str:
             f"<title>{name}</title></polyline>"
         )
     return f'<svg viewBox="0 0 480 300" role="img" aria-label="{title}">{"".join(parts)}</svg>'
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers around [low, high].
-
-    >>> _ticks(0.13, 0.98)
-    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    """
-    width = high - low or abs(high) or 1.0
-    unit = 10 ** math.floor(math.log10(width / 4))
-    step = next(s * unit for s in (1, 2, 5, 10) if width / (s * unit) <= 6)
-    first, last = math.floor(low / step), math.ceil(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
 
 
 STYLE = """
