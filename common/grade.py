@@ -29,7 +29,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from common.engine.files import temporary
+from common.engine.errors import UserError
+from common.engine.files import write_atomically
 from common.engine.flags import OneLineParser
 from common.grading import confinement, variants
 from common.grading.class_page import class_page
@@ -71,17 +72,6 @@ def table(results: list[Result]) -> str:
     got, most = points_of(results)
     lines.append(f"{'':5} {'total':{width}} {'':12} {got:5g} / {most:g}")
     return "\n".join(lines)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """All of `text` under that name or what was there before, whenever the power goes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary(path) as new:
-        with new.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
 
 
 def write_json(
@@ -453,7 +443,7 @@ def main(argv: list[str] | None = None) -> int:
                 "--jobs is 1 to 1000, --time-limit up to 86400 (a day), --memory-limit 100 to 10^7"
             )
         return _mark_all(options, limits) if options.out else _mark_one(options, limits)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (UserError, ValueError, RuntimeError, OSError) as error:
         print(f"grade: {error}", file=sys.stderr)
         # A RuntimeError: SandboxUnavailable, or a lesson that fails its own exercise.
         return 3 if isinstance(error, RuntimeError) else 2

@@ -158,7 +158,6 @@ def main(argv: list[str] | None = None) -> None:
         if "'" in options.torch_index or any(c.isspace() for c in options.torch_index):
             raise UserError(f"--torch-index {options.torch_index!r}: that is no address")
         files = kit(options.platform, lessons, options.torch_index)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.out, packed(files))
         print(f"{options.out}: {len(files)} files for {options.platform}, {', '.join(lessons)}")
 

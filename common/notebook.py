@@ -69,19 +69,6 @@ def _cell(kind: str, source: str) -> NotebookNode:
     return (v4.new_code_cell if kind == "code" else v4.new_markdown_cell)(source)
 
 
-def write_lesson(target: Path, text: str) -> None:
-    """Write a lesson in another form, in a new folder where there is none.
-
-    Raises:
-        UserError: it can't be written.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, text)
-    except OSError as error:
-        raise UserError(f"{target} can't be written ({error.strerror})") from None
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m common.notebook", description=__doc__.split("\n\n")[0])
     parser.add_argument("lesson", nargs="+", help="number of a lesson, 01 to 08, or all")
@@ -97,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             book = make_notebook(path, options.out)
             import nbformat
 
-            write_lesson(target, nbformat.writes(book) + "\n")
+            write_atomically(target, nbformat.writes(book) + "\n")
             print(
                 f"{target}: {len(book.cells)} cells; open it, or run it with:  "
                 f"jupyter nbconvert --execute --to notebook --inplace {target}"

@@ -48,7 +48,6 @@ WORDS = {"size": TEXT_SIZE, "color": INK, "parse_math": False}  # names may have
 def save(figure: Figure, path: Path | str) -> Path:
     """Write the figure as PNG, whole or not at all, and free its memory."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     _enlarge_small_text(figure)
     png = io.BytesIO()
     with warnings.catch_warnings():

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.cli import exit_codes
+from common.engine.files import write_atomically
 from common.engine.flags import OneLineParser
 from common.engine.report import figure_html, page
 from common.lessons import lesson_file
-from common.notebook import read_cells, write_lesson
+from common.notebook import read_cells
 
 try:
     from pygments import highlight
@@ -295,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_codes():
         for path in map(lesson_file, options.lesson):
             target, html = options.out / f"{path.stem}.html", make_slides(path, options.runs)
-            write_lesson(target, html)
+            write_atomically(target, html)
             print(f"{target}: {html.count('<section')} slides")
 
 

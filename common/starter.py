@@ -15,6 +15,8 @@ import textwrap
 from collections.abc import Collection
 from pathlib import Path
 
+from common.engine.errors import UserError
+from common.engine.files import write_atomically
 from common.engine.flags import OneLineParser
 from common.grading import variants
 from common.grading.exercises import ROOT, exercises, file_name, lesson_path, manifests, points
@@ -127,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--variant {options.variant}: a number from 0 to {2**31 - 1}")
         for lesson in manifests() if options.lesson == ["all"] else chosen:
             _write(lesson, options)
-    except (ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         print(f"starter: {error}", file=sys.stderr)
         return 2
     return 0
@@ -150,11 +152,7 @@ def _write(lesson: str, options: argparse.Namespace) -> None:
     if path.exists() and not options.force:
         raise ValueError(f"{path} exists, and may hold somebody's work: remove it or add --force")
     text = make_starter(lesson, numbers, options.out, options.variant)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"can't write {path}: {error.strerror}") from None
+    write_atomically(path, text)
     print(f"{path}: {len(numbers)} exercises, {_points(numbers):g} points")
     print(f"  next: open it, look for NotImplementedError, then  python -m common.grade {path}")
 

@@ -36,15 +36,20 @@ def write_csv(path: Path, rows: list[Any]) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` in one step: the old file or the new one is there, never half of it.
+    """Replace `path` in one step: the old file or the new one is there, never half of it, whenever
+    the power goes. Its folder is made where there is none.
 
     Raises:
         UserError: the disk is full or the folder can't be written.
     """
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path) as new:
-            new.write_bytes(data)
+            with new.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(new, path)
     except OSError as error:
         raise cannot_write(path, error) from None
