@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,11 +22,12 @@ from common.data import Data
 from common.engine import processes, report, sources
 from common.engine.baselines import baselines
 from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
+from common.engine.errors import UserError
 from common.engine.files import write_csv, write_json
 from common.engine.records import EpochRecord, Evaluation, Profile
 from common.engine.run_folder import RunFolder
 from common.engine.surroundings import command
-from common.engine.tracking import check_package, track
+from common.engine.tracking import track
 from common.engine.verdicts import wilson
 from common.engine.weights import size_for_weights
 from common.evaluation import evaluate, most_wrong
@@ -41,8 +43,8 @@ def prepare(config: ConfigT) -> tuple[ConfigT, torch.device]:
     Raises:
         UserError: the device, the dataset or the package of --track isn't there.
     """
-    if config.track:
-        check_package()
+    if config.track and find_spec("tensorboard") is None:
+        raise UserError("--track tensorboard needs a package: pip install tensorboard")
     processes.join_processes(config.device)
     device = pick_device(config.device)
     set_up_torch(device, config.seed, config.deterministic)

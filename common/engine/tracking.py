@@ -9,24 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.engine.errors import UserError
-
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from common.engine.records import EpochRecord
-
-
-def check_package() -> None:
-    """Before a run begins.
-
-    Raises:
-        UserError: the package isn't there.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
-    except ImportError:
-        raise UserError("--track tensorboard needs a package: pip install tensorboard") from None
 
 
 @cache
