@@ -78,7 +78,7 @@ class Config(TrainConfig):
         ("scratch", "features", "last-stage", "full", "progressive"),
     )
     compare: bool | None = knob(None, "try all strategies, then take the best (default: on digits)")
-    fraction: float | None = knob(None, "share of the target's labels to use", low=0, high=1)
+    fraction: float | None = knob(None, "share of the target's labels to use", low=1e-4, high=1)
     optimizer: str = knob("sgd", "what takes the steps; each part at its own rate", ("sgd",))
     rate_decay: float = knob(1.6, "how many times slower each part learns", low=1, high=100)
     unfreeze_by: float = knob(0.5, "share of the epochs after which all is awake", low=0, high=1)

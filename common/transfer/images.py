@@ -36,12 +36,7 @@ def few_labels(source: Source, fraction: float, seed: int) -> Source:
     """The same validation and test images, but only a fraction of the training images.
 
     Validation is split off first, so that it is as large whatever the fraction.
-
-    Raises:
-        UserError: the fraction isn't in (0, 1].
     """
-    if not 0 < fraction <= 1:
-        raise UserError(f"--fraction {fraction}: a share of the labels, above 0 and at most 1")
     train, val = source.train, source.val
     if val is None:
         rest, part = stratified_split(train.labels, 0.1, seed)
