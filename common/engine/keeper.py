@@ -10,7 +10,7 @@ from common.engine.errors import Interrupted
 from common.engine.signals import StopSignal
 
 
-class Keeper:
+class Keeper(StopSignal):
     """Saves every few seconds, and leaves after the step in hand when a signal asks for it.
 
     Inside `with keeper:` Ctrl-C and SIGTERM only set a flag that `after_step` looks at.
@@ -25,14 +25,7 @@ class Keeper:
         self, save: Callable[[], None] | None, every: float, farewell: Callable[[], str]
     ) -> None:
         self.save, self.every, self.farewell = save, every, farewell
-        self.stop, self.last = StopSignal(), time.monotonic()
-
-    def __enter__(self) -> Keeper:
-        self.stop.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop.__exit__(*exception)
+        self.last = time.monotonic()
 
     def after_step(self, step: int) -> None:
         # All processes have to stop and save at the same step; asking each other at every one
@@ -47,7 +40,7 @@ class Keeper:
             Interrupted: a signal came; all is saved.
         """
         due = now or time.monotonic() - self.last > self.every
-        signum, due = processes.largest_of_all(self.stop.signum, int(due))
+        signum, due = processes.largest_of_all(self.signum, int(due))
         if self.save is not None and (signum or due):
             self.save()
             self.last = time.monotonic()
