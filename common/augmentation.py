@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,15 +59,10 @@ def flip_in_turn(rows: Tensor, seed: int, epoch: int) -> Tensor:
 def pad(pixels: Tensor, edge: int, mirror: bool) -> Tensor:
     """(N, C, H, W) -> (N, C, H + 2 * edge, W + 2 * edge), with zeros or with the mirrored border.
 
-    torch's own reflection is for floating-point numbers only.
+    By numpy, on the CPU: torch's own reflection is for floating-point numbers only.
     """
-    if not mirror:
-        return F.pad(pixels, (edge,) * 4)
-    for dim in (2, 3):
-        last = pixels.shape[dim] - 1
-        away = torch.arange(-edge, last + edge + 1, device=pixels.device).abs()
-        pixels = pixels.index_select(dim, last - (last - away).abs())
-    return pixels
+    widths = (0, 0), (0, 0), (edge, edge), (edge, edge)
+    return torch.from_numpy(np.pad(pixels.numpy(), widths, "reflect" if mirror else "constant"))
 
 
 def cutout(x: Tensor, side: int, draws: Tensor) -> Tensor:

@@ -273,7 +273,7 @@ class MemoryLoader(ImageLoader):
         # 4 pixels at 32 (He et al. 2015, sec. 4.2), in proportion elsewhere.
         self.edge = max(1, self.size[0] // 8) if part.train and config.augment != "none" else 0
         mirror = config.augment == "alternating"
-        pixels = augmentation.pad(part.pictures.pixels.to(device), self.edge, mirror)
+        pixels = augmentation.pad(part.pictures.pixels, self.edge, mirror).to(device)
         self.pixels = pixels.contiguous(memory_format=torch.channels_last)
         self.labels_there = self.labels.to(device)
         self.per_image = augmentation.per_image(config.augment) if part.train else None

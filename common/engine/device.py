@@ -175,12 +175,9 @@ def seeded(*numbers: int) -> Iterator[None]:
     """Torch's CPU generator at a state that follows from
     `numbers` inside, and where it was before after.
     """
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(mixed_seed(*numbers))
-    try:
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(mixed_seed(*numbers))
         yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
