@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,16 +22,17 @@ from common.engine.signals import StopSignal
 
 def write_json(path: Path, record: object) -> None:
     """Write a dataclass or dict as JSON, whole or not at all."""
-    data = asdict(record) if hasattr(record, "__dataclass_fields__") else record
+    data = asdict(record) if is_dataclass(record) else record
     write_atomically(path, json.dumps(data, indent=2, default=_plain) + "\n")
 
 
 def write_csv(path: Path, rows: list[Any]) -> None:
-    """Write a list of dataclass records of one type as CSV with a header, whole or not at all."""
+    """Write dataclass records or dicts of one kind as CSV with a header, whole or not at all."""
+    records = [asdict(row) if is_dataclass(row) else row for row in rows]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(rows[0])], lineterminator="\n")
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    writer.writerows(records)
     write_atomically(path, text.getvalue())
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from common import inspection, plotting
 from common.engine.errors import UserError
-from common.engine.files import write_atomically, write_json
+from common.engine.files import write_csv, write_json
 from common.engine.sources import decodable, read_image
 from common.transfer.calibration import UNKNOWN, Calibration
 
@@ -166,10 +164,6 @@ def _write(answers: list[dict[str, Any]], folder: Path, calibration: Calibration
     about = {"temperature": calibration.temperature, "threshold": calibration.threshold}
     told = {"note": EVERY_PICTURE, **about, "predictions": answers}
     write_json(folder / "predictions.json", told)
-    columns = ["path", "class", "probability", "second", "margin", "unsure"]
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(answers)
-    write_atomically(folder / "predictions.csv", table.getvalue())
+    rows = [{k: v for k, v in answer.items() if k != "likeliest"} for answer in answers]
+    write_csv(folder / "predictions.csv", rows)
     print(f"answers    {folder / 'predictions.csv'}, {folder / 'predictions.json'}")
