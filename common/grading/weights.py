@@ -172,12 +172,8 @@ def _same(tensor: Tensor) -> Tensor:
 
 def arrangements(units: list[Unit], slots: list[Slot]) -> Iterator[list[Source]]:
     """All assignments of the reference's `slots` to the submission's `units` that the shapes allow;
-    at most `MOST`, the likeliest first.
+    the likeliest first, and far too many of them: see `MOST`.
     """
-    return itertools.islice(_arrangements(units, slots), MOST)
-
-
-def _arrangements(units: list[Unit], slots: list[Slot]) -> Iterator[list[Source]]:
     mine = _families([(unit.slot(), unit) for unit in units])
     theirs = _families([(slot, slot) for slot in slots])
     spare: tuple[list[Unit], list[Slot]] = [], []
