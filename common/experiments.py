@@ -195,8 +195,7 @@ def trained(
     **options: Any,
 ) -> tuple[nn.Module, list[EpochRecord]]:
     """What `build` makes, trained by the config's recipe, and its history; options go to `fit`."""
-    model = _fresh(build, config, device)
-    measure_layers(model, data)
+    model = fresh(build, data, config, device)
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, data.train)
     loss_fn = loss_fn or nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
@@ -244,11 +243,15 @@ def tested(
     return Trial(*costs, top1, seconds, history, model, right)
 
 
-def _fresh(build: Callable[[], nn.Module], config: TrainConfig, device: torch.device) -> nn.Module:
+def fresh(
+    build: Callable[[], nn.Module], data: Data, config: TrainConfig, device: torch.device
+) -> nn.Module:
     """The untrained net of a seed, the same each time."""
     set_up_torch(device, config.seed, config.deterministic)
     model = build()
-    return model.to(device, memory_format=memory_format(config.image_size, model))
+    model = model.to(device, memory_format=memory_format(config.image_size, model))
+    measure_layers(model, data)
+    return model
 
 
 def train_arm(
@@ -264,7 +267,7 @@ def train_arm(
     record: Record = {"arm": arm.name, "seed": config.seed, "lr": config.lr, "failure": ""}
     record |= {"test_images": len(data.test.labels), "train_images": len(data.train.labels)}
     if experiment.before:
-        record |= experiment.before(_fresh(build, config, device), data)
+        record |= experiment.before(fresh(build, data, config, device), data)
     loss_fn = arm.loss(config) if arm.loss else None
     name = f"{arm.name}, seed {config.seed}"
     try:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import partial
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,9 @@ from torch import nn
 
 from common import plotting
 from common.data import Data, Loader, make_data, read_once
-from common.engine.device import memory_format, set_up_torch
 from common.engine.sources import load_source
-from common.experiments import Arm, Results, Trial, tested
-from common.training import fit, make_optimizer, make_schedule, measure_layers
+from common.experiments import Arm, Results, Trial, fresh, tested
+from common.training import fit, make_optimizer, make_schedule
 from common.transfer.flags import locate
 from common.transfer.images import PairLoader, other_domain, source_of
 from common.transfer.parts import TwoDomains
@@ -111,10 +111,7 @@ class Adaptation:
         self, method: str, here: Data, there: Data, config: Any, device: torch.device
     ) -> tuple:
         """The net, its history, the seconds."""
-        set_up_torch(device, config.seed, config.deterministic)
-        model = self.build(here.num_classes)
-        model = model.to(device, memory_format=memory_format(config.image_size))
-        measure_layers(model, here)
+        model = fresh(partial(self.build, here.num_classes), here, config, device)
         learner, loss_fn, data = model, nn.CrossEntropyLoss(), here
         if method == "oracle":  # the target's labels, and three times as long: to convergence
             longer = 1 if config.smoke else 3

@@ -24,9 +24,8 @@ from common.engine import processes
 from common.engine.device import memory_format, set_up_torch
 from common.engine.errors import UserError
 from common.engine.sources import Source, load_source
-from common.experiments import Arm, Experiment, Trial, run_experiment, tested, train_trial
+from common.experiments import Arm, Experiment, Trial, fresh, run_experiment, tested, train_trial
 from common.runs import Run, prepare
-from common.training import measure_layers
 from common.transfer.flags import locate
 from common.transfer.images import balanced_order, choose_classes, few_labels, long_tail
 from common.transfer.origins import Origin, open_asked, trained_origin
@@ -58,17 +57,13 @@ class Task:
 
         The same classes in the same order, as in pictures of another kind, keep the classifier.
         """
+        if config.strategy == "scratch":
+            return fresh(partial(self.build, len(self.classes)), data, config, self.device)
         set_up_torch(self.device, config.seed, config.deterministic)
-        if config.strategy == "scratch":
-            model = self.build(len(self.classes))
-        else:
-            model = deepcopy(self.origin.model)
-            if self.origin.class_names != self.class_names:
-                model.reset_classifier(len(self.classes))
-        model = model.to(self.device, memory_format=memory_format(config.image_size))
-        if config.strategy == "scratch":
-            measure_layers(model, data)  # the filters of ResNet-9's stem
-        return model
+        model = deepcopy(self.origin.model)
+        if self.origin.class_names != self.class_names:
+            model.reset_classifier(len(self.classes))
+        return model.to(self.device, memory_format=memory_format(config.image_size))
 
     def arm(
         self,
