@@ -14,25 +14,21 @@ import dataclasses
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.cli import exit_codes
+from common.config import TrainConfig
 from common.engine import checkpoint, weights
 from common.engine.errors import UserError
 from common.engine.files import write_json
 from common.engine.flags import OneLineParser
 from common.engine.weights import Bundle
 from common.profiling import count_parameters
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from common.config import TrainConfig
 
 
 def pack(run: str | Path, trained_on: str = "", half: bool = False) -> Path:
