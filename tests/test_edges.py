@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import struct
+import subprocess
 import sys
 import tarfile
 import zlib
@@ -33,6 +34,7 @@ from common.engine.run_folder import RunFolder
 from common.engine.sources import Pictures, Source, load_folder, read_image, shared_content
 from common.runs import Run
 from common.training import fit, make_optimizer, make_schedule
+from tests.conftest import ROOT
 from tests.test_data import folder_config
 from tests.test_training import colours, make_net
 
@@ -321,6 +323,26 @@ def test_without_locks_a_neighbours_save_is_left_alone(
     files.claim_folder(tmp_path / "mine")
     assert not (tmp_path / "mine" / ".last.pt.1.tmp").exists()
     assert (tmp_path / "other" / ".last.pt.1.tmp").exists()
+
+
+def test_a_folder_is_taken_before_anything_is_written_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that begins at the same moment takes the first file for what a killed one left."""
+    neighbour, left = tmp_path / "tiny" / "other", []
+
+    def write(path: Path, record: object) -> None:
+        half = path.with_name(".config.json.1.tmp")
+        half.write_bytes(b"half")
+        script = "import sys, pathlib; from common.engine.files import claim_folder as claim"
+        script += "; claim(pathlib.Path(sys.argv[1]))"
+        subprocess.run([sys.executable, "-c", script, str(neighbour)], check=True, cwd=ROOT)
+        left.append(half.exists())
+
+    neighbour.mkdir(parents=True)
+    monkeypatch.setattr("common.engine.run_folder.write_json", write)
+    RunFolder.open(TrainConfig(run_dir=str(tmp_path)), "tiny")
+    assert left == [True]
 
 
 def test_pictures_with_the_same_border_are_not_the_same(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from common.engine import checkpoint, processes
 from common.engine.errors import UserError
-from common.engine.files import claim_folder, write_json
+from common.engine.files import claim_folder, lock, write_json
 from common.engine.overview import write_index
 from common.engine.signals import on_leave
 from common.engine.surroundings import command
@@ -182,6 +182,7 @@ def _new(config: Any, lesson: str) -> tuple[Path, bool]:
         except OSError as error:
             why = f"can't be written ({error.strerror})"
             raise UserError(f"--run-dir {config.run_dir} {why}") from None
+    lock(folder / ".lock")  # before a run that begins beside it takes what is written for leavings
     write_json(folder / "config.json", settings)
     return folder, False
 
