@@ -199,6 +199,21 @@ def test_the_same_file_is_in_one_split_only(image_folder: Callable) -> None:
         sources.load_folder(str(folder), seed=0)
 
 
+@pytest.mark.parametrize(
+    "names", [("Training", "Testing"), ("TRAIN", "Validation", "Test"), ("train", "test", "valid")]
+)
+def test_splits_by_the_names_that_people_give_them(names: tuple, image_folder: Callable) -> None:
+    """They were taken for classes to tell apart, and pictures of `valid` for none at all."""
+    folder = image_folder(splits=names, per_class=5)
+    source = sources.load_folder(str(folder), seed=0)
+    assert source.class_names == ["cat", "dog", "eel"] and len(source.train) == 15
+    assert (source.val is not None) == (len(names) == 3)
+    for name in ("train", "training"):
+        (folder / name).mkdir(exist_ok=True)
+    with pytest.raises(UserError, match="which of them is train"):
+        sources.load_folder(str(folder), seed=0)
+
+
 def test_the_same_content_in_two_splits_is_counted_and_named(image_folder: Callable) -> None:
     folder = image_folder(splits=("train", "test"))
     for i in range(3):

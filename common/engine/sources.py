@@ -28,6 +28,12 @@ DECODERS = {
     ".avif": "pillow-avif-plugin",
     ".jxl": "pillow-jxl-plugin",
 }
+# What people call the folder of a split, in any case.
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 NO_CLASSES = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
@@ -241,6 +247,8 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
     - DIR/CLASS/*, split by seed: 10% of each class for the test, `--val-share` of the rest for
       validation
 
+    train may be called Training, val valid, ...: see `SPLITS`.
+
     Raises:
         UserError: no such folder, no images, one class only, a class without images, classes that
             differ.
@@ -248,7 +256,14 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: no such folder")
-    dirs = {s: root / s for s in ("train", "val", "test") if (root / s).is_dir()}
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    dirs: dict[str, Path] = {}
+    for split, names in SPLITS.items():
+        found = [folder for folder in folders if folder.name.lower() in names]
+        if len(found) > 1:
+            raise UserError(f"{found[0]} and {found[1]}: which of them is {split}?")
+        if found:
+            dirs[split] = found[0]
     if dirs and "train" not in dirs:
         raise UserError(f"{root} has {' and '.join(dirs)} but no train folder")
     if len(dirs) == 1:
