@@ -21,6 +21,7 @@ import sklearn.datasets
 import torch
 
 from common.cli import exit_codes
+from common.engine import sources
 from common.engine.errors import UserError
 from tests.conftest import LESSONS, ROOT, lesson
 from tests.warm import Warm
@@ -144,6 +145,18 @@ def test_a_folder_is_judged_at_the_size_that_it_is_trained_at(
     assert code == 0, err
     code, _, err = cli("01", *flags, str(folder), "--image-size", "224")
     assert code == 2 and "GiB of memory" in err
+
+
+def test_a_folder_is_listed_once_a_start(
+    cli: Callable, image_folder: Callable, monkeypatch: pytest.MonkeyPatch, no_figures: None
+) -> None:
+    listed, scan = [], sources._scan
+    monkeypatch.setattr(sources, "_scan", lambda folder: listed.append(folder.name) or scan(folder))
+    flags = "--dataset folder --model resnet20 --device cpu --smoke --seed 1 --data-dir".split()
+    folder = image_folder(splits=("train", "test"))
+    for starts in (1, 2):  # and anew by what comes later
+        assert cli("01", *flags, str(folder))[0] == 0
+        assert listed == ["train", "test"] * starts
 
 
 def test_summary_of_too_small_an_image_is_one_line(cli: Callable) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,10 @@ def load_source(config: object) -> Source:
         return load_mnist(name, data_dir)
     if name in ("cifar10", "cifar100"):
         return load_cifar(name, data_dir)
-    source = load_folder(data_dir, config.seed, name)
+    try:
+        source = load_folder(data_dir, config.seed, name, remember=True)
+    finally:
+        _remembered.cache_clear()  # who comes back later looks anew
     if processes.is_main():
         for note in (*source.notes, *shared_content(source)):
             print(f"warning    {note}", flush=True)
@@ -238,7 +242,7 @@ def _torchvision_class(name: str) -> type:
 # ------------------------------------------------------------------------------------ image folders
 
 
-def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
+def load_folder(data_dir: str, seed: int, name: str = "folder", remember: bool = False) -> Source:
     """A folder of images as files, in one of three layouts.
 
     - DIR/train/CLASS/*, DIR/val/CLASS/* and DIR/test/CLASS/*
@@ -249,11 +253,15 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
 
     train may be called Training, val valid, ...: see `SPLITS`.
 
+    Args:
+        remember: what is there from one call to the next, until `load_source` has made a dataset of
+            it: to list a million files on a network's disk takes minutes.
+
     Raises:
         UserError: no such folder, no images, one class only, a class without images, classes that
             differ.
     """
-    root = Path(data_dir)
+    root, scan = Path(data_dir), _remembered if remember else _scan
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: no such folder")
     folders = sorted(path for path in root.iterdir() if path.is_dir())
@@ -272,10 +280,10 @@ def load_folder(data_dir: str, seed: int, name: str = "folder") -> Source:
             f"{root} itself"
         )
     if not dirs:
-        classes, every, notes = _scan(root)
+        classes, every, notes = scan(root)
         splits = [every.take(rows) for rows in stratified_split(every.labels, 0.1, seed)]
     else:
-        scanned = {split: _scan(folder) for split, folder in dirs.items()}
+        scanned = {split: scan(folder) for split, folder in dirs.items()}
         classes = scanned["train"][0]
         for split, (names, _, _) in scanned.items():
             if odd := sorted(set(names) ^ set(classes)):
@@ -359,6 +367,11 @@ def _scan(folder: Path) -> tuple[list[str], Pictures, list[str]]:
     return names, Pictures(torch.tensor(labels), paths=paths), notes
 
 
+@lru_cache(maxsize=len(SPLITS))
+def _remembered(folder: Path) -> tuple[list[str], Pictures, list[str]]:
+    return _scan(folder)
+
+
 def _files_below(folder: Path) -> Iterator[str]:
     """The files of a folder and of those in it, links followed but never upwards or in a circle."""
     above = Path(os.path.realpath(folder)).parents
@@ -430,7 +443,7 @@ def size_of_folder(data_dir: str) -> tuple[int, int]:
     """The side to train at, that of the pictures where they are small (the median of 64 of them, by
     their headers), else ImageNet's 224; and how many there are to train on.
     """
-    source = load_folder(data_dir, seed=0)
+    source = load_folder(data_dir, seed=0, remember=True)
     paths, sides = source.train.paths, []
     for path in paths[:: max(1, len(paths) // 64)][:64]:
         # A broken one is named when it is read.
