@@ -223,6 +223,14 @@ def test_the_same_content_in_two_splits_is_counted_and_named(image_folder: Calla
     assert f"{folder}/train/dog/0.png = {folder}/test/eel/copy0.png" in note
 
 
+def test_a_jpeg_as_windows_names_it_is_a_picture(image_folder: Callable) -> None:
+    folder = image_folder()
+    for file, ending in zip((folder / "cat").iterdir(), (".jfif", ".JFIF", ".jpe")):
+        file.rename(file.with_suffix(ending))
+    source = sources.load_folder(str(folder), seed=0)
+    assert len(source.train) + len(source.test) == 36
+
+
 def test_what_no_decoder_reads_is_counted_and_named(
     image_folder: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,10 @@ from common.engine import processes
 from common.engine.download import fetch, one_at_a_time, unpack_gzip, unpack_tar
 from common.engine.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm",
+    ".jfif", ".jpe",  # as browsers on Windows save a JPEG
+)  # fmt: skip
 # Pictures that Pillow reads only with a package beside it, or in its newest versions.
 DECODERS = {
     ".heic": "pillow-heif",
