@@ -371,7 +371,10 @@ def train_arms(
             plain = replace(sized, lr=config.lr, base_lr=config.base_lr)
             if not memo or memo[0][0] != plain:
                 memo[:] = [(plain, experiment.data(source.redrawn(seed), plain, device))]
-            record = train_arm(experiment, arm, memo[0][1], sized, device)
+            data = memo[0][1]
+            batching = data.train.batch_size, data.train.accumulate
+            record = train_arm(experiment, arm, data, sized, device)
+            data.train.rebatch(*batching)  # halved, if memory ran out: that was this arm's affair
             if processes.is_main():
                 store.put(key, record)
         return processes.from_main(store.get(key))

@@ -19,10 +19,11 @@ from torch import nn
 
 from common.config import TrainConfig
 from common.data import Data
-from common.engine.errors import Interrupted
+from common.engine.errors import Diverged, Interrupted
 from common.engine.sources import load_digits, load_folder
+from common.engine.store import Store
 from common.engine.verdicts import LEVEL, OverImages, OverSeeds, judge, wilson
-from common.experiments import Arm, Claim, Experiment, open_store, run_experiment
+from common.experiments import Arm, Claim, Experiment, open_store, run_experiment, train_arms
 from tests.simulation import CASES, assert_calm, results_of
 from tests.warm import Warm
 
@@ -379,6 +380,21 @@ def test_a_folder_is_decoded_once_for_all_seeds_and_sizes(
     assert reads == [16]  # at the largest of the sizes, from which the smaller one is made
     macs = [r["macs"] for r in outcome["trainings"]]
     assert macs[2] > 4 * macs[0]
+
+
+def test_an_arm_that_ran_out_of_memory_halves_no_other_arms_batch(tmp_path: Path) -> None:
+    seen = []
+
+    def train(arm: Arm, data: Data, config: TrainConfig, device: torch.device) -> None:
+        seen.append((data.train.batch_size, data.train.accumulate))
+        data.train.rebatch(data.train.batch_size // 2, 2 * data.train.accumulate)
+        raise Diverged("enough seen")
+
+    two = Experiment("", [Arm(name, net, train=train) for name in ("large", "small")], [])
+    config = config_for(tmp_path, seeds=1, batch_size=64).resolve("digits")
+    store = Store(tmp_path / "trainings.json", {})
+    train_arms(two, config, torch.device("cpu"), load_digits(), store)
+    assert seen == [(64, 1)] * 2
 
 
 class AnySize(nn.Sequential):
