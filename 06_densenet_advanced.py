@@ -90,6 +90,7 @@ from common import plotting
 from common.classifier import Classifier  # nn.Module; head[-1] is the last layer, replaceable
 from common.data import Data, load_data
 from common.engine.device import memory_format
+from common.engine.errors import UserError
 from common.evaluation import evaluate
 from common.experiments import Arm, Claim, Experiment, Results, Trial, run_experiment, train_trial
 from common.live import digits, live, show
@@ -539,6 +540,8 @@ def reuse(config: Config) -> Experiment:
         # are forgotten. A run of seconds has to forget faster to show anything but its start.
         steps = config.epochs * len(data.train) // data.train.accumulate
         decay, name = forgetting_weight_decay(config, steps), f"{net}, seed {config.seed}"
+        if decay > 100:
+            raise UserError("--experiment reuse: too few steps to forget: try a larger --lr")
         config = replace(config, weight_decay=decay)
         return train_trial(name, partial(made, data.num_classes), data, config, device)
 

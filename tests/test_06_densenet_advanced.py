@@ -419,6 +419,7 @@ def test_run_in_miniature_with_checkpointing(
     [
         (["--dropout", "1.5"], "--dropout"),
         (["--growth-rate", "0"], "--growth-rate"),
+        (["--experiment", "reuse", "--lr", "1e-5", "--smoke"], "--lr"),
     ],
 )
 def test_bad_input_is_one_line(cli: Callable, flags: list[str], word: str) -> None:
