@@ -351,6 +351,14 @@ def test_classes_are_chosen_and_labels_stratified() -> None:
     assert len(few.train) == pytest.approx(0.05 * len(all_.train), abs=3)
 
 
+def test_the_share_kept_for_validation_is_that_of_the_flag() -> None:
+    here, config = a_task(val_share=0.4, fraction=1.0)
+    data = here.data(here.images, config, CPU)
+    count = len(data.train.labels)
+    assert count == here.labelled(1.0)
+    assert len(data.val.labels) / (count + len(data.val.labels)) == pytest.approx(0.4, abs=0.01)
+
+
 def test_torchvision_model_is_torchvisions_own_with_our_interface() -> None:
     from torchvision import models
 
@@ -608,8 +616,8 @@ def test_baselines_know_no_features() -> None:
 # ------------------------------------------------------------------------------- experiments
 
 
-def a_task() -> tuple[task.Task, object]:
-    config = transfer.Config(strategy="full").resolve("digits")
+def a_task(**settings: object) -> tuple[task.Task, object]:
+    config = transfer.Config(strategy="full", **settings).resolve("digits")
     origin = origins.Origin("a net", small_net(), class_names=list("01234"))
     images = load_digits()
     return task.Task(config, CPU, small_net, origin, images, range(5, 10), transfer), config

@@ -32,14 +32,14 @@ def choose_classes(source: Source, classes: range) -> Source:
     )
 
 
-def few_labels(source: Source, fraction: float, seed: int) -> Source:
+def few_labels(source: Source, fraction: float, seed: int, val_share: float = 0.1) -> Source:
     """The same validation and test images, but only a fraction of the training images.
 
     Validation is split off first, so that it is as large whatever the fraction.
     """
     train, val = source.train, source.val
     if val is None:
-        rest, part = stratified_split(train.labels, 0.1, seed)
+        rest, part = stratified_split(train.labels, val_share, seed)
         train, val = train.take(rest), train.take(part)
     if fraction < 1:
         _, part = stratified_split(train.labels, fraction, seed)

@@ -97,7 +97,8 @@ class Task:
     def labelled(self, fraction: float) -> int:
         """How many training images of the target have labels."""
         images = choose_classes(self.images, self.classes)
-        return len(few_labels(images, fraction, self.config.seed).train)
+        config = self.config
+        return len(few_labels(images, fraction, config.seed, config.val_share).train)
 
     def data(
         self, images: Source, config: Any, device: torch.device, imbalance: float = 1.0
@@ -106,7 +107,7 @@ class Task:
         class `imbalance` for one of the rarest.
         """
         source = choose_classes(images, self.classes)
-        source = few_labels(source, config.fraction, config.seed)
+        source = few_labels(source, config.fraction, config.seed, config.val_share)
         if imbalance > 1:
             tail = long_tail(source.train, len(source.class_names), imbalance, config.seed)
             source = dataclasses.replace(source, train=tail)
@@ -191,8 +192,8 @@ def pretrain(
     most.
     """
     epochs = config.source_epochs or min(30, max(8, round(180_000 / len(source.train))))
-    shared = ("image_size", "augment", "seed", "device", "amp", "workers", "skip_broken", "smoke")
-    same = {name: getattr(config, name) for name in shared}
+    shared = "image_size val_share augment seed device amp workers skip_broken smoke"
+    same = {name: getattr(config, name) for name in shared.split()}
     if config.dataset == "folder" and config.small_input:
         same["base_lr"] = RATE_OF_SMALL_IMAGES
     recipe = TrainConfig(dataset=config.dataset, epochs=epochs, **same).resolve(config.dataset)
