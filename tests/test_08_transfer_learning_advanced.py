@@ -403,6 +403,10 @@ def test_settings_follow_from_the_size_of_the_data() -> None:
     small, large = (task.settings_for(asked, config, n, transfer.TABLE) for n in (30, 600))
     assert small.batch_size < large.batch_size and small.epochs > large.epochs
     assert small.lr / small.batch_size == pytest.approx(large.lr / large.batch_size)
+    whole = task.settings_for(transfer.Config(batch_size=512), config, 30, transfer.TABLE)
+    assert whole.lr == pytest.approx(config.base_lr * 30 / 256)  # of a step of all images
+    steep = replace(config, base_lr=100.0, accumulate=4)
+    assert task.settings_for(transfer.Config(), steep, 10**6, transfer.TABLE).lr == 100
     told = transfer.Config(epochs=3, batch_size=8, lr=0.5)
     same = task.settings_for(told, told.resolve("digits"), 30, transfer.TABLE)
     assert (same.epochs, same.batch_size, same.lr) == (3, 8, 0.5)

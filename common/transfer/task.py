@@ -220,7 +220,8 @@ def settings_for(asked: Any, config: Any, images: int, table: Sequence[Any]) -> 
     base_lr = config.base_lr
     if config.dataset == "folder" and asked.base_lr is None and config.small_input:
         base_lr = RATE_OF_SMALL_IMAGES
-    lr = asked.lr or base_lr * batch_size * config.accumulate / 256
+    # No step has more than all images; and 100 is what --lr may be at most.
+    lr = asked.lr or min(base_lr * min(batch_size * config.accumulate, images) / 256, 100.0)
     settings = {"batch_size": batch_size, "epochs": epochs, "warmup": warmup, "lr": lr}
     return dataclasses.replace(config, **settings)
 
