@@ -253,6 +253,14 @@ def test_long_tail_falls_by_one_factor_and_balanced_order_evens_it_out() -> None
     assert shares.tolist() == pytest.approx([0.2] * 5, abs=0.02)
 
 
+def test_features_come_as_balanced_as_their_images() -> None:
+    here, config = a_task(fraction=1.0)
+    loader = here.data(here.images, config, CPU, imbalance=30.0).train
+    loader.order = partial(images.balanced_order, loader.labels, 0)
+    (_, y), *_ = images.FeatureLoader(loader, torch.zeros(len(loader.labels), 3)).batches()
+    assert torch.equal(y, loader.labels[loader.order(0)[: len(y)]])
+
+
 # ------------------------------------------------------------------------------- domains
 
 

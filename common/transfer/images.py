@@ -129,6 +129,7 @@ class FeatureLoader(Loader):
     def __init__(self, images: Loader, features: Tensor) -> None:
         super().__init__(images.labels, images.config, images.device, images.train)
         self.features, self.labels_there = features, images.labels.to(features.device)
+        self.order = images.order  # it may draw all classes equally often
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.order(epoch).to(self.features.device)
