@@ -104,7 +104,14 @@ class Run(RunFolder):
     def note_epoch(self, history: list[EpochRecord], epochs: int) -> None:
         if not processes.is_main():
             return
-        write_csv(self.folder / "history.csv", history)
+        try:
+            write_csv(self.folder / "history.csv", history)
+        except UserError as error:  # Windows: a spreadsheet has it open. last.pt has it all
+            if not isinstance(error.__context__, PermissionError):
+                raise
+            if not self.warned:
+                print(f"warning    {error}: close it, and the next epoch writes all", flush=True)
+            self.warned = True
         r = history[-1]
         if self.config.track:
             track(self.folder, r)

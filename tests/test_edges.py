@@ -30,6 +30,7 @@ from common.engine import checkpoint, download, files, measure, processes, sourc
 from common.engine.baselines import baselines
 from common.engine.device import restore_rng_state, rng_state
 from common.engine.errors import UserError
+from common.engine.records import EpochRecord
 from common.engine.run_folder import RunFolder
 from common.engine.sources import Pictures, Source, load_folder, read_image, shared_content
 from common.runs import Run
@@ -323,6 +324,33 @@ def test_without_locks_a_neighbours_save_is_left_alone(
     files.claim_folder(tmp_path / "mine")
     assert not (tmp_path / "mine" / ".last.pt.1.tmp").exists()
     assert (tmp_path / "other" / ".last.pt.1.tmp").exists()
+
+
+def test_a_table_that_a_spreadsheet_holds_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def windows(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    run = Run(tmp_path, TrainConfig(), "tiny", resumed=False)
+    history = [EpochRecord(epoch, 0.1, 1.0, 0.5, 1.0, 0.5, 1.0, 90.0) for epoch in (1, 2, 3)]
+    monkeypatch.setattr(os, "replace", windows)
+    run.note_epoch(history[:1], 3)
+    run.note_epoch(history[:2], 3)
+    assert capsys.readouterr().out.count("Access is denied") == 1, "said once"
+    monkeypatch.undo()
+    run.note_epoch(history, 3)
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 4
+
+
+def test_a_page_of_all_runs_that_cant_be_written_takes_no_result_away(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny" / "run"
+    for path in (folder, tmp_path / "index.html"):
+        path.mkdir(parents=True)
+    config = TrainConfig()
+    files.write_json(folder / "config.json", config.to_dict())
+    where = RunFolder(folder, config, "tiny", resumed=False).where()
+    assert where.startswith("\nwarning") and "index.html can't be written" in where
 
 
 def test_a_folder_is_taken_before_anything_is_written_in_it(

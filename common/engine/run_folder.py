@@ -28,6 +28,7 @@ class RunFolder:
         self.folder, self.config, self.lesson, self.resumed = folder, config, lesson, resumed
         self.last, self.best = folder / "last.pt", folder / "best.pt"
         self.figures: list[Path] = []
+        self.warned = False  # that history.csv is held by another program
 
     @classmethod
     def open(cls, config: Any, lesson: str) -> RunFolder:
@@ -123,7 +124,10 @@ class RunFolder:
         """
         for lesson in (self.folder.parent, Path(os.path.abspath(self.folder)).parent):
             if lesson.name == self.lesson:  # as it was typed, or from inside of RUN_DIR
-                return f", all runs: {write_index(lesson.parent)}"
+                try:
+                    return f", all runs: {write_index(lesson.parent)}"
+                except UserError as error:  # another user's, perhaps: the run itself is done
+                    return f"\nwarning    {error}"
         return ""
 
     def kept(self) -> str:
