@@ -280,7 +280,7 @@ class MemoryLoader(ImageLoader):
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.order(epoch).to(self.device)
-        augmented = self.train and self.config.augment != "none"
+        augmented = self.train and (self.config.augment != "none" or self.config.cutout)
         draws = self.draws(epoch) if augmented else None
         draws_there = draws.to(self.device) if augmented else None
         seeds = self.seeds(epoch) if self.per_image else None
@@ -303,7 +303,7 @@ class MemoryLoader(ImageLoader):
 
     def _augment(self, index: Tensor, draws: Tensor, draws_there: Tensor) -> Tensor:
         x = augmentation.random_crop(self.pixels, index, self.size, draws_there)
-        if self.part.flips:
+        if self.part.flips and self.config.augment != "none":
             x = augmentation.random_flip(x, draws_there)
         if self.config.augment == "strong":
             x = augmentation.trivial_augment(x, draws)
@@ -326,14 +326,17 @@ class FileLoader(ImageLoader):
             [(name, order[p], seeds[p]) for p in self.positions(batch)]
             for batch in range(start, len(self))
         )
-        draws = self.draws(epoch) if self.train and self.config.cutout else None
+        alternating = self.part.flips and self.config.augment == "alternating"
+        drawn = self.train and (self.config.cutout or alternating)
+        draws = self.draws(epoch) if drawn else None
         self.waited, began = 0.0, time.monotonic()
         for batch, (x, y) in enumerate(self.pool.batches(plan), start):
             self.waited += time.monotonic() - began
             x, y = (t.to(self.device, non_blocking=t.is_pinned()) for t in (x, y))
             if draws is not None:
                 here = draws[list(self.positions(batch))].to(self.device)
-                x = augmentation.cutout(x, self.config.cutout, here)
+                x = augmentation.random_flip(x, here) if alternating else x
+                x = augmentation.cutout(x, self.config.cutout, here) if self.config.cutout else x
             yield self._finish(x, y, epoch, batch)
             began = time.monotonic()
 

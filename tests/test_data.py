@@ -120,6 +120,30 @@ def test_augmentation_does_not_depend_on_the_batch_size() -> None:
     assert torch.equal(a, torch.cat([x for x, _ in large.train.batches(0)])[:80])
 
 
+def test_cutout_alone_blanks_squares_and_changes_nothing_else() -> None:
+    source, config = numbered(augment="none", cutout=3)
+    source.train.pixels[:] = torch.arange(100, 180, 10, dtype=torch.uint8)  # seen if mirrored
+    data = make_data(source, config, CPU)
+    x, _ = next(data.train.batches())
+    pixels = (255 * (x * data.std.view(3, 1, 1) + data.mean.view(3, 1, 1))).round()
+    blank = pixels == 0
+    assert blank[:, 0].flatten(1).sum(1).min() > 0 and blank[:, 0].flatten(1).sum(1).max() == 9
+    assert ((pixels == source.train.pixels[: len(x)]) | blank).all()
+
+
+def test_files_are_mirrored_in_turn_too(image_folder: Callable) -> None:
+    folder = image_folder(per_class=8, size=100)
+    data = load_data(folder_config(folder, workers=0, augment="alternating", batch_size=6), CPU)
+    transforms = data.train.pool.files.transforms
+    assert len(transforms["train"].transforms) == 1  # the crop
+    transforms["train"] = torch.nn.Identity()
+    first, second = (
+        torch.cat([x for x, _ in data.train.batches(epoch)])[data.train.order(epoch).argsort()]
+        for epoch in (0, 1)
+    )
+    torch.testing.assert_close(second, first.flip(3), rtol=1e-4, atol=1e-4)
+
+
 def test_mixing_leaves_the_global_generator_alone() -> None:
     data = make_data(*numbered(augment="strong"), CPU)
     torch.manual_seed(7)

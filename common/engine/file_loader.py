@@ -61,7 +61,7 @@ def file_transform(side: int, augment: str, flips: bool) -> Transform:
     if augment == "none":
         return v2.Compose([v2.Resize(round(side * 256 / 224), antialias=True), v2.CenterCrop(side)])
     steps = [v2.RandomResizedCrop(side, antialias=True)]
-    if flips:
+    if flips and augment != "alternating":  # which the loader does, by image and epoch
         steps.append(v2.RandomHorizontalFlip())
     if augment in POLICIES:
         steps.append(getattr(v2, POLICIES[augment])())
