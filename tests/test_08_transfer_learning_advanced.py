@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import doctest
+import errno
 import json
 import os
 import subprocess
@@ -553,6 +554,20 @@ def test_pictures_are_scaled_and_cut_in_the_file_as_they_are_here(
     ours = 255 * (seen[0][0] * std.view(3, 1, 1) + mean.view(3, 1, 1))
     off = (ours - theirs).abs()
     assert off.max() < 1.01 and (off > 0.5).float().mean() < 0.1
+
+
+def test_an_export_to_a_full_disk_is_one_line_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "model.pt2").write_bytes(b"of before")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    with pytest.raises(UserError, match=r"model\.pt2 can't be written \(No space left"):
+        export_model(net, (3, 8, 8), tmp_path, list("abcde"), (torch.ones(3),) * 2)
+    assert (tmp_path / "model.pt2").read_bytes() == b"of before"
 
 
 def test_export_refuses_a_file_that_says_something_else(

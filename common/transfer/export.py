@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import io
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -207,7 +208,10 @@ Answer = Callable[[Tensor], Tensor]  # a file that was read again
 def _torch_export(model: nn.Module, x: Tensor, path: Path, free: dict[int, Any]) -> Answer:
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=(free,))
-    torch.export.save(program, path)
+    # In memory first: on a full disk torch's own writer ends the whole process.
+    data = io.BytesIO()
+    torch.export.save(program, data)
+    write_atomically(path, data.getvalue())
     return torch.export.load(path).module()
 
 
