@@ -57,19 +57,22 @@ def find_lr(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -> dict
     rates = np.geomspace(LOWEST, HIGHEST, STEPS)
     losses: list[float] = []
     mean = 0.0
-    for step, (rate, (x, y)) in enumerate(zip(rates, batches), 1):
+    for step, rate in enumerate(rates, 1):
         for group, share in zip(optimizer.param_groups, shares):
             group["lr"] = rate * share
-        with autocast(device, amp_dtype(device, config.amp, config.image_size)):
-            output = model(x)
-            # GoogLeNet's auxiliary heads come after the logits.
-            loss = loss_fn(output[0] if isinstance(output, tuple) else output, y)
+        optimizer.zero_grad()
+        for x, y in itertools.islice(batches, data.train.accumulate):
+            with autocast(device, amp_dtype(device, config.amp, config.image_size)):
+                output = model(x)
+                # GoogLeNet's auxiliary heads come after the logits.
+                loss = loss_fn(output[0] if isinstance(output, tuple) else output, y)
+            (loss / data.train.accumulate).backward()
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss.item()
         losses.append(mean / (1 - SMOOTHING**step))  # as Adam corrects its averages
         if not math.isfinite(losses[-1]) or losses[-1] > 4 * min(losses):
             break
-        optimizer.zero_grad()
-        loss.backward()
+        if config.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
 
     lowest = int(np.nanargmin(losses))

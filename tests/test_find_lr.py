@@ -64,6 +64,25 @@ def test_groups_keep_their_shares_and_measured_layers_are_measured(
     assert torch.equal(filters[:12], -filters[12:])  # measured: each direction and its negative
 
 
+def test_a_step_is_that_of_the_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same images in batches of a quarter, and the gradient's limit."""
+    monkeypatch.setattr(find_lr_module, "STEPS", 12)
+    monkeypatch.setattr(find_lr_module, "conclude", lambda *parts, **more: {})
+    monkeypatch.setattr(find_lr_module.Run, "figure", lambda *parts: None)
+
+    def weight(**settings: float) -> torch.Tensor:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+        nn.init.zeros_(net[1].weight)
+        nn.init.zeros_(net[1].bias)
+        shared = {"model": "linear", "dataset": "digits", "augment": "none"}
+        find_lr(TrainConfig(run_dir=str(tmp_path), **shared, **settings), lambda *_: net)
+        return net[1].weight.detach()
+
+    whole = weight(batch_size=64)
+    torch.testing.assert_close(weight(batch_size=16, accumulate=4), whole)
+    assert weight(batch_size=64, clip=1e-3).norm() < 0.1 * whole.norm()
+
+
 def test_find_lr_from_the_command_line(cli: Callable, tmp_path: Path) -> None:
     code, out, err = cli("01", "--find-lr", "--model", "resnet20", "--dataset", "digits")
     assert code == 0, err
