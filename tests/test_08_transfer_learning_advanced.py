@@ -337,6 +337,15 @@ def test_adabn_does_not_depend_on_the_order_of_the_files() -> None:
     )
 
 
+def test_adabn_gives_no_image_more_weight_than_another() -> None:
+    data = make_data(load_digits(), transfer.Config(dataset="digits").resolve("digits"), CPU)
+    data.train.labels = data.train.labels[:257]  # one more than a batch holds
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))
+    transfer.adapt_batch_norm(model, data.train)
+    means = data.train.take(range(257)).mean((0, 2, 3))
+    torch.testing.assert_close(model[1].running_mean, means, rtol=0, atol=2e-3)
+
+
 def test_shifted_digits_keep_their_labels_and_shape() -> None:
     pictures = load_digits().test
     for kind in ("inverted", "noisy", "textured"):
