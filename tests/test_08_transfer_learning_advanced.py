@@ -659,6 +659,16 @@ def a_task(**settings: object) -> tuple[task.Task, object]:
     return task.Task(config, CPU, small_net, origin, images, range(5, 10), transfer), config
 
 
+def test_strategies_are_compared_under_the_loss_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    monkeypatch.setattr(transfer, "transfer", lambda model, data, config, loss: losses.append(loss))
+    monkeypatch.setattr(task, "tested", lambda *parts: None)
+    here, config = a_task(label_smoothing=0.2, fraction=0.05)
+    arm = here.arm("full")
+    arm.train(arm, here.data(here.images, config, CPU), config, CPU)
+    assert losses[0].label_smoothing == 0.2
+
+
 def designs() -> dict[str, object]:
     here, config = a_task()
     with_weights = "compare", "fractions", "schedules", "imbalance"

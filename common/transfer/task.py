@@ -69,14 +69,14 @@ class Task:
         self,
         name: str,
         rates: Sequence[float] = (),
-        loss: Callable[[Tensor], nn.Module] = lambda counts: nn.CrossEntropyLoss(),
+        loss: Callable[[Tensor], nn.Module] | None = None,
         balanced: bool = False,
         **changes: Any,
     ) -> Arm:
         """A transfer as an arm of an experiment.
 
         Args:
-            loss: the images of each class to a loss.
+            loss: the images of each class to a loss; by default that of a plain run.
             balanced: all classes come equally often.
         """
 
@@ -86,7 +86,9 @@ class Task:
                 loader.order = partial(balanced_order, loader.labels, config.seed)
                 data = dataclasses.replace(data, train=loader)
             counts = torch.bincount(data.train.labels, minlength=data.num_classes)
-            model, loss_fn = self.start(config, data), loss(counts).to(device)
+            loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+            loss_fn = loss(counts).to(device) if loss else loss_fn
+            model = self.start(config, data)
             began = time.monotonic()
             history = self.lesson.transfer(model, data, config, loss_fn)
             seconds = time.monotonic() - began
