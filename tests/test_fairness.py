@@ -328,3 +328,33 @@ def test_pytest_marks_no_variant_as_the_lesson(tmp_path: Path) -> None:
     flags = "-p", "no:cacheprovider", "tests/grading", "--submission", path
     code, _, err = Warm(tmp_path, "-c", run, *flags).join()
     assert code == 4 and "variant 7" in err, err
+
+
+def test_a_conftest_beside_the_submission_does_not_run(tmp_path: Path) -> None:
+    shown = tmp_path / "it ran"
+    (tmp_path / "conftest.py").write_text(f"open({str(shown)!r}, 'w').close()\n")
+    (tmp_path / file_name("05")).write_text("")
+    run = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    flags = "-p", "no:cacheprovider", "tests/grading", "--submission", tmp_path, "--lessons", "05"
+    code, out, _ = Warm(tmp_path, "-c", run, *flags).join()
+    assert code == 1 and "total" in out and not shown.exists()
+
+
+@pytest.mark.parametrize("lines", [
+    "from torchvision import datasets\ntrain = datasets.CIFAR10('data')\n"
+    "for images, labels in torch.utils.data.DataLoader(train):\n    print(images.shape)\n",
+    "from torchvision import transforms\ndef prepare(x, change=transforms.ToTensor()):\n    pass\n",
+    "import no_such_library as plots\nplots.summary(DepthwiseSeparable(8, 8))\n",
+    "get_ipython().run_line_magic('matplotlib', 'inline')\n",
+])  # fmt: skip
+def test_what_is_not_there_when_it_is_marked_costs_only_what_needs_it(
+    lines: str, grader: grade.Grader, tmp_path: Path
+) -> None:
+    results = mark_one(grader, tmp_path, "5.2", f"{text_of('05')}\n{lines}")
+    assert all(r.passed for r in results), results
+
+
+def test_a_helper_that_is_not_there_is_named(grader: grade.Grader, tmp_path: Path) -> None:
+    code = SOLUTIONS["5.2"].replace("= make_divisible(", "= helper(")
+    text = submission_with("5.2", code) + "\nfrom my_utils import helper\n"
+    assert "my_utils is not there" in mark_one(grader, tmp_path, "5.2", text)[0].message

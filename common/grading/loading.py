@@ -146,7 +146,7 @@ class _Placeholders(MetaPathFinder, Loader):
 
 
 class Locked(ImportError):
-    """Something of torchvision was called that holds no models: transforms, data sets."""
+    """Something was called that no model needs: transforms, data sets, what is not installed."""
 
 
 class _Locked(types.ModuleType):
@@ -158,8 +158,11 @@ class _Locked(types.ModuleType):
         return _Locked(f"{self.__name__}.{name}")
 
     def __call__(self, *args: object, **options: object) -> object:
-        kind = ImportError if self.__name__.startswith(tuple(FORBIDDEN)) else Locked
-        raise kind(f"not allowed: a submission may not use {self.__name__}")
+        name = self.__name__
+        if name.partition(".")[0] != "torchvision":
+            raise Locked(f"{name} is not there when submissions are marked", name=name)
+        kind = ImportError if name.startswith(tuple(FORBIDDEN)) else Locked
+        raise kind(f"not allowed: a submission may not use {name}", name=name)
 
     def __mro_entries__(self, bases: tuple) -> tuple:
         return ()  # as the base of a class that no exercise is about
@@ -256,15 +259,20 @@ def run_with_grafts(
     as the student's.
 
     A statement that uses the parts of other exercises (`others`), and what is made of them, may
-    fail: they may be wrong, or the reference's, with layers of other names.
+    fail: they may be wrong, or the reference's, with layers of other names. So may one that uses
+    what can't be made here: a data set of torchvision, a plot by a library that is not installed.
     """
     later, uses_others = [], set(others)
+    namespace["get_ipython"] = _Locked("IPython")  # a notebook that was saved as a script has it
     for node, code in _statements(tree, filename, replace, lacking):
         names = [n for n in ast.walk(node) if isinstance(n, ast.Name)] if node else []
         uses = any(n.id in uses_others for n in names)
         defines = isinstance(node, (ast.ClassDef, ast.FunctionDef))
         may_fail = uses and not defines
+        imports = isinstance(node, (ast.Import, ast.ImportFrom))
         made = {node.name} if defines else {n.id for n in names if isinstance(n.ctx, ast.Store)}
+        if imports:
+            made = {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         uses_others = uses_others | made if uses else uses_others - made | set(others)
         try:
             exec(code, namespace)
@@ -273,10 +281,11 @@ def run_with_grafts(
                 raise
             if node is None:
                 later.append(code)  # what the submission lacks may need what comes further down
-        except Locked:
-            if defines:
+        except (Locked, ModuleNotFoundError) as error:
+            if not imports and not isinstance(error, Locked):
                 raise
-            # A data set of the student's own, say: what needs it will say so.
+            namespace.update(dict.fromkeys(made, _Locked(error.name)))  # what needs it will say so
+            uses_others |= made
         except NotImplementedError as error:
             hole = str(error)  # another exercise's, which this doesn't need
             own = not hole.startswith("Exercise") or hole.startswith(f"Exercise {number}:")
