@@ -358,3 +358,23 @@ def test_a_helper_that_is_not_there_is_named(grader: grade.Grader, tmp_path: Pat
     code = SOLUTIONS["5.2"].replace("= make_divisible(", "= helper(")
     text = submission_with("5.2", code) + "\nfrom my_utils import helper\n"
     assert "my_utils is not there" in mark_one(grader, tmp_path, "5.2", text)[0].message
+
+
+def test_other_exercises_are_the_lessons_however_they_are_put(
+    grader: grade.Grader, tmp_path: Path
+) -> None:
+    text = (
+        submission_with("1.4", SOLUTIONS["1.4"])
+        + """
+def forward(self, x):
+    return self.norm_a(self.a(x))
+
+BasicBlock.forward = forward
+make_shortcut = lambda *_: nn.Identity()
+"""
+    )
+    for number in ("1.5", "1.7"):
+        results = mark_one(grader, tmp_path, number, text)
+        assert all(r.passed for r in results), results
+    lost = [r.check for r in mark_one(grader, tmp_path, "1.4", text) if not r.passed]
+    assert "values" in lost

@@ -263,6 +263,7 @@ def run_with_grafts(
     what can't be made here: a data set of torchvision, a plot by a library that is not installed.
     """
     later, uses_others = [], set(others)
+    grafted: dict[str, tuple[Any, dict[str, Any]]] = {}  # and what is in them
     namespace["get_ipython"] = _Locked("IPython")  # a notebook that was saved as a script has it
     for node, code in _statements(tree, filename, replace, lacking):
         names = [n for n in ast.walk(node) if isinstance(n, ast.Name)] if node else []
@@ -276,6 +277,8 @@ def run_with_grafts(
         uses_others = uses_others | made if uses else uses_others - made | set(others)
         try:
             exec(code, namespace)
+            if node and code.co_filename == "<reference>":
+                grafted |= {name: (namespace[name], {**vars(namespace[name])}) for name in made}
         except NameError:
             if node and not may_fail:
                 raise
@@ -297,6 +300,14 @@ def run_with_grafts(
     for code in later:
         with contextlib.suppress(Exception):
             exec(code, namespace)
+    for name, (part, before) in grafted.items():  # whatever came later in their place
+        namespace[name] = part
+        for key, value in [*vars(part).items()]:
+            if key not in before and callable(value):
+                delattr(part, key)
+        for key, value in before.items():
+            if vars(part).get(key) is not value:
+                setattr(part, key, value)
     for name, code in replace.items():
         owner, _, method = name.rpartition(".")
         mine = namespace.get(owner)
@@ -319,8 +330,9 @@ def _statements(
     declared = any(isinstance(n, ast.ImportFrom) and n.module == "__future__" for n in tree.body)
 
     def code(node: ast.stmt) -> types.CodeType:
-        if (graft := replace.get(getattr(node, "name", ""))) is not None:
-            return unpack(graft)
+        names = [*definitions([node])]
+        if len(names) == 1 and names[0] in replace:
+            return unpack(replace[names[0]])
         module = ast.Module([node], [])
         return compile(module, filename, "exec", flags=future * declared, dont_inherit=True)
 
