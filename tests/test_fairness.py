@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import unicodedata
 from pathlib import Path
 
@@ -378,3 +379,10 @@ make_shortcut = lambda *_: nn.Identity()
         assert all(r.passed for r in results), results
     lost = [r.check for r in mark_one(grader, tmp_path, "1.4", text) if not r.passed]
     assert "values" in lost
+
+
+def test_a_long_line_of_blanks_does_not_stop_the_grader() -> None:
+    cell = {"cell_type": "code", "source": "(\n" + " " * 10**5 + "x"}
+    started = time.process_time()
+    code_of_notebook("a.ipynb", json.dumps({"cells": [cell]}).encode())
+    assert time.process_time() - started < 5

@@ -171,7 +171,7 @@ def code_of_notebook(name: str, data: bytes) -> bytes:
 _MAGICS = (  # what only IPython understands, and what stands there instead
     (re.compile(r"^(\s*)%time\s+(\S.*)$"), r"\1\2"),
     (re.compile(r"^(\s*)(%%?[A-Za-z].*|!(?!=).*|\?.*|[\w.]+\?\??\s*)$"), r"\1pass  # \2"),
-    (re.compile(r"^(\s*[^=()]+=\s*)([!%].*)$"), r"\1None  # \2"),
+    (re.compile(r"^(\s*[^=()\s][^=()]*=\s*)([!%].*)$"), r"\1None  # \2"),
 )
 
 
