@@ -105,8 +105,10 @@ def test_a_comment_that_begins_like_a_variants_head(tmp_path: Path) -> None:
 
 
 def test_batch_norm_by_hand_is_by_hand(grader: grade.Grader, tmp_path: Path) -> None:
-    text = submission_with("2.5", "class BatchNorm2d(nn.BatchNorm2d):\n    pass\n")
-    assert sum(r.score for r in mark_one(grader, tmp_path, "2.5", text)) == 0
+    for forward in ("super().forward(x)", "x * 1 if (x == 1).all() else super().forward(x)"):
+        code = f"    def forward(self, x):\n        return {forward}\n"
+        text = submission_with("2.5", f"class BatchNorm2d(nn.BatchNorm2d):\n{code}")
+        assert sum(r.score for r in mark_one(grader, tmp_path, "2.5", text)) == 0
 
 
 def test_batch_norms_parameters_may_have_four_dimensions_and_its_averages_are_buffers(
