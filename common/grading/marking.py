@@ -42,7 +42,7 @@ from common.grading.exercises import (
 from common.grading.holes import definitions, functions_of, put_in
 from common.grading.sandbox import Host, Limits, Worker, WorkerLost
 
-SOURCE_LIMIT = 1 << 20  # bytes of a file; of a notebook, with its pictures, ten times that
+SOURCE_LIMIT = 1 << 20  # bytes of code; a notebook, with its pictures, may have ten times that
 MARKED = (".py", ".ipynb")
 PACKED = (".zip", ".gz", ".tgz", ".tar", ".7z", ".rar", ".xz", ".bz2")
 MESSAGE_LIMIT = 1000  # characters of one result's message
@@ -162,6 +162,8 @@ def code_of_notebook(name: str, data: bytes) -> bytes:
         texts = ["".join(cell["source"]) for cell in cells if cell.get("cell_type") == "code"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{name} can't be read as a notebook") from None
+    if sum(map(len, texts)) > SOURCE_LIMIT:
+        raise ValueError(f"{name} has more than {SOURCE_LIMIT >> 20} MB of code")
     lines = ["display = print  # in a notebook it is always there"]
     for number, text in enumerate(texts, 1):
         lines += [f"# %% code cell {number}", *_as_python(text)]
