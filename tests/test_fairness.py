@@ -8,10 +8,11 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
 
 from common import grade
-from common.grading import variants
-from common.grading.exercises import file_name, lesson_of, lesson_path
+from common.grading import checks, mutants, variants
+from common.grading.exercises import exercises, file_name, lesson_of, lesson_path
 from common.grading.holes import put_in
 from common.grading.marking import code_of_notebook
 from common.starter import make_starter
@@ -393,3 +394,25 @@ def test_no_notebook_holds_up_the_grader() -> None:
     with pytest.raises(ValueError, match="more than 1 MB of code"):
         read("x;" * 10**6)
     assert time.process_time() - started < 5
+
+
+def test_of_layers_that_repeat_the_last_are_too_many() -> None:
+    stem, block, head = ["7x7", "norm"], 2 * ["3x3", "norm"], ["5x5", "norm", "linear"]
+    mine, theirs = (
+        {"layers": [[f"layer {i}", text] for i, text in enumerate(stem + times * block + head)]}
+        for times in (2, 1)
+    )
+    trial = checks.Trial(exercises("05")["5.1"].cases[0], mine, theirs)
+    assert checks.layer_difference(trial).startswith("too many: layer 6, a 3x3; too many: layer 7")
+
+
+def test_a_pools_padding_is_not_its_window() -> None:
+    x, pool = torch.randn(1, 2, 7, 7), torch.nn.MaxPool2d(3, 2, 1)
+    wrong = torch.nn.MaxPool2d(3, 2)(x)
+    with mutants.Watch() as watch:
+        pool(x)
+    made = [
+        (name, mutants.run(lambda: [pool(x)], how)) for name, how in mutants.mistakes(watch.calls)
+    ]
+    same = [name for name, y in made if y and torch.equal(y[0], wrong)]
+    assert same[0] == "the padding of the max pool is missing"

@@ -308,7 +308,10 @@ def layer_difference(trial: Trial) -> str:
     pairs: list[tuple[tuple[str, str], str]] = []
     extra: list[tuple[str, str]] = []
     missing: list[str] = []
-    for _, i, j, k, m in difflib.SequenceMatcher(None, texts, theirs, autojunk=False).get_opcodes():
+    steps = difflib.SequenceMatcher(None, texts, theirs, autojunk=False).get_opcodes()
+    for (_, i, j, k, m), (_, _, end, _, _) in zip(steps, [*steps[1:], steps[-1]]):
+        while k == m and j < end and texts[i] == texts[j]:  # too many are the last that repeat
+            i, j = i + 1, j + 1
         # The same number in the same gap: one for one. Else the same kind of layer, in order.
         if j - i == m - k:
             pairs += zip(mine[i:j], theirs[k:m])

@@ -266,6 +266,8 @@ _OF_POOLS = [
     ("every second pixel in place of {}", _pool(_subsample)),
     ("the size of {} is rounded the other way (ceil_mode)",
      _pool(lambda f, x, k, stride, pad, ceil: f(x, k, stride, pad, ceil_mode=not ceil))),
+    ("the padding of {} is missing", _pool(lambda f, x, k, stride, *_: f(x, k, stride, 0))),
+    ("{} is padded by 1", _pool(lambda f, x, k, stride, *_: f(x, k, stride, 1))),
     ("the window of {} is 3", _pool(lambda f, x, k, stride, *_: f(x, 3, stride, 1))),
     ("the window of {} is 3", _pool(lambda f, x, k, stride, *_: f(x, 3, stride, 0))),
     ("the window of {} is 2", _pool(lambda f, x, k, stride, *_: f(x, 2, stride, 0))),
