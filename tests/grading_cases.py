@@ -486,6 +486,7 @@ RIGHT: tuple[Edit, ...] = (
     R("7.4", "values, keys, queries", "q, k, v = self.qkv", "v, k, q = self.qkv"),
     R("7.4", "three linear layers", "self.qkv = nn.Linear(dim, 3 * dim)", "self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))", "self.qkv(x).chunk(3, dim=-1)", "self.q(x), self.k(x), self.v(x)"),
     R("7.4", "three linear layers, used in another order", "self.qkv = nn.Linear(dim, 3 * dim)", "self.v, self.q, self.k = (nn.Linear(dim, dim) for _ in range(3))", "q, k, v = self.qkv(x).chunk(3, dim=-1)", "v, k, q = self.v(x), self.k(x), self.q(x)"),
+    R("7.4", "queries, and keys with values", "self.qkv = nn.Linear(dim, 3 * dim)", "self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)", "q, k, v = self.qkv(x).chunk(3, dim=-1)", "q, (k, v) = self.q(x), self.kv(x).chunk(2, dim=-1)"),
     R("7.4", "nn.MultiheadAttention", "self.qkv = nn.Linear(dim, 3 * dim)\n        self.out = nn.Linear(dim, dim)", "self.inner = nn.MultiheadAttention(dim, heads, batch_first=True)", "n, t, d = x.shape", "return self.inner(x, x, x, need_weights=False)[0]\n        n, t, d = x.shape"),
     R("7.4", "einsum", "q @ k.transpose(-2, -1)", "torch.einsum('nhid,nhjd->nhij', q, k)"),
     R("7.4", "scaled_dot_product_attention", "scores = q @ k.transpose(-2, -1) / self.size**0.5\n        mixed = scores.softmax(dim=-1) @ v", "mixed = nn.functional.scaled_dot_product_attention(q, k, v)"),

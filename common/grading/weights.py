@@ -13,7 +13,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,14 @@ class Unit:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     key: str = ""
     zero_bias: bool = False  # a norm follows, which would take the bias away again
+
+    def parts(self, rows: int) -> list[Unit]:
+        """The layer cut into such of so many rows; itself, where they don't fit."""
+        height, *others = {len(t) if t.dim() else 1 for t in self.tensors.values()} or {1}
+        if others or height % rows:
+            return [self]
+        cuts = {role: t.detach().split(rows) for role, t in self.tensors.items()}
+        return [replace(self, tensors=dict(zip(cuts, part))) for part in zip(*cuts.values())]
 
     def slot(self) -> Slot:
         """As plain data, from which `draw` makes the same numbers."""
@@ -253,16 +261,20 @@ def _flat(shape: list[int]) -> tuple[int, ...]:
 
 
 def _loose(units: list[Unit], slots: list[Slot]) -> Iterator[list[Source]]:
-    """Layers against slices of larger ones, weight and bias together; then single tensors against
-    single tensors: equal shapes, slices of a larger, all transposed.
+    """Layers, or their parts as high as the lowest, against slices of larger ones, weight and bias
+    together; then single tensors against single tensors: equal shapes, slices of a larger, all
+    transposed.
     """
     if not units:
         yield []
         return
-    layers = _groups((_outline(unit.slot()), unit) for unit in units)
-    cuts = ((key, (slot, rows)) for slot in slots for key, rows in _cut(_outline(slot), layers))
-    for pairing in _pairings(layers, _groups(cuts)):
-        yield [source for unit, (slot, rows) in pairing for source in _whole([(unit, slot)], rows)]
+    low = min((len(t) for unit in units for t in unit.tensors.values() if t.dim()), default=0) or 1
+    parts = [part for unit in units for part in unit.parts(low)]
+    for pieces in (units, parts) if len(parts) > len(units) else (units,):
+        layers = _groups((_outline(unit.slot()), unit) for unit in pieces)
+        cuts = ((key, (slot, rows)) for slot in slots for key, rows in _cut(_outline(slot), layers))
+        for pairing in _pairings(layers, _groups(cuts)):
+            yield [s for unit, (slot, rows) in pairing for s in _whole([(unit, slot)], rows)]
     # By role, as in an outline, so that a norm's four tensors of one shape meet their like.
     mine = [t for unit in units for _, t in sorted(unit.tensors.items())]
     tensors = _groups(((("", _flat(t.shape)),), t) for t in mine)
