@@ -282,16 +282,13 @@ class MemoryLoader(ImageLoader):
         order = self.order(epoch).to(self.device)
         augmented = self.train and (self.config.augment != "none" or self.config.cutout)
         draws = self.draws(epoch) if augmented else None
-        draws_there = draws.to(self.device) if augmented else None
+        there = draws.to(self.device) if augmented else None
         seeds = self.seeds(epoch) if self.per_image else None
         for batch in range(start, len(self)):
             at = self.positions(batch)
             rows = slice(at.start, at.stop, at.step)
             index = order[rows]
-            if augmented:
-                x = self._augment(index, draws[rows], draws_there[rows])
-            else:
-                x = self.pixels[index]
+            x = self._augment(index, draws[rows], there[rows]) if augmented else self.pixels[index]
             if self.per_image:
                 x = self.per_image(x, seeds[rows])
             yield self._finish(x, self.labels_there[index], epoch, batch)
@@ -301,15 +298,16 @@ class MemoryLoader(ImageLoader):
         height, width = (slice(self.edge, self.edge + side) for side in self.size)
         return self._normalise(self.pixels[index][:, :, height, width])
 
-    def _augment(self, index: Tensor, draws: Tensor, draws_there: Tensor) -> Tensor:
-        x = augmentation.random_crop(self.pixels, index, self.size, draws_there)
+    def _augment(self, index: Tensor, draws: Tensor, there: Tensor) -> Tensor:
+        """Images of `index`; `there` are the draws on the images' device."""
+        x = augmentation.random_crop(self.pixels, index, self.size, there)
         if self.part.flips and self.config.augment != "none":
-            x = augmentation.random_flip(x, draws_there)
+            x = augmentation.random_flip(x, there)
         if self.config.augment == "strong":
             x = augmentation.trivial_augment(x, draws)
         if self.config.cutout:
             side = max(1, round(self.config.cutout * self.size[0] / self.config.image_size))
-            x = augmentation.cutout(x, side, draws_there)
+            x = augmentation.cutout(x, side, there)
         return x
 
 
@@ -326,16 +324,15 @@ class FileLoader(ImageLoader):
             [(name, order[p], seeds[p]) for p in self.positions(batch)]
             for batch in range(start, len(self))
         )
-        alternating = self.part.flips and self.config.augment == "alternating"
-        drawn = self.train and (self.config.cutout or alternating)
-        draws = self.draws(epoch) if drawn else None
+        in_turn = self.part.flips and self.config.augment == "alternating"
+        draws = self.draws(epoch) if self.train and (self.config.cutout or in_turn) else None
         self.waited, began = 0.0, time.monotonic()
         for batch, (x, y) in enumerate(self.pool.batches(plan), start):
             self.waited += time.monotonic() - began
             x, y = (t.to(self.device, non_blocking=t.is_pinned()) for t in (x, y))
             if draws is not None:
                 here = draws[list(self.positions(batch))].to(self.device)
-                x = augmentation.random_flip(x, here) if alternating else x
+                x = augmentation.random_flip(x, here) if in_turn else x
                 x = augmentation.cutout(x, self.config.cutout, here) if self.config.cutout else x
             yield self._finish(x, y, epoch, batch)
             began = time.monotonic()

@@ -568,11 +568,11 @@ def test_pictures_are_scaled_and_cut_in_the_file_as_they_are_here(
 def test_an_export_to_a_full_disk_is_one_line_and_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, content: bytes) -> int:
+    def full(file: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "model.pt2").write_bytes(b"of before")
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     with pytest.raises(UserError, match=r"model\.pt2 can't be written \(No space left"):
         export_model(net, (3, 8, 8), tmp_path, list("abcde"), (torch.ones(3),) * 2)

@@ -21,7 +21,10 @@ from common.grading.sandbox import Limits, SandboxUnavailable, require_platform
 LESSONS = Path(__file__).parent.parent.parent
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    # To pytest, what follows an option that it doesn't know yet is a path of tests: it would run
+    # the conftest.py that lies beside the submission. After this one, none is loaded.
+    pluginmanager._noconftest = True
     group = parser.getgroup("marking")
     group.addoption(
         "--submission",
