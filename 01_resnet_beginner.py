@@ -85,7 +85,7 @@ from common.experiments import Arm, Claim, Experiment, run_experiment
 from common.live import digits, live, show
 from common.pretrained import load_pretrained, weights_mean_std
 from common.profiling import count_parameters, profile
-from common.resnet9 import ResNet9, bag_of_tricks
+from common.resnet9 import RESNET9, bag_of_tricks
 from common.runs import Run, banner, draw_figures, prepare
 from common.training import Aids, fit, make_optimizer, make_schedule, measure_layers
 from common.training import train_one_epoch
@@ -363,7 +363,7 @@ TABLE: dict[str, Row] = {  # the block, how many of it each stage has, what it i
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(ResNet, block, n, **options) for name, (block, n, options) in TABLE.items()},
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
-    "resnet9": ResNet9,  # nine layers that learn CIFAR-10 on a laptop: common/resnet9.py
+    **RESNET9,  # resnet9 and resnet9_wide, which learn CIFAR-10 on a laptop: common/resnet9.py
 }
 
 # %%
@@ -386,9 +386,8 @@ if live():
 # %%
 def build(config: Config, num_classes: int) -> nn.Module:
     """The model that the flags ask for."""
-    options = {"shortcut": config.shortcut} if config.shortcut else {}
-    if config.model != "resnet9":
-        options["zero_init_residual"] = config.zero_init_residual
+    options = {} if config.model in RESNET9 else {"zero_init_residual": config.zero_init_residual}
+    options |= {"shortcut": config.shortcut} if config.shortcut else {}
     return MODELS[config.model](num_classes=num_classes, small_input=config.small_input, **options)
 
 

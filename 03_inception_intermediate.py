@@ -567,7 +567,7 @@ def run(config: Config) -> dict[str, object]:
     model = build(config, data.num_classes)
     model = model.to(device, memory_format=memory_format(config.image_size))
     if config.pretrained:
-        load_pretrained(model, config.model)
+        load_pretrained(model, config.model, data.class_names)
 
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     loss_fn = AuxiliaryLoss(criterion, model.aux_weight)
@@ -606,7 +606,7 @@ if live():
 # *silenced*, giving zeros. Beforehand: a share tells a branch's worth if its rank correlation with
 # that loss is above 0.5 (1: the same order, 0: no relation). The 3x3 branches are missed most if
 # silencing one adds 0.1 more, on average over the modules, than silencing any other kind. **Say
-# it first**: they have 44% of the channels. Which share of the output?
+# it first**: on average they have 44% of a module's channels. Which share of its output?
 #
 # **`bottleneck`: what do the 1x1 convolutions save?** Nothing is trained: arithmetic and a clock,
 # for every module of the paper's table on the maps of a 224x224 image: *reduced*, as published;

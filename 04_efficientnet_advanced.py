@@ -475,7 +475,7 @@ def run(config: Config) -> dict[str, object]:
     # A pixel's channels side by side: a CPU's depthwise convolutions are then twice as fast.
     model = build(config, data.num_classes).to(device, memory_format=torch.channels_last)
     if config.pretrained:
-        load_pretrained(model, config.model)
+        load_pretrained(model, config.model, data.class_names)
 
     loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = make_optimizer(model, config)

@@ -444,7 +444,7 @@ def run(config: Config) -> dict[str, object]:
     model = build(config, data.num_classes)
     model = model.to(device, memory_format=memory_format(config.image_size))
     if config.pretrained:
-        load_pretrained(model, config.model)
+        load_pretrained(model, config.model, data.class_names)
 
     loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = make_optimizer(model, config)

@@ -31,6 +31,7 @@ The recipe (`--recipe fast`) is `FAST` in common/config.py; common/optimizers.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -147,6 +148,11 @@ class ResNet9(Classifier):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.forward_features(x))
 
+
+RESNET9: dict[str, Callable[..., ResNet9]] = {
+    "resnet9": ResNet9,
+    "resnet9_wide": partial(ResNet9, (96, 352, 352)),  # in float16 still below 10 MB
+}
 
 # ---------------------------------------------------------------------------------- what each gives
 

@@ -484,7 +484,7 @@ class Contestant:
     def race(self, case: Case) -> Iterator[tuple[float, float]]:
         """Seconds of training so far and validation accuracy, after each epoch."""
         settings = {"model": self.model, "epochs": self.epochs, "data_dir": case.args.data_dir}
-        recipe = "fast" if self.model == "resnet9" and not self.plain else ""
+        recipe = "fast" if self.model.startswith("resnet9") and not self.plain else ""
         amp = case.args.amp is not False and not self.plain
         config = TrainConfig(recipe=recipe, amp=amp, compile=case.args.compile, **settings)
         config = config.resolve(case.args.dataset, case.data.image_size)

@@ -364,38 +364,40 @@ def test_half_the_bytes_for_eleven_bits_of_each_number(
 # ------------------------------------------------------------------------------- the shipped file
 
 
-def test_the_shipped_network_is_the_one_that_its_record_describes(
-    monkeypatch: pytest.MonkeyPatch, no_network: None, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("name", ["resnet20", "resnet9_wide"])
+def test_the_shipped_networks_are_those_that_their_records_describe(
+    name: str, monkeypatch: pytest.MonkeyPatch, no_network: None, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(stored, "WEIGHTS", SHIPPED)
-    record = json.loads((SHIPPED / "resnet20.json").read_text(encoding="utf-8"))
-    found = stored.find_bundle("resnet20")
+    record = json.loads((SHIPPED / f"{name}.json").read_text(encoding="utf-8"))
+    found = stored.find_bundle(name)
     assert found.describe() == (
-        f"resnet20 of the course, trained on {record['trained_on']}: 10 classes at 32 px, "
+        f"{name} of the course, trained on {record['trained_on']}: 10 classes at 32 px, "
         f"test top-1 {record['test_top1']:.2%}"
     )
     assert record["test_top1"] > 0.88 and "CIFAR-10" in record["trained_on"]
     assert found.class_names == record["class_names"] == CIFAR10
-    assert bundle.digest(found.state) == record["sha256"]
-    assert not any("shortcut" in name for name in found.state)  # option A
+    file = SHIPPED / f"{name}.pt"
+    assert bundle.digest(torch.load(file, weights_only=True)["state"]) == record["sha256"]
+    assert file.stat().st_size < 10e6
 
-    model = pretrained.load_pretrained(resnet20(), "resnet20", CIFAR10)
+    first = lesson("01")
+    model = first.MODELS[name](num_classes=10)
+    pretrained.load_pretrained(model, name, CIFAR10)
     assert "classifier is kept" in capsys.readouterr().out
-    assert sum(p.numel() for p in model.parameters()) == record["parameters"] == 269_722
+    assert sum(p.numel() for p in model.parameters()) == record["parameters"]
     assert model.eval()(torch.randn(2, 3, 32, 32)).isfinite().all()
-    # Every BatchNorm has counted the steps of the epochs up to the best one, 128 images each.
+
+    # The record's command is one of lesson 1, and every BatchNorm has counted the steps of its
+    # epochs up to the best one.
+    words = record["command"].split()
+    config = first.parse_flags(first.Config, words[2:]).resolve("folder")
+    assert words[1] == f"{first.__name__}.py" and config.model == name
+    assert config.epochs == record["epochs"] and config.seed == record["seed"]
+    assert config.image_size == record["image_size"] == 32 and config.data_dir == "DIR"
     counts = {int(v) for n, v in found.state.items() if n.endswith("num_batches_tracked")}
-    assert counts == {record["best_epoch"] * (45_000 // 128)}
+    steps = round(50_000 * (1 - config.val_share)) // config.batch_size
+    assert counts == {record["best_epoch"] * steps}
     # The mean and deviation that the literature normalises CIFAR-10 with.
     assert found.mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.003)
     assert found.std.tolist() == pytest.approx([0.2470, 0.2435, 0.2616], abs=0.003)
-
-
-def test_the_record_s_command_is_one_of_lesson_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = json.loads((SHIPPED / "resnet20.json").read_text(encoding="utf-8"))
-    words = record["command"].split()
-    first = lesson("01")
-    config = first.parse_flags(first.Config, words[2:]).resolve("folder")
-    assert words[1] == f"{first.__name__}.py" and config.model == "resnet20"
-    assert config.epochs == record["epochs"] and config.seed == record["seed"]
-    assert config.image_size == record["image_size"] == 32 and config.data_dir == "DIR"
