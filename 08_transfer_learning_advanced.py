@@ -386,7 +386,7 @@ TABLE = (
 # ## One transfer
 #
 # `--from` takes the weights of a run of this course, and `--pretrained` the official weights of
-# ImageNet; resnet20, trained on CIFAR-10 at 32 px, comes with the course (`common/weights/`).
+# ImageNet; resnet20 and resnet9_wide, trained on CIFAR-10, are in the course (`common/weights/`).
 # Without either, the net is pretrained here: on half of the classes. The other half is the new
 # task, and few of its labels are used.
 #
