@@ -13,13 +13,13 @@ one GPU, and others have gone on from there. Three ideas of the net let it learn
         --val-share 0.02 --dataset folder --data-dir DIR
 
 Measured on CIFAR-10 (JPEG copy), seeds 0 and 1, two threads of an AMD EPYC (AVX512-BF16, no AMX),
-bfloat16, torch 2.14: test 90.34 and 90.49%, with views averaged 91.39 and 91.64%; seed 1 alone on
-the machine 1,351 s. On an Intel Xeon with AMX seed 0 gave 90.60 and 91.55%. resnet9_wide, 36 epochs
-and `--cutout 12`: 91.37 and 92.25%, 105 s an epoch. resnet20 needs 40 epochs for 86.55% and 150 for
-89.05%. With one layer less in the last stage, and without cutout, ten epochs gave 89.45 and 90.35%.
-Narrower (64, 128, 256), with ReLU and a tenth of the images held back, ten gave 88.49%, and 45 with
-cutout 89.80%; what each of the three gives was not measured. The last epoch has 95% of its training
-images right, cutout and all.
+bfloat16, torch 2.14: test 90.34 and 90.49%, with views averaged 91.39 and 91.64%, 1,351 s (seed 1).
+On an Intel Xeon with AMX seed 0 gave 90.60 and 91.55%. resnet9_wide, 36 epochs and `--cutout 12`:
+91.37 and 92.25%, 105 s an epoch. resnet20 needs 40 epochs for 86.55% and 150 for 89.05%. With one
+layer less in the last stage, and without cutout, ten epochs gave 89.45 and 90.35%. Narrower (64,
+128, 256), with ReLU and a tenth of the images held back, ten gave 88.49%, and 45 with cutout
+89.80%; what each of the three gives was not measured. The last epoch has 95% of its training images
+right, cutout and all.
 
 What `bag-of-tricks` gave (digits, 12 seeds, one thread of an Intel Xeon that others used too; test,
 all tricks 98.24%): kernels that copy +22.3 points (99.2% interval 17.8 to 26.9), linear decay +9.7
