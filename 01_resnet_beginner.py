@@ -481,8 +481,8 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 #     plain                          0.080 ± 0.021     0.558 ± 0.085     88.3%
 #     residual                       0.026 ± 0.007     0.038 ± 0.007     98.5%
 #     pre-activation                 0.037 ± 0.005     0.045 ± 0.007     98.3%
-# The plain net's gradient does not vanish. Before the first step it *grows* towards the image, 1.15
-# times a layer, 0.4 to 29. After a ReLU part of the signal is the same for all images. BatchNorm
+# The plain net's gradient does not vanish. Before the first step it *grows* towards the image, from
+# 0.4 to 29, 1.15 times a layer. After a ReLU part of the signal is alike in all images. BatchNorm
 # removes it and divides the rest, and so the gradient, by its deviation, below 1 (Yang et al. 2019:
 # 1.21 in wide nets). A shortcut brings most past the block: 1.06. Trained, the plain net has the
 # largest: 0.2 to 0.8. He et al. (sec. 4.1) saw none vanish and suppose exponentially slow learning.

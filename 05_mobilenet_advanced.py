@@ -730,8 +730,8 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # `python -m common.starter 05 --out DIR` makes a copy of this file without the parts that you write
 # and says how to mark it. In order of difficulty:
 #
-# - **5.1** `DepthwiseSeparable`. By how much would 5x5 filters in both make it cheaper than a full
-#   convolution, 64 channels in and 128 out? Check with `count_macs` of three `ConvBN`.
+# - **5.1** `DepthwiseSeparable`. By how much is it cheaper than a full convolution if both have 5x5
+#   kernels, 64 channels in and 128 out? Build the three `ConvBN` and check with `count_macs`.
 # - **5.2** `SqueezeExcitation`. What share of V3-small's parameters is it, with 1000 classes?
 # - **5.4** `quantize` and `dequantize`. How far is $s\,(q - z)$ from $x$ if nothing is clamped?
 # - **5.3** `InvertedResidual`. For which strides and channels has it a shortcut?

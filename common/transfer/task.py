@@ -86,9 +86,8 @@ class Task:
                 loader.order = partial(balanced_order, loader.labels, config.seed)
                 data = dataclasses.replace(data, train=loader)
             counts = torch.bincount(data.train.labels, minlength=data.num_classes)
-            loss_fn = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-            loss_fn = loss(counts).to(device) if loss else loss_fn
-            model = self.start(config, data)
+            plain = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+            model, loss_fn = self.start(config, data), loss(counts).to(device) if loss else plain
             began = time.monotonic()
             history = self.lesson.transfer(model, data, config, loss_fn)
             seconds = time.monotonic() - began
