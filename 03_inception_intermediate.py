@@ -702,7 +702,7 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # - The training loss starts near $1.6 \ln 10 = 3.7$ and not near $\ln 10 = 2.3$: three classifiers
 #   pay, two of them 0.3. The validation loss is that of the last one alone. At first it can be
 #   absurd: in eval mode BatchNorm uses running averages, which lag behind weights that move fast.
-# - Auxiliary heads hold 4.35 of the 9.95 million parameters of GoogLeNet for ten classes
+# - Auxiliary heads hold 4.35 of the 9.96 million parameters of GoogLeNet for ten classes
 #   (`--summary`), and of 1000 classes 6.38 of 13.00. None is used when the net predicts.
 # - `bottleneck`, multiply-adds, the same on every machine: the nine modules take 1,104 million as
 #   published, 3,948 (3.6 times) with the large filters on the whole input, and 12,085 (10.9 times)
