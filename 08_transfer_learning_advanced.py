@@ -827,8 +827,8 @@ EXPERIMENTS: dict[str, Callable[[Config], object]] = {
 # labels and few steps: full 79.6%, a new classifier alone 65.7%, which holds; scratch 76.7%, which
 # is undecided, because scratch varies by 8 points from seed to seed. `fractions`: after 200 epochs
 # on 32 labels scratch has 93.3%, transfer 90.9%: the claim *fails*. Where steps cost nothing, the
-# weights of 649 other digits are worth nothing; the README's table of CIFAR-10 shows the other
-# case. `imbalance` and `domain-adaptation`: all claims hold; `schedules`: both fail.
+# weights of 649 other digits are not worth those two points; the README's table of CIFAR-10 shows
+# the other case. `imbalance` and `domain-adaptation`: all claims hold; `schedules`: both fail.
 #
 # ## Exercises
 #
