@@ -124,9 +124,7 @@ def trivial_augment(x: Tensor, draws: Tensor) -> Tensor:
 
 
 def apply_operation(name: str, x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    """`name` of `OPERATIONS` on every image of x (N, C,
-    H, W) uint8, each with its own strength and sign (N,).
-    """
+    """`name` of `OPERATIONS` on x (N, C, H, W) uint8; strengths and signs (N,), one an image."""
     signed = strength * sign
     if name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate"):
         return _geometric(name, x, signed)
@@ -144,9 +142,7 @@ def apply_operation(name: str, x: Tensor, strength: Tensor, sign: Tensor) -> Ten
 
 
 def _geometric(name: str, x: Tensor, signed: Tensor) -> Tensor:
-    """Sample each image on its own sheared, shifted
-    or turned grid; what comes from outside is black.
-    """
+    """Sample each image on its own sheared, shifted or turned grid; outside it is black."""
     # Output -> input, coordinates in [-1, 1].
     theta = torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)
     if name == "shear_x":
@@ -166,9 +162,7 @@ def _geometric(name: str, x: Tensor, signed: Tensor) -> Tensor:
 
 
 def _blend(name: str, x: Tensor, factor: Tensor) -> Tensor:
-    """Away from (factor > 1) or towards (< 1) an image that
-    has lost brightness, colour, contrast or sharpness.
-    """
+    """Away from (factor > 1) or towards (< 1) an image that has lost what `name` says."""
     image = x.float()
     if name == "brightness":
         lost = torch.zeros_like(image)

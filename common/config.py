@@ -1,6 +1,4 @@
-"""A run's settings: one frozen dataclass whose fields
-are the flags, and a recipe for what they leave open.
-"""
+"""A run's settings: one frozen dataclass whose fields are the flags, and a recipe for the rest."""
 
 from __future__ import annotations
 
@@ -327,9 +325,7 @@ class TrainConfig:
 
     @property
     def small_input(self) -> bool:
-        """Whether models take their 32x32 form: the stems
-        of ImageNet leave nothing of so small an image.
-        """
+        """Whether models take their 32x32 form: ImageNet's stems leave nothing of a small image."""
         return self.image_size is not None and self.image_size <= 64
 
     def to_dict(self) -> dict[str, Any]:

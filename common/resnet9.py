@@ -116,7 +116,7 @@ class ResNet9(Classifier):
     Args:
         whiten: compute the stem's filters, see `PatchWhitening`; or train them.
         identity: start each 3x3 kernel as a copy; or at random.
-        shortcut: add the input of each residual pair to its output; or don't.
+        shortcut: add the input of each residual branch to its output; or don't.
     """
 
     def __init__(

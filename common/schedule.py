@@ -19,7 +19,7 @@ class Schedule:
     - onecycle: up for 30% of the run, from a 25th of the peak, then a cosine down.  Smith and Topin
       2018
     - step: a tenth after half and after three quarters of the run.  He et al. 2015, sec. 4.2
-    - plateau: a tenth whenever the validation loss has not fallen for 3 epochs
+    - plateau: a tenth whenever the validation loss has not fallen for more than 3 epochs
     - linear: straight down to zero
     - constant: the peak
 
