@@ -379,9 +379,9 @@ if live():
 
 # %% [markdown]
 # ## One run, from data to report
-# `fit` calls `train_one_epoch` once an epoch and validates after it. Every step is the same:
-# forward, loss, backward, step. `autocast` computes in 16 bits where that is faster; for float16
-# the loss is enlarged, which `unscale_` undoes. `Aids` has a line on each of the rest.
+# `fit` repeats `train_one_epoch` (forward, loss, backward, step) and validates. `autocast` computes
+# in 16 bits where that is faster; float16's loss is enlarged, `unscale_` undoes it; more: `Aids`.
+# NOTE: the rate falls along a cosine, not in steps; decay on small images is 0.0005, not 0.0001.
 
 
 # %%
