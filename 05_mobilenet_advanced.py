@@ -417,8 +417,8 @@ if live():
 # %% [markdown]
 # ## One run, from data to report
 #
-# `fit` repeats the loop of lesson 1 once an epoch. **Say it first**: V3's head has a dropout, which
-# sets a fifth of the numbers to 0, in training only. Which line of the loop switches it on?
+# `fit` repeats lesson 1's loop. NOTE: the papers train with RMSProp. **Say it first**: a dropout in
+# V3's head sets a fifth of the numbers to 0, in training only. Which line of the loop starts it?
 
 
 # %%
