@@ -105,11 +105,18 @@ from torch import Tensor, nn
 
 from common.classifier import Classifier  # nn.Module; head[-1] is the last layer, replaceable
 from common.comparison.conclusion import conclude, reproduce
-from common.comparison.counting import count_by_thop, counted
-from common.comparison.entries import chosen_names, imagenet_entries, steps
-from common.comparison.matching import Family, default_model, small_entries
+from common.comparison.entries import (
+    Family,
+    chosen_names,
+    count_by_thop,
+    counted,
+    default_model,
+    imagenet_entries,
+    settled,
+    small_entries,
+    steps,
+)
 from common.comparison.results import Candidate, Table
-from common.comparison.setup import settled
 from common.comparison.sweeps import Bench, Entry
 from common.comparison.training import train_all
 from common.engine.device import describe

@@ -25,9 +25,8 @@ from common import plotting
 from common.cli import parse_flags
 from common.comparison import training
 from common.comparison.conclusion import trained_verdict
-from common.comparison.entries import chosen_names, is_small
+from common.comparison.entries import chosen_names, is_small, match_target, small_entries
 from common.comparison.imagenet import evaluate_imagenet, published, with_newer_weights
-from common.comparison.matching import match_target, small_entries
 from common.comparison.results import (
     Candidate,
     choose,
@@ -240,7 +239,7 @@ def test_every_model_has_its_place_on_the_timeline() -> None:
 def test_matched_sizes_are_about_equal(
     match: str, models: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.comparison.counting.count_by_thop", lambda *parts: (0, ""))
+    monkeypatch.setattr("common.comparison.entries.count_by_thop", lambda *parts: (0, ""))
     sizes = {"experiment": "matched-size", "match": match, "model": models}
     config = lesson.Config(dataset="digits", profile_only=True, **sizes).resolve("digits")
     target = match_target(config, 10, lesson.FAMILIES)

@@ -1,9 +1,7 @@
 """What lesson 7 stands on.
 
-entries      which models take part, and in which form
-counting, matching           what a model costs; widths at which all cost the same
+entries      flags; which models take part, in which form and width, and what each costs
 sweeps       their times, taken so that the order holds
-setup        its flags, before it starts
 training     their accuracies, from arms of the harness
 imagenet     the published accuracies, and what reproduces them
 results      all of it as plain records: Pareto front, constraints, tables
