@@ -10,6 +10,7 @@ inspection, plotting         looks inside a model; figures from records and arra
 pretrained, runs             trained weights; a run's folder, its results and its page
 experiments                  arms, seeds and claims
 lessons, find_lr, live       finds a lesson or a model; a rate; cells that act in a notebook
+limits                       what a machine can't do is refused before it starts
 classifier, optimizers       what every network has; Muon
 resnet9, branches, costs, integers      what single lessons stand on
 

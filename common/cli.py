@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from common.config import TRAIN_IMAGES, TrainConfig, knob_types
+from common.config import TrainConfig, knob_types
 from common.engine import signals
 from common.engine.errors import UserError, unknown
 from common.engine.signals import on_leave
@@ -181,10 +181,9 @@ def main(
             raise unknown("experiment", config.experiment, experiments)
         known = build is not None and models[config.model] is not None
         if known and not (config.resume or config.pretrained):
-            from common.engine.limits import check_size
-            from common.profiling import count_macs
+            from common.limits import check_size
 
-            check_size(config, build, count_macs, TRAIN_IMAGES)
+            check_size(config, build)
         if config.find_lr and not known:
             raise UserError("--find-lr is for one network: name it with --model, in lessons 1 to 6")
         if config.find_lr:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from common.config import TrainConfig
 from common.engine import sources
 from common.engine.device import evaluating
-from common.engine.limits import too_small
 from common.engine.records import LayerRecord
 from common.engine.weights import size_for_weights
+from common.limits import large_enough
 from common.profiling import count_macs, count_parameters, macs_by_module
 
 
@@ -285,10 +285,8 @@ def print_summary(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -
     with torch.device("meta"):
         model = build(config, classes)
     size = (3, config.image_size, config.image_size)
-    try:
+    with large_enough(config.model, config.image_size):
         params, macs = count_parameters(model), count_macs(model, size)
-    except (RuntimeError, ValueError) as error:
-        raise too_small(config.model, config.image_size, error) from None
     lines = [("layer", "kind", "output", "parameters", "MACs")]
     for r in layer_table(model, size, config.summary_depth):
         shape = "x".join(map(str, r.output_shape[1:])) if r.output_shape else "training only"

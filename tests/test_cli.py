@@ -140,7 +140,7 @@ def test_a_folder_is_judged_at_the_size_that_it_is_trained_at(
     """500 images of 224 px need 16 GiB, the same of 16 px some tens of MiB."""
     folder = image_folder(per_class=200)
     flags = "--dataset folder --model resnet9 --recipe fast --device cpu --data-dir".split()
-    monkeypatch.setattr("common.engine.limits.memory", lambda device: 2**30)
+    monkeypatch.setattr("common.limits.memory", lambda device: 2**30)
     code, _, err = cli("01", *flags, str(folder), "--smoke")
     assert code == 0, err
     code, _, err = cli("01", *flags, str(folder), "--image-size", "224")

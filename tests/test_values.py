@@ -18,9 +18,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from common import limits
 from common.comparison.results import parse_size
 from common.config import TrainConfig
-from common.engine import limits
 from common.engine.errors import UserError
 from tests.conftest import LESSONS, lesson
 

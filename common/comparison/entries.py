@@ -17,12 +17,12 @@ from torch import nn
 from common.comparison.imagenet import published
 from common.comparison.results import Candidate, parse_budget, parse_constraints, parse_size, si
 from common.comparison.sweeps import MOST_WAYS, SHOWN_WAYS, SWEEPS, Entry, MakeEntry
-from common.config import TRAIN_IMAGES, TrainConfig
+from common.config import TrainConfig
 from common.engine import processes
 from common.engine.errors import UserError
-from common.engine.limits import check_size, too_small
 from common.engine.progress import Bar
 from common.lessons import get_model, lesson_names, load_lesson
+from common.limits import check_size, large_enough
 from common.profiling import count_macs, count_parameters
 from common.runs import prepare
 
@@ -173,7 +173,7 @@ def small_entries(
         entries.append(entry(config.dataset, name, build, config.image_size))
         if not config.profile_only:
             one = replace(config, model=name)
-            check_size(one, lambda *_, net=build: net(), count_macs, TRAIN_IMAGES)
+            check_size(one, lambda *_, net=build: net())
         bar.advance(1, name)
     return entries
 
@@ -256,10 +256,8 @@ def counted(
     size = (3, image_size, image_size)
     with torch.device("meta"):
         model = build()
-    try:
+    with large_enough(name, image_size):
         macs = count_macs(model, size)
-    except (RuntimeError, ValueError) as error:
-        raise too_small(name, image_size, error) from None
     by_thop, note = count_by_thop(model, size, macs)
     tensors = [*model.parameters(), *model.buffers()]
     row = published().get(name) if task == "ImageNet" else None

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from common.config import TRAIN_IMAGES, TrainConfig
 from common.engine.errors import UserError
 from common.engine.sources import size_of_folder
-
-if TYPE_CHECKING:
-    from common.config import TrainConfig
+from common.profiling import count_macs, count_parameters
 
 DAYS = 30  # more than that on hardware at its very best is a slip of the keyboard
 
 
-def check_size(
-    config: TrainConfig,
-    build: Callable[[Any, int], nn.Module],
-    count_macs: Callable[[nn.Module, tuple[int, int, int]], int],
-    train_images: Mapping[str, int],
-) -> None:
+def check_size(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -> None:
     """Refuse, before anything starts, what needs more memory or time than this machine has.
 
     Counted on the meta device, where a net of any size costs nothing. What is counted is the least
@@ -38,23 +33,19 @@ def check_size(
     unsized = name == "folder" and config.image_size is None
     config = config.resolve(name, size_of_folder(config.data_dir)[0] if unsized else None)
     size = (3, config.image_size, config.image_size)
-    images = train_images.get(name, 1000)  # of a folder nothing is known yet
+    images = TRAIN_IMAGES.get(name, 1000)  # of a folder nothing is known yet
     outputs: list[int] = []
-    try:
+    with large_enough(config.model, config.image_size):
         with torch.device("meta"):
             model = build(config, 10)
         for module in model.modules():
             if not list(module.children()):
                 module.register_forward_hook(lambda m, x, y: outputs.append(_numbers(y)))
         macs = count_macs(model, size)
-    except (RuntimeError, ValueError) as error:
-        if "must match" not in str(error) and "size" not in str(error):
-            raise
-        raise too_small(config.model, config.image_size, error) from None
     # Weights, gradients, momentum, and what backward needs of one batch: not every layer's output
     # (a norm's goes as soon as the ReLU after it is done), hence the half.
     batch = min(config.batch_size, images)
-    parameters = sum(p.numel() for p in model.parameters()) * (4 if config.ema else 3)
+    parameters = count_parameters(model) * (4 if config.ema else 3)
     needed = 4 * (parameters + batch * sum(outputs) // 2)
     there = memory(config.device)
     gib = 2**30
@@ -77,12 +68,22 @@ def check_size(
         )
 
 
-def too_small(model: str, image_size: int, error: Exception) -> UserError:
-    """What to raise where a model's layers have failed with `error` on so small an image."""
-    return UserError(
-        f"--image-size {image_size}: {model} makes nothing of so small an image "
-        f"({str(error).splitlines()[0][:80]})"
-    )
+@contextmanager
+def large_enough(model: str, image_size: int) -> Iterator[None]:
+    """Inside, `model` is run on an image of so many pixels.
+
+    Raises:
+        UserError: its layers make nothing of so small a one.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if "must match" not in str(error) and "size" not in str(error):
+            raise
+        raise UserError(
+            f"--image-size {image_size}: {model} makes nothing of so small an image "
+            f"({str(error).splitlines()[0][:80]})"
+        ) from None
 
 
 def memory(device: str) -> int:
