@@ -69,7 +69,7 @@ class Config(TrainConfig):
 
     model: str = knob("resnet20", "any model of the course, or torchvision:NAME")
     dataset: str = knob("digits", "the target: a dataset's name, or the path of a folder of images")
-    from_run: str = knob("", "start from the weights of this run, or from resnet20 (short: --from)")
+    from_run: str = knob("", "start from the weights of this run, or from resnet20", short="--from")
     source_classes: int | None = knob(None, "classes to pretrain on (default: half)", (), 2, 10**5)
     source_epochs: int | None = knob(None, "epochs of that pretraining", low=1, high=10000)
     strategy: str | None = knob(
@@ -82,7 +82,9 @@ class Config(TrainConfig):
     optimizer: str = knob("sgd", "what takes the steps; each part at its own rate", ("sgd",))
     rate_decay: float = knob(1.6, "how many times slower each part learns", low=1, high=100)
     unfreeze_by: float = knob(0.5, "share of the epochs after which all is awake", low=0, high=1)
-    predict: str = knob("", "images to classify afterwards; with --from, without training")
+    predict: str = knob(
+        "", "images to classify afterwards; with --from, without training", nargs="+"
+    )
     export: bool = knob(False, "write torch.export and ONNX files, and check them")
     export_pixels: bool = knob(False, "the same, from a picture of any size to probabilities")
     fractions: str = knob("0.05,0.2,1", "shares of the labels to compare at", low=0.0001, high=1)

@@ -66,6 +66,7 @@ def parse_flags(config_class: type[ConfigT], argv: list[str] | None = None) -> C
         argv = sys.argv[1:] if script() else []
     with exit_codes():
         given = vars(_build_parser(config_class).parse_args(argv))
+        given |= {k: os.pathsep.join(v) for k, v in given.items() if isinstance(v, list)}
         if given.get("resume"):
             return _resumed(config_class, given)
         return config_class(**given)
@@ -102,6 +103,7 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = kinds[0]
+            options["nargs"] = spec.metadata.get("nargs")
             options["metavar"] = (
                 "|".join(filter(None, spec.metadata.get("choices") or ()))
                 or kinds[0].__name__.upper()

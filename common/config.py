@@ -34,6 +34,7 @@ def knob(
     low: float | None = None,
     high: float | None = None,
     short: str = "",
+    nargs: str | None = None,
     without: tuple[str, ...] = (),
 ) -> Any:
     """A field that is also a flag: its default, its line in --help, what it may be.
@@ -42,10 +43,12 @@ def knob(
         low: the least and `high` the most that it may be, both included. Every number has both. A
             text that has them is a list such as 20,56, and they hold for each number in it.
         short: another name of the flag.
+        nargs: "+" for a text that is typed as several words; `os.pathsep` joins them.
         without: how the names of models begin that have no such thing.
     """
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "short": short}
-    return dataclasses.field(default=default, metadata={**metadata, "without": without})
+    metadata |= {"nargs": nargs, "without": without}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def numbers_of(value: float | str, flag: str) -> list[float]:

@@ -76,10 +76,17 @@ def few_digits(**options: object) -> tuple[object, TrainConfig]:
     return make_data(few_labels(source, 0.05, 0), config, CPU), config
 
 
-@pytest.mark.parametrize("module", [transfer, flags, images, parts, calibration])
+@pytest.mark.parametrize("module", [transfer, images, parts, calibration])
 def test_doctests(module: object) -> None:
     failed, attempted = doctest.testmod(module)
     assert attempted >= 1 and failed == 0
+
+
+def test_from_and_several_pictures_are_read() -> None:
+    argv = ["--from", "runs/a", "--predict", "x.png", "y.png", "--seed", "1"]
+    config = flags.parse_flags(transfer.Config, argv)
+    assert (config.from_run, config.seed) == ("runs/a", 1)
+    assert config.predict == os.pathsep.join(["x.png", "y.png"])
 
 
 # ------------------------------------------------------------------------------ freezing and rates

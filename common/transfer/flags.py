@@ -1,9 +1,8 @@
-"""Lesson 8's command line: `--from` is no name for a field, and `--predict` takes several files."""
+"""Lesson 8's command line: what its flags say of each other."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -17,35 +16,15 @@ EXTERNAL = "torchvision:"
 
 
 def parse_flags(config_class: type[ConfigT], argv: list[str] | None = None) -> ConfigT:
-    """As `common.cli.parse_flags`, with `--from RUN` and `--predict IMAGE IMAGE ...`."""
+    """As `common.cli.parse_flags`; `--dataset` may be a folder."""
     if argv is None:
         argv = sys.argv[1:] if cli.script() else []
-    config = cli.parse_flags(config_class, spell_out(argv))
+    config = cli.parse_flags(config_class, argv)
     with cli.exit_codes():
         for flag, value in (("--predict", config.predict), ("--from", config.from_run)):
             if not value and any(word.partition("=")[0] == flag for word in argv):
                 raise UserError(f"{flag}: what comes after it is empty")
         return locate(config)
-
-
-def spell_out(argv: list[str]) -> list[str]:
-    """The flags as fields of a config spell them.
-
-    >>> spell_out(["--from", "runs/a", "--predict", "x.png", "--seed", "1"])
-    ['--from-run', 'runs/a', '--predict', 'x.png', '--seed', '1']
-    """
-    out: list[str] = []
-    pictures = False  # whether the last flag is --predict
-    for word in argv:
-        if word == "--from" or word.startswith("--from="):
-            word = word.replace("--from", "--from-run", 1)
-        if word.startswith("--"):
-            pictures = word == "--predict"
-        elif pictures and out[-1] != "--predict":
-            out[-1] += os.pathsep + word
-            continue
-        out.append(word)
-    return out
 
 
 def locate(config: ConfigT, flag: str = "--dataset") -> ConfigT:
