@@ -22,7 +22,7 @@ from common.data import Data
 from common.engine import processes, report, sources
 from common.engine.baselines import baselines
 from common.engine.device import amp_dtype, describe, pick_device, set_up_torch
-from common.engine.errors import UserError
+from common.engine.errors import Locked, UserError
 from common.engine.files import write_csv, write_json
 from common.engine.records import EpochRecord, Evaluation, Profile
 from common.engine.run_folder import RunFolder
@@ -106,9 +106,7 @@ class Run(RunFolder):
             return
         try:
             write_csv(self.folder / "history.csv", history)
-        except UserError as error:  # Windows: a spreadsheet has it open. last.pt has it all
-            if not isinstance(error.__context__, PermissionError):
-                raise
+        except Locked as error:  # by a spreadsheet; last.pt has it all
             if not self.warned:
                 print(f"warning    {error}: close it, and the next epoch writes all", flush=True)
             self.warned = True

@@ -8,7 +8,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,6 @@ LAST: Schema = {
 def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
     """Write `state` (plain values and tensors) to `path` in one step.
 
-    It goes to a temporary file in the same folder, to the disk, and only then to its name: whenever
-    the power fails, `path` is the old file or the new one.
-
     Args:
         keep_previous: leave the file that is replaced as `previous.pt` beside it.
 
@@ -52,15 +49,10 @@ def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None
             there.
     """
     try:
-        with files.temporary(path) as temporary:
-            with temporary.open("wb") as file:
-                torch.save({"format": FORMAT, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
+        with files.replacing(path) as file:
+            torch.save({"format": FORMAT, **state}, file)
             if keep_previous and path.exists():
                 _link(path, previous(path))
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
     # torch wraps a failed write in a RuntimeError of its zip writer.
     except (OSError, RuntimeError) as error:
         kept = "the previous checkpoint is untouched" if path.exists() else "nothing was lost"
@@ -162,16 +154,3 @@ def _link(path: Path, other: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, spare)
     os.replace(spare, other)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the renaming itself to the disk, where the system can (Windows can't, and needn't; nor
-    can shared folders of VirtualBox and network drives under WSL, which say so by an error).
-    """
-    if os.name == "posix":
-        with suppress(OSError):
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.engine.errors import UserError
-from common.engine.files import lock, unlock
+from common.engine.files import lock, replacing, unlock
 from common.engine.progress import Bar
 
 FILTERS = hasattr(tarfile, "data_filter")  # not in Python 3.11.2, which Debian 12 has
@@ -129,15 +129,11 @@ def _extract_inside(tar: tarfile.TarFile, folder: Path) -> None:
 
 def unpack_gzip(archive: Path) -> None:
     """x.gz -> x beside it, whole or not at all."""
-    target = archive.with_suffix("")
-    partial = target.with_name(target.name + ".partial")
     try:
-        with gzip.open(archive) as source, partial.open("wb") as out:
+        with gzip.open(archive) as source, replacing(archive.with_suffix("")) as out:
             shutil.copyfileobj(source, out)
     except (EOFError, OSError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{archive} can't be unpacked ({error}): delete it and run again") from None
-    os.replace(partial, target)
 
 
 def _make_folder(folder: Path) -> None:

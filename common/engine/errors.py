@@ -17,6 +17,10 @@ class UserError(Exception):
         return [f"error: {self}"]
 
 
+class Locked(UserError):
+    """A file that the system lets us not write now: on Windows another program has it open."""
+
+
 class Diverged(UserError):
     """The loss or its gradient is no longer finite."""
 

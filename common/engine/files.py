@@ -9,14 +9,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from common.engine.errors import UserError
+from common.engine.errors import Locked, UserError
 from common.engine.signals import StopSignal
 
 
@@ -37,8 +37,7 @@ def write_csv(path: Path, rows: list[Any]) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` in one step: the old file or the new one is there, never half of it, whenever
-    the power goes. Its folder is made where there is none.
+    """Replace `path` in one step, see `replacing`. Its folder is made where there is none.
 
     Raises:
         UserError: the disk is full or the folder can't be written.
@@ -46,25 +45,36 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary(path) as new:
-            with new.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
+        with replacing(path) as file:
+            file.write(data)
     except OSError as error:
         raise cannot_write(path, error) from None
 
 
 @contextmanager
-def temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path` for what is to replace it. A signal waits, and the file is removed."""
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside `path`, to be written; it goes to the disk, and only then to its name: whenever
+    the power fails, `path` is the old file or the new one. A signal waits.
+    """
     name = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with StopSignal():
         try:
-            yield name
+            with name.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
         finally:
             name.unlink(missing_ok=True)
+        # The renaming itself, too, where the system can (Windows can't, and needn't; nor can shared
+        # folders of VirtualBox and network drives under WSL, which say so by an error).
+        if os.name == "posix":
+            with suppress(OSError):
+                folder = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
 
 
 def cannot_write(path: Path, error: BaseException, more: str = "") -> UserError:
@@ -80,7 +90,8 @@ def cannot_write(path: Path, error: BaseException, more: str = "") -> UserError:
         usage = shutil.disk_usage(disk)
         reason = f"{reason}: the disk at {disk} has {usage.free / 2**20:,.0f} MiB free of "
         reason += f"{usage.total / 2**20:,.0f}"
-    return UserError(f"{path} can't be written ({reason}){more}")
+    kind = Locked if isinstance(cause, PermissionError) else UserError
+    return kind(f"{path} can't be written ({reason}){more}")
 
 
 # ------------------------------------------------------------------------------------------ locks
