@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.cli import exit_codes
+from common.cli import OneLineParser, exit_codes
 from common.config import TrainConfig
 from common.engine import checkpoint, weights
 from common.engine.errors import UserError
 from common.engine.files import write_json
-from common.engine.flags import OneLineParser
 from common.engine.weights import Bundle
 from common.profiling import count_parameters
 

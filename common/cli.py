@@ -50,9 +50,17 @@ ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 __all__ = ["exit_codes", "in_notebook", "main", "on_leave", "parse_flags"]
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """argparse's, where what's wrong is one line and not a screenful of usage: of the tools."""
+
     def error(self, message: str) -> NoReturn:
-        """One line, not a screenful of usage."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    """The same for a lesson, whose flags come from its config; a notebook must not be exited."""
+
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 

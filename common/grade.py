@@ -29,9 +29,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from common.cli import OneLineParser
 from common.engine.errors import UserError
 from common.engine.files import write_atomically
-from common.engine.flags import OneLineParser
 from common.grading import confinement, variants
 from common.grading.class_page import class_page
 from common.grading.exercises import (

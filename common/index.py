@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.cli import exit_codes
-from common.engine.flags import OneLineParser
+from common.cli import OneLineParser, exit_codes
 from common.engine.overview import write_index
 
 

@@ -17,10 +17,9 @@ import uuid
 import zipfile
 from pathlib import Path
 
-from common.cli import exit_codes
+from common.cli import OneLineParser, exit_codes
 from common.engine.errors import UserError
 from common.engine.files import write_atomically
-from common.engine.flags import OneLineParser
 from common.grade import parse_lessons
 from common.grading.exercises import file_name
 from common.grading.variants import course_files

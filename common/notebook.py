@@ -12,10 +12,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import exit_codes
+from common.cli import OneLineParser, exit_codes
 from common.engine.errors import UserError
 from common.engine.files import write_atomically
-from common.engine.flags import OneLineParser
 from common.lessons import ROOT, lesson_file, lesson_names
 
 if TYPE_CHECKING:

@@ -15,9 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.cli import exit_codes
+from common.cli import OneLineParser, exit_codes
 from common.engine.files import write_atomically
-from common.engine.flags import OneLineParser
 from common.engine.report import figure_html, page
 from common.lessons import lesson_file
 from common.notebook import read_cells

@@ -15,9 +15,9 @@ import textwrap
 from collections.abc import Collection
 from pathlib import Path
 
+from common.cli import OneLineParser
 from common.engine.errors import UserError
 from common.engine.files import write_atomically
-from common.engine.flags import OneLineParser
 from common.grading import variants
 from common.grading.exercises import ROOT, exercises, file_name, lesson_path, manifests, points
 from common.grading.holes import take_out

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from common.cli import exit_codes
+from common.cli import OneLineParser, exit_codes
 from common.config import TrainConfig
 from common.data import IMAGENET_MEAN, IMAGENET_STD, Data, load_data, make_data, read_once
 from common.engine.device import (
@@ -41,7 +41,6 @@ from common.engine.device import (
     set_up_torch,
 )
 from common.engine.errors import UserError, unknown
-from common.engine.flags import OneLineParser
 from common.engine.guard import Guard
 from common.engine.keeper import Keeper
 from common.engine.meter import Meter
