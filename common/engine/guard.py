@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.engine.errors import Diverged
-from common.engine.lagging import Lagging
+from common.engine.meter import Lagging
 
 
 class Guard:

@@ -1,4 +1,6 @@
-"""What is measured while a network trains: where the run stands, sums over images, seconds."""
+"""What is measured while a network trains: where the run stands, sums over images, seconds; and how
+its numbers are read without waiting for the GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ import torch
 from torch import Tensor
 
 from common.engine import processes
-from common.engine.lagging import Lagging
 from common.engine.progress import Bar
 
 
@@ -110,6 +111,40 @@ class Meter:
         if seconds >= 7200:
             spoken = f"{seconds / 3600:.1f} h"
         print(f"expected   about {spoken} for {self.epochs} epochs", flush=True)
+
+
+class Lagging:
+    """A number from the device that is read when it has come by itself; on a CPU at once.
+
+    Attributes:
+        value: the newest number that has come; `ready` says whether there is one.
+        at: what the caller said of it, such as its step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.asynchronous = device.type == "cuda"
+        self.value, self.ready, self.at, self.asked_at = 0.0, False, 0, 0
+        self.event = None
+        if self.asynchronous:
+            self.host = torch.zeros((), pin_memory=True)
+
+    def push(self, number: Tensor, at: int = 0) -> None:
+        if not self.asynchronous:
+            self.value, self.ready, self.at = float(number), True, at
+            return
+        if self.event is not None and self.event.query():
+            self.take()
+        if self.event is None:
+            self.host.copy_(number, non_blocking=True)
+            self.event, self.asked_at = torch.cuda.Event(), at
+            self.event.record()
+
+    def take(self) -> None:
+        """Read the number that is on its way, waiting for it if need be."""
+        if self.event is not None:
+            self.event.synchronize()
+            self.value, self.ready, self.at = float(self.host), True, self.asked_at
+            self.event = None
 
 
 def top1_hits(output: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:
