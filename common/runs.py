@@ -27,7 +27,6 @@ from common.engine.files import write_csv, write_json
 from common.engine.records import EpochRecord, Evaluation, Profile
 from common.engine.run_folder import RunFolder
 from common.engine.surroundings import command
-from common.engine.tracking import track
 from common.engine.verdicts import wilson
 from common.engine.weights import size_for_weights
 from common.evaluation import evaluate, most_wrong
@@ -111,8 +110,11 @@ class Run(RunFolder):
                 print(f"warning    {error}: close it, and the next epoch writes all", flush=True)
             self.warned = True
         r = history[-1]
-        if self.config.track:
-            track(self.folder, r)
+        if self.config.track:  # see it with `tensorboard --logdir runs`
+            for name, value in dataclasses.asdict(r).items():
+                if name != "epoch":
+                    self.tensorboard.add_scalar(name, value, r.epoch)
+            self.tensorboard.flush()
         print(
             f"epoch {r.epoch:>{len(str(epochs))}}/{epochs}  loss {r.train_loss:.4f}  train "
             f"{r.train_top1:6.2%}  "

@@ -6,8 +6,9 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -17,6 +18,9 @@ from common.engine.files import claim_folder, lock, write_json
 from common.engine.overview import write_index
 from common.engine.signals import on_leave
 from common.engine.surroundings import command
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class RunFolder:
@@ -46,6 +50,13 @@ class RunFolder:
         folder, resumed = processes.from_main(found)
         RunFolder.current = cls(folder, config, lesson, resumed)
         return RunFolder.current
+
+    @cached_property
+    def tensorboard(self) -> SummaryWriter:
+        """The writer of TensorBoard's files, for `--track`: one of events for a process."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.folder / "tensorboard")
 
     # -- checkpoints
 
