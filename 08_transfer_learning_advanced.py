@@ -125,7 +125,7 @@ from common.profiling import profile
 from common.runs import Run, banner, draw_figures
 from common.training import Schedule, fit, make_schedule, parameter_groups, train_one_epoch
 from common.transfer.arms import Adaptation, recall_figure, recalls, way_to_the_oracle
-from common.transfer.calibration import calibrate
+from common.transfer.calibration import Trained, calibrate
 from common.transfer.deployment import deploy, use
 from common.transfer.embedding import feature_map
 from common.transfer.images import in_chunks, with_features
@@ -461,8 +461,8 @@ def run(config: Config) -> dict[str, object] | None:
         "notes": [*compared["verdict"], EVERY_PICTURE],
     }  # fmt: skip
     result = run.finish(model, data, history, test, cost, **facts)
-    mean_std, side = (data.mean, data.std), config.image_size
-    deploy(config, run.folder, model, data.class_names, mean_std, side, task.build, calibration)
+    known = data.class_names, (data.mean, data.std), config.image_size, calibration
+    deploy(config, run.folder, Trained(model, *known), task.build)
     return result
 
 

@@ -491,7 +491,7 @@ def test_exported_files_give_the_models_logits(
     net = partial(lesson("07").MODELS["vit_xs_16"], num_classes=5, small_input=True)
     model, side = (net().eval(), 32) if transformer else (small_net().eval(), 8)
     mean_std = torch.tensor([0.4] * 3), torch.tensor([0.2] * 3)
-    found = export_model(model, (3, side, side), tmp_path, list("abcde"), mean_std)
+    found = export_model(calibration.Trained(model, "abcde", mean_std, side), tmp_path)
     assert "model.pt2" in found and max(found.values()) < 1e-4
     x = torch.randn(5, 3, side, side)
     loaded = torch.export.load(tmp_path / "model.pt2").module()
@@ -533,8 +533,9 @@ def test_a_script_without_the_course_says_of_a_picture_what_predict_says(
     model, side = small_net().eval(), 96
     mean_std = torch.tensor([0.3, 0.4, 0.5]), torch.tensor([0.2] * 3)
     knows = calibration.Calibration(temperature=0.05)  # so that a small difference shows
-    export_model(model, (3, side, side), tmp_path, list("abcde"), mean_std, knows, pixels)
-    ours = predict_files(model, list("abcde"), mean_std, side, paths, tmp_path, knows)
+    net = calibration.Trained(model, "abcde", mean_std, side, knows)
+    export_model(net, tmp_path, pixels)
+    ours = predict_files(net, paths, tmp_path)
     about = json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))
     assert ({"resize", "crop", "mean"} <= set(about["preprocessing"])) == (not pixels)
     command = [sys.executable, "classify.py", *paths]
@@ -566,7 +567,8 @@ def test_pictures_are_scaled_and_cut_in_the_file_as_they_are_here(
     Image.fromarray(pixels).save(tmp_path / "a.png")
     (theirs,), _ = load_images([str(tmp_path / "a.png")], side)
     mean, std = torch.tensor([0.3, 0.4, 0.5]), torch.tensor([0.2, 0.3, 0.4])
-    export.FromPixels(Looks(), side, (mean, std), 1.0)(torch.from_numpy(pixels)[None])
+    net = calibration.Trained(Looks(), (), (mean, std), side)
+    export.FromPixels(net)(torch.from_numpy(pixels)[None])
     ours = 255 * (seen[0][0] * std.view(3, 1, 1) + mean.view(3, 1, 1))
     off = (ours - theirs).abs()
     assert off.max() < 1.01 and (off > 0.5).float().mean() < 0.1
@@ -582,7 +584,7 @@ def test_an_export_to_a_full_disk_is_one_line_and_leaves_the_old_file(
     monkeypatch.setattr(os, "fsync", full)
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     with pytest.raises(UserError, match=r"model\.pt2 can't be written \(No space left"):
-        export_model(net, (3, 8, 8), tmp_path, list("abcde"), (torch.ones(3),) * 2)
+        export_model(calibration.Trained(net, "abcde", (torch.ones(3),) * 2, 8), tmp_path)
     assert (tmp_path / "model.pt2").read_bytes() == b"of before"
 
 
@@ -591,8 +593,9 @@ def test_export_refuses_a_file_that_says_something_else(
 ) -> None:
     wrong = {"model.pt2": lambda model, x, path, _: path.touch() or (lambda x: model(x) + 0.01)}
     monkeypatch.setattr(export, "WRITERS", wrong)
+    net = calibration.Trained(small_net(), "abcde", (torch.ones(3),) * 2, 8)
     with pytest.raises(UserError, match="answers otherwise"):
-        export_model(small_net(), (3, 8, 8), tmp_path, list("abcde"), (torch.ones(3),) * 2)
+        export_model(net, tmp_path)
 
 
 # ------------------------------------------------------------------------------- how sure
@@ -621,12 +624,13 @@ def test_predictions_of_a_folder_pass_over_broken_files(tmp_path: Path) -> None:
         Image.new("L", (20, 30), 100 * i).save(tmp_path / "in" / f"{i}.png")
     (tmp_path / "in" / "1.png").write_bytes(b"no picture")
     model, mean_std = small_net(), (torch.zeros(3), torch.ones(3))
+    net = calibration.Trained(model, "abcde", mean_std, 8)
     (tmp_path / "out").mkdir()
-    rest = list("abcde"), mean_std, 8, [str(tmp_path / "in")], tmp_path / "out"
+    where = [str(tmp_path / "in")], tmp_path / "out"
     with pytest.raises(UserError, match=r"1\.png can't be read as an image"):
-        predict_files(model, *rest)
+        predict_files(net, *where)
     knows = calibration.Calibration(2.0, threshold=0.5, images=9)
-    answers = predict_files(model, *rest, knows, skip_broken=True)
+    answers = predict_files(replace(net, calibration=knows), *where, skip_broken=True)
     with (tmp_path / "out" / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     saved = json.loads((tmp_path / "out" / "predictions.json").read_text())
@@ -640,7 +644,7 @@ def test_predictions_of_a_folder_pass_over_broken_files(tmp_path: Path) -> None:
     for name in ("0.png", "2.png"):
         (tmp_path / "in" / name).write_bytes(b"no picture either")
     with pytest.raises(UserError, match="none of the files"):
-        predict_files(model, *rest, skip_broken=True)
+        predict_files(net, *where, skip_broken=True)
 
 
 def test_baselines_know_no_features() -> None:
@@ -846,9 +850,10 @@ def test_files_normalise_as_the_net_does(tmp_path: Path, monkeypatch: pytest.Mon
     build = partial(inception.MODELS["googlenet"], small_input=True, aux=False)
     net.transform_input = True
     exported: list[nn.Module] = []
-    monkeypatch.setattr(deployment, "export_model", lambda model, *rest: exported.append(model))
+    monkeypatch.setattr(deployment, "export_model", lambda net, *rest: exported.append(net.model))
     config = SimpleNamespace(predict="", export=True, export_pixels=False)
-    deployment.deploy(config, tmp_path, net, "abc", (), 32, lambda n: build(num_classes=n), None)
+    known = calibration.Trained(net, "abc", (), 32)
+    deployment.deploy(config, tmp_path, known, lambda n: build(num_classes=n))
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(exported[0].eval()(x), net(x))
 

@@ -22,7 +22,7 @@ from common.engine.errors import UserError
 from common.engine.sources import load_digits
 from common.lessons import all_models
 from common.profiling import count_macs
-from common.transfer import embedding, export, flags, origins, parts, prediction, task
+from common.transfer import calibration, embedding, export, flags, origins, parts, prediction, task
 from tests.conftest import lesson
 
 CPU = torch.device("cpu")
@@ -266,7 +266,8 @@ def test_no_script_without_the_file_that_it_asks(
 ) -> None:
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     net = lesson("01").cifar_resnet(8, num_classes=3)
-    export.export_model(net, (3, 8, 8), tmp_path, "abc", (torch.zeros(3), torch.ones(3)))
+    known = calibration.Trained(net, "abc", (torch.zeros(3), torch.ones(3)), 8)
+    export.export_model(known, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.pt2"]
 
 

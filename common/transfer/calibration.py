@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from common.data import Loader
 from common.engine.errors import UserError
@@ -44,6 +45,17 @@ class Calibration:
 
 
 UNKNOWN = Calibration()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model with what it takes to use it."""
+
+    model: nn.Module
+    class_names: Sequence[str]  # in the order of its logits
+    mean_std: tuple[Tensor, Tensor]  # (3,) each, of pixels in [0, 1]: its inputs' normalisation
+    side: int  # in pixels, of its inputs
+    calibration: Calibration = UNKNOWN
 
 
 def temperature_of(log_p: np.ndarray, labels: np.ndarray) -> float:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from common.engine.device import pick_device
 from common.engine.errors import UserError
-from common.transfer.calibration import Calibration
+from common.transfer.calibration import Calibration, Trained
 from common.transfer.export import export_model
 from common.transfer.origins import open_asked
 from common.transfer.prediction import paths_of, predict_files
@@ -34,32 +35,20 @@ def use(config: Any, lesson: ModuleType) -> None:
             )
     folder = past.folder or Path(config.run_dir) / lesson.LESSON / config.from_run
     folder.mkdir(parents=True, exist_ok=True)
-    origin, calibration = past.origin, Calibration.load(past.folder)
-    model, side = origin.model.to(pick_device(config.device)), past.config.image_size
-    known = origin.class_names, origin.mean_std
-    deploy(config, folder, model, *known, side, past.build, calibration)
+    model, known = past.origin.model, (past.origin.class_names, past.origin.mean_std)
+    model = model.to(pick_device(config.device))
+    calibration = Calibration.load(past.folder)
+    net = Trained(model, *known, past.config.image_size, calibration)
+    deploy(config, folder, net, past.build)
 
 
-def deploy(
-    config: Any,
-    folder: Path,
-    model: nn.Module,
-    class_names: Sequence[str],
-    mean_std: tuple[Tensor, Tensor],
-    side: int,
-    build: Callable[[int], nn.Module],
-    calibration: Calibration,
-) -> None:
+def deploy(config: Any, folder: Path, net: Trained, build: Callable[[int], nn.Module]) -> None:
     """Classify the images of `--predict`; write the files of `--export`."""
     if config.predict:
-        paths = paths_of(config.predict)
-        predict_files(
-            model, class_names, mean_std, side, paths, folder, calibration, config.skip_broken
-        )
+        predict_files(net, paths_of(config.predict), folder, config.skip_broken)
     if config.export or config.export_pixels:
-        clean = build(len(class_names))  # without the hooks that freezing leaves
-        clean.load_state_dict(model.state_dict())
-        if hasattr(model, "transform_input"):  # Inception's own way of normalising is no weight
-            clean.transform_input = model.transform_input
-        known = class_names, mean_std, calibration
-        export_model(clean, (3, side, side), folder, *known, config.export_pixels)
+        clean = build(len(net.class_names))  # without the hooks that freezing leaves
+        clean.load_state_dict(net.model.state_dict())
+        if hasattr(clean, "transform_input"):  # Inception's own way of normalising is no weight
+            clean.transform_input = net.model.transform_input
+        export_model(replace(net, model=clean), folder, config.export_pixels)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import io
-import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from common.engine import processes
 from common.engine.errors import UserError
 from common.engine.files import write_atomically, write_json
 from common.engine.sources import to_rgb
-from common.transfer.calibration import UNKNOWN, Calibration
+from common.transfer.calibration import Trained
 from common.transfer.prediction import resized_side
 
 TOLERANCE = 1e-4  # largest difference of two logits
@@ -32,12 +31,10 @@ class FromPixels(nn.Module):
     two passes of the triangle filter are two products with a matrix of its weights.
     """
 
-    def __init__(
-        self, model: nn.Module, side: int, mean_std: tuple[Tensor, Tensor], temperature: float
-    ) -> None:
+    def __init__(self, net: Trained) -> None:
         super().__init__()
-        self.model, self.side, self.temperature = model, side, temperature
-        mean, std = (v.cpu().float().reshape(1, 3, 1, 1) for v in mean_std)
+        self.model, self.side, self.temperature = net.model, net.side, net.calibration.temperature
+        mean, std = (v.cpu().float().reshape(1, 3, 1, 1) for v in net.mean_std)
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
@@ -74,15 +71,7 @@ def _rounded(x: Tensor) -> Tensor:
     return (x + (0.5 + 2**-20)).floor()
 
 
-def export_model(
-    model: nn.Module,
-    input_size: tuple[int, int, int],
-    folder: os.PathLike | str,
-    class_names: Sequence[str],
-    mean_std: tuple[Tensor, Tensor],
-    calibration: Calibration = UNKNOWN,
-    pixels: bool = False,
-) -> dict[str, float]:
+def export_model(net: Trained, folder: Path, pixels: bool = False) -> dict[str, float]:
     """Write `model.pt2` (torch.export) and, where its packages are installed, `model.onnx`, each
     for any number of normalised images; `model.json`, which says how a picture becomes an input
     and what the outputs mean; and `classify.py`, which does so by onnxruntime, without the course.
@@ -91,7 +80,7 @@ def export_model(
     with.
 
     Args:
-        pixels: the files hold `FromPixels(model)`: pictures of any size in, probabilities out.
+        pixels: the files hold `FromPixels(net)`: pictures of any size in, probabilities out.
 
     Returns:
         The largest difference to the model's own answer, by file name.
@@ -99,15 +88,13 @@ def export_model(
     Raises:
         UserError: a file gives other answers, or can't be written.
     """
-    folder = Path(folder)
-    model = model.cpu().eval()
+    model, side = net.model.cpu().eval(), net.side
     generator = torch.Generator().manual_seed(0)
-    side = input_size[1]
-    x = torch.randn(3, *input_size, generator=generator)
+    x = torch.randn(3, 3, side, side, generator=generator)
     free = {0: torch.export.Dim("batch", min=1, max=4096)}
     example = x[:2]
     if pixels:
-        model = FromPixels(model, side, mean_std, calibration.temperature).eval()
+        model = FromPixels(net).eval()
         shape = 3, side + 29, 2 * side + 12, 3
         x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         free |= {1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
@@ -134,7 +121,7 @@ def export_model(
         print(f"export     {path}, {size:.1f} MB, right to {off:.1g}")
     preprocessing: dict[str, object] = {"turn": "as the EXIF tag says", "channels": "RGB"}
     if not pixels:
-        mean, std = (v.flatten().tolist() for v in mean_std)
+        mean, std = (v.flatten().tolist() for v in net.mean_std)
         # Pixels of the shorter side, and of the side of the square in the centre.
         preprocessing |= {"resize": resized_side(side), "resample": "bilinear, antialiased"}
         preprocessing |= {"crop": side, "range": [0, 1], "mean": mean, "std": std}
@@ -142,13 +129,13 @@ def export_model(
         "probabilities" if pixels else "logits; probabilities are softmax(logits / temperature)"
     )
     facts = {
-        "input": [None, None, None, 3] if pixels else [None, *input_size],
+        "input": [None, None, None, 3] if pixels else [None, 3, side, side],
         "input_type": "uint8" if pixels else "float32",
         "preprocessing": preprocessing,
-        "classes": list(class_names),
+        "classes": list(net.class_names),
         "output": output,
-        "temperature": calibration.temperature,
-        "unsure_below": calibration.threshold,
+        "temperature": net.calibration.temperature,
+        "unsure_below": net.calibration.threshold,
         "files": differences,
     }
     write_json(folder / "model.json", facts)

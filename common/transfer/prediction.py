@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common import inspection, plotting
 from common.engine.errors import UserError
 from common.engine.files import write_csv, write_json
 from common.engine.sources import decodable, read_image
-from common.transfer.calibration import UNKNOWN, Calibration
+from common.transfer.calibration import Calibration, Trained
 
 EVERY_PICTURE = (
     "every picture gets one of these classes, also one that shows none of them, and it may get it "
@@ -86,14 +86,7 @@ def load_images(
 
 
 def predict_files(
-    model: nn.Module,
-    class_names: Sequence[str],
-    mean_std: tuple[Tensor, Tensor],
-    side: int,
-    paths: Sequence[str],
-    folder: os.PathLike | str,
-    calibration: Calibration = UNKNOWN,
-    skip_broken: bool = False,
+    net: Trained, paths: Sequence[str], folder: Path, skip_broken: bool = False
 ) -> list[dict[str, Any]]:
     """Print the likeliest classes of each file, write predictions.csv and predictions.json, and
     draw Grad-CAM over the first 16.
@@ -102,22 +95,22 @@ def predict_files(
         For each file that could be read: path, class, probability, second, margin (how far the
         first is ahead of the second), unsure (None where no threshold is known), likeliest.
     """
-    files, folder = find_images(paths), Path(folder)
+    files, model, calibration = find_images(paths), net.model, net.calibration
     device = next(model.parameters()).device
-    mean, std = (v.view(1, 3, 1, 1).to(device) for v in mean_std)
+    mean, std = (v.view(1, 3, 1, 1).to(device) for v in net.mean_std)
     model.eval()
     answers: list[dict[str, Any]] = []
-    shown = torch.zeros(0, 3, side, side, device=device)
+    shown = torch.zeros(0, 3, net.side, net.side, device=device)
     for i in range(0, len(files), 64):
-        x, read = load_images(files[i : i + 64], side, skip_broken)
+        x, read = load_images(files[i : i + 64], net.side, skip_broken)
         if not read:
             continue
         x = x.to(device).float().div_(255).sub_(mean).div_(std)
         with torch.inference_mode():
             shares = (model(x).float() / calibration.temperature).softmax(1).cpu()
-        top = shares.topk(min(5, len(class_names)), dim=1)
+        top = shares.topk(min(5, len(net.class_names)), dim=1)
         for path, classes, values in zip(read, top.indices.tolist(), top.values.tolist()):
-            names = [class_names[c] for c in classes]
+            names = [net.class_names[c] for c in classes]
             answers.append(_answer(path, names, values, calibration.threshold))
         shown = torch.cat((shown, x[: 16 - len(shown)]))
     if not answers:
@@ -125,7 +118,7 @@ def predict_files(
     _tell(answers, len(files) - len(answers), calibration)
     _write(answers, folder, calibration)
     titles = [f"{Path(a['path']).name}: {a['class']} {a['probability']:.0%}" for a in answers[:16]]
-    pictures, heat = inspection.to_images(shown, *mean_std), inspection.grad_cam(model, shown)
+    pictures, heat = inspection.to_images(shown, *net.mean_std), inspection.grad_cam(model, shown)
     figure = plotting.grad_cam(pictures, heat, titles)
     print(f"figure     {plotting.save(figure, folder / 'predictions.png')}", flush=True)
     return answers
