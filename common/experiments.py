@@ -33,12 +33,11 @@ from common.data import Data, make_data, read_once
 from common.engine import processes, report
 from common.engine.device import describe, memory_format, pick_device, set_up_torch
 from common.engine.errors import Diverged, UserError
-from common.engine.files import lock, write_json
+from common.engine.files import Store, lock, write_json
 from common.engine.records import EpochRecord
 from common.engine.run_folder import settings_of
 from common.engine.signals import stop_says
 from common.engine.sources import Source, load_source
-from common.engine.store import Store
 from common.engine.surroundings import command, script
 from common.engine.verdicts import OverImages, OverSeeds, Verdict, judge, wilson
 from common.evaluation import predict

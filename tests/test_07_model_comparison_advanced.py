@@ -37,9 +37,9 @@ from common.comparison.results import (
 from common.comparison.training import train_all
 from common.config import TrainConfig
 from common.engine.errors import UserError
+from common.engine.files import Store
 from common.engine.progress import Bar
 from common.engine.sources import load_source
-from common.engine.store import Store
 from common.experiments import Arm, Trial
 from common.lessons import all_models, get_model, lesson_names, load_lesson
 from common.pretrained import load_pretrained, load_torchvision_state

@@ -20,8 +20,8 @@ from torch import nn
 from common.config import TrainConfig
 from common.data import Data
 from common.engine.errors import Diverged, Interrupted
+from common.engine.files import Store
 from common.engine.sources import load_digits, load_folder
-from common.engine.store import Store
 from common.engine.verdicts import LEVEL, OverImages, OverSeeds, judge, wilson
 from common.experiments import Arm, Claim, Experiment, open_store, run_experiment, train_arms
 from tests.simulation import CASES, assert_calm, results_of

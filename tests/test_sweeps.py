@@ -15,8 +15,8 @@ from common.comparison import sweeps
 from common.comparison.results import Candidate
 from common.comparison.sweeps import Bench, Entry, Way, agreement, faster, with_weights
 from common.config import TrainConfig
+from common.engine.files import Store
 from common.engine.progress import Bar
-from common.engine.store import Store
 from common.lessons import get_model
 
 

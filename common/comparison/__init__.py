@@ -5,5 +5,5 @@ sweeps       their times, taken so that the order holds
 training     their accuracies, from arms of the harness
 imagenet     the published accuracies, and what reproduces them
 results      all of it as plain records: Pareto front, constraints, tables
-figures, page, conclusion    what is shown and said of them
+page, conclusion             what is shown and said of them
 """

@@ -17,8 +17,8 @@ from common.comparison.results import Candidate
 from common.config import TrainConfig
 from common.engine.device import amp_dtype, describe, memory_format
 from common.engine.errors import UserError
+from common.engine.files import Store
 from common.engine.progress import Bar
-from common.engine.store import Store
 from common.profiling import fold_batchnorm, peak_memory, time_passes
 from common.runs import Run
 

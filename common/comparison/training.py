@@ -11,8 +11,8 @@ import torch
 
 from common.comparison.results import parse_budget
 from common.data import Data, make_data, read_once
+from common.engine.files import Store
 from common.engine.sources import Source
-from common.engine.store import Store
 from common.evaluation import evaluate
 from common.experiments import Arm, Experiment, Results, Trial, train_arms, train_trial
 
