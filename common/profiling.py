@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -63,10 +62,7 @@ def profile(
     model: nn.Module,
     input_size: tuple[int, int, int],
     batch_size: int = 1,
-    amp: torch.dtype | None = None,
-    channels_last: bool = True,
     seconds: float = 1.0,
-    repeats: int = 50,
     fold: bool = False,
 ) -> Profile:
     """Parameters, MACs, and the latency and peak memory of inference on the device that the model
@@ -77,24 +73,21 @@ def profile(
 
     Args:
         input_size: (C, H, W).
-        amp: reduced precision, or None for the model's own.
-        seconds: limit of the timed part; at least 5 passes and at most `repeats` are timed.
+        seconds: limit of the timed part; at least 5 passes and at most 50 are timed.
         fold: time the model as it would be deployed, by `fold_batchnorm`. Parameters and MACs stay
             those of the model itself.
     """
     timed = fold_batchnorm(model) if fold else model
-    x = _dummy_image(model, input_size, batch_size)
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    low, median, high = np.percentile(time_passes(timed, x, amp, seconds, repeats), (25, 50, 75))
+    x = _dummy_image(model, input_size, batch_size).contiguous(memory_format=torch.channels_last)
+    median, spread = time_passes(timed, x, seconds=seconds)
     return Profile(
         params=count_parameters(model),
         macs=count_macs(model, input_size),
-        latency_ms=float(median),
-        latency_iqr_ms=float(high - low),
-        peak_memory_mb=peak_memory(timed, x, amp) / 2**20,
+        latency_ms=median,
+        latency_iqr_ms=spread,
+        peak_memory_mb=peak_memory(timed, x) / 2**20,
         device=describe(x.device),
         batch_size=batch_size,
-        dtype=str(amp or x.dtype).removeprefix("torch."),
+        dtype=str(x.dtype).removeprefix("torch."),
         input_size=tuple(input_size),
     )

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -138,13 +137,13 @@ def measure(
         size = (count, 3, candidate.input_px, candidate.input_px)
         return torch.zeros(size, device=device).contiguous(memory_format=layout)
 
-    low, median, high = np.percentile(time_passes(model, images(1), way.amp, seconds), (25, 50, 75))
-    found = {"latency_ms": float(median), "latency_iqr_ms": float(high - low)}
+    median, spread = time_passes(model, images(1), way.amp, seconds)
+    found = {"latency_ms": median, "latency_iqr_ms": spread}
     found |= {"device": describe(device), "dtype": way.dtype}
     if more:
         found["memory_mb"] = peak_memory(model, images(1), way.amp) / 2**20
     if more and large_batch and candidate.macs * large_batch <= limit:
-        median = float(np.median(time_passes(model, images(large_batch), way.amp, seconds)))
+        median, _ = time_passes(model, images(large_batch), way.amp, seconds)
         found |= {"batch_size": large_batch, "images_per_second": 1000 * large_batch / median}
     return replace(candidate, **found)
 

@@ -22,7 +22,7 @@ from common.engine.progress import Bar
 FILTERS = hasattr(tarfile, "data_filter")  # not in Python 3.11.2, which Debian 12 has
 
 
-def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
+def fetch(urls: list[str], path: Path, md5: str) -> Path:
     """Download to `path`, or find it there; its MD5 is checked either way.
 
     An interrupted download stays beside it as `.partial` and is continued by the next call; only a
@@ -42,7 +42,7 @@ def fetch(urls: list[str], path: Path, md5: str, timeout: float = 30) -> Path:
     size, reason = 0, ""
     for url in urls:
         try:
-            size = _download(url, partial, timeout)
+            size = _download(url, partial)
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error))
             continue
@@ -74,12 +74,12 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         unlock(path)
 
 
-def _download(url: str, partial: Path, timeout: float) -> int:
+def _download(url: str, partial: Path) -> int:
     """Append to `partial` what is missing of `url`; the whole size in bytes."""
     done = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     try:
-        response = urllib.request.urlopen(request, timeout=timeout)
+        response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing is missing
             return done

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,25 +18,24 @@ from common.engine.device import autocast, evaluating
 
 @torch.inference_mode()
 def time_passes(
-    model: nn.Module,
-    x: Tensor,
-    amp: torch.dtype | None = None,
-    seconds: float = 1.0,
-    repeats: int = 50,
-) -> list[float]:
-    """Milliseconds of each of several passes of the batch `x`, see `profile`."""
+    model: nn.Module, x: Tensor, amp: torch.dtype | None = None, seconds: float = 1.0
+) -> tuple[float, float]:
+    """Milliseconds of a pass of the batch `x`: median and interquartile range of several, see
+    `profile`.
+    """
     times: list[float] = []
     with evaluating(model), autocast(x.device, amp):
         for _ in range(3):
             model(x)
         began = time.perf_counter()
-        while len(times) < 5 or (len(times) < repeats and time.perf_counter() - began < seconds):
+        while len(times) < 5 or (len(times) < 50 and time.perf_counter() - began < seconds):
             _synchronize(x.device)
             start = time.perf_counter()
             model(x)
             _synchronize(x.device)
             times.append(1000 * (time.perf_counter() - start))
-    return times
+    low, median, high = np.percentile(times, (25, 50, 75))
+    return float(median), float(high - low)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -175,7 +175,7 @@ def judge(evidence: Sequence[OverSeeds | OverImages], margins: Sequence[float]) 
     return [verdicts[i] for i in range(len(order))]
 
 
-def wilson(hits: int, images: int, level: float = LEVEL) -> tuple[float, float]:
+def wilson(hits: int, images: int) -> tuple[float, float]:
     """The interval of a share that stands alone; not of zero width at 0% or 100%.  Wilson 1927
 
     >>> [round(bound, 4) for bound in wilson(359, 359)]
@@ -183,5 +183,5 @@ def wilson(hits: int, images: int, level: float = LEVEL) -> tuple[float, float]:
     """
     from scipy.stats import binomtest
 
-    interval = binomtest(hits, images).proportion_ci(1 - level, method="wilson")
+    interval = binomtest(hits, images).proportion_ci(1 - LEVEL, method="wilson")
     return float(interval.low), float(interval.high)
