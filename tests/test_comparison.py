@@ -129,7 +129,7 @@ def test_choice_and_what_each_constraint_costs() -> None:
     by_params, by_latency = choice.costs
     assert by_params.without.model == "medium" and by_params.points == pytest.approx(0.06)
     assert by_latency.without.model == "unmeasured" and by_latency.points == pytest.approx(0.03)
-    assert choice.best_of_all.model == "large" and choice.unmeasured == ["unmeasured"]
+    assert choice.together.without.model == "large" and choice.unmeasured == ["unmeasured"]
     assert choice.unscored == ["untrained"]
     told = describe_choice(choice)
     assert "params<5M: costs 6.00 points: without it medium" in told

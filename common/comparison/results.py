@@ -134,7 +134,7 @@ def parse_constraints(text: str | None) -> list[Constraint]:
 class Cost:
     """What one constraint takes away: the best model with all, and with all but this one."""
 
-    constraint: str
+    constraint: str  # "": all of them together
     points: float | None  # of top-1, a fraction; None where nothing fits
     without: Candidate | None  # the best model if this constraint were dropped
     tied: bool = False  # the seeds can't tell the two apart
@@ -146,8 +146,7 @@ class Choice:
 
     ranked: list[Candidate]
     costs: list[Cost]
-    best_of_all: Candidate | None
-    best_tied: bool  # the seeds can't tell the first of `ranked` from it
+    together: Cost  # of all constraints
     tied: list[str]  # models that the seeds can't tell from the first of `ranked`, and itself
     unmeasured: list[str]  # models left out because a figure that is asked for was not measured
     unscored: list[str]  # and because no accuracy is known
@@ -173,12 +172,10 @@ def choose(candidates: Sequence[Candidate], constraints: Sequence[Constraint]) -
         tied = mine in tied_with_best([best, mine], verdicts)[1:]
         return Cost(text, best.top1 - mine.top1, best, tied)
 
-    every = cost("", [])
     return Choice(
         chosen,
         [cost(k.text, [other for other in constraints if other is not k]) for k in constraints],
-        every.without,
-        every.tied,
+        cost("", []),
         [c.model for c in tied_with_best(chosen, verdicts)],
         [c.model for c in candidates if any(getattr(c, k.field) is None for k in constraints)],
         [c.model for c in candidates if c.top1 is None],
@@ -208,8 +205,8 @@ def describe_choice(choice: Choice) -> str:
             f"them is {cheapest}"
         )
 
-    def price(points: float, tied: bool) -> str:
-        return "nothing that the seeds can tell" if tied else f"{100 * points:.2f} points"
+    def price(cost: Cost) -> str:
+        return "nothing that the seeds can tell" if cost.tied else f"{100 * cost.points:.2f} points"
 
     for cost in choice.costs:
         best = cost.without
@@ -220,12 +217,10 @@ def describe_choice(choice: Choice) -> str:
         elif best == choice.ranked[0]:
             told = "costs nothing: the same model wins without it"
         else:
-            lost = price(cost.points, cost.tied)
-            told = f"costs {lost}: without it {best.model} ({percent(best.top1)})"
+            told = f"costs {price(cost)}: without it {best.model} ({percent(best.top1)})"
         lines.append(f"{cost.constraint}: {told}")
     if choice.ranked:
-        best = choice.best_of_all
-        lost = price(best.top1 - choice.ranked[0].top1, choice.best_tied)
+        best, lost = choice.together.without, price(choice.together)
         told = f"All together cost {lost} against {best.model} ({percent(best.top1)})"
         lines.append(f"{told}, the best of all.")
     if choice.unmeasured:
