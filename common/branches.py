@@ -56,10 +56,8 @@ def silenced_losses(model: nn.Module, loader: Loader) -> Table:
     """By module and branch: what the loss on a split gains when the branch gives only zeros."""
 
     def without(branch: nn.Module) -> float:
-        hook = branch.register_forward_hook(lambda *args: torch.zeros_like(args[-1]))
-        loss = score(model, loader)[0]
-        hook.remove()
-        return loss
+        with branch.register_forward_hook(lambda *args: torch.zeros_like(args[-1])):
+            return score(model, loader)[0]
 
     intact = score(model, loader)[0]
     return [[without(b) - intact for b in module.branches] for module in modules_of(model)]
