@@ -124,7 +124,7 @@ from common.live import digits, live, show
 from common.profiling import profile
 from common.runs import Run, banner, draw_figures
 from common.training import Schedule, fit, make_schedule, parameter_groups, train_one_epoch
-from common.transfer.arms import Adaptation, recall_figure, recalls, way_to_the_oracle
+from common.transfer.arms import adaptation, recall_figure, recalls, way_to_the_oracle
 from common.transfer.calibration import Trained, calibrate
 from common.transfer.deployment import deploy, use
 from common.transfer.embedding import feature_map
@@ -792,7 +792,7 @@ METHODS: dict[str, Callable[[int, int], nn.Module]] = {  # width of the features
 
 
 def domain_adaptation(config: Config) -> Experiment:
-    train = Adaptation(config, partial(build, config), METHODS, adapt_batch_norm)
+    train = adaptation(config, partial(build, config), METHODS, adapt_batch_norm)
     names = [m + more for m in ("source only", *METHODS) for more in ("", " + AdaBN")]
     plain, adabn, _, coral, _, dann = names
     claims = [

@@ -67,9 +67,14 @@ def way_to_the_oracle(results: Results) -> list[str]:
     return [f"of the way from {first} to {last}: {', '.join(told)}"] if high > low else []
 
 
-class Adaptation:
-    """Arms named METHOD or METHOD + AdaBN, tested on the target. METHOD is "source only", "oracle",
-    or a key of `methods`.
+def adaptation(
+    config: Any,
+    build: Callable[[int], nn.Module],
+    methods: Mapping[str, Callable[[int, int], nn.Module]],
+    adapt: Callable[[nn.Module, Loader], nn.Module],
+) -> Callable[[Arm, Data, Any, torch.device], Trial]:
+    """The training of arms named METHOD or METHOD + AdaBN, tested on the target. METHOD is "source
+    only", "oracle", or a key of `methods`.
 
     A net is trained once, and tested with the statistics that its training left and with those of
     the target.
@@ -80,38 +85,26 @@ class Adaptation:
             gives.
         adapt: gives a model the BatchNorm statistics of a loader's images.
     """
+    folder = None
+    if config.target_dir:
+        settings = locate(dataclasses.replace(config, dataset=config.target_dir), "--target-dir")
+        folder = read_once(load_source(settings), settings)
+    nets: dict[tuple[str, int], tuple] = {}  # by method and seed: the net, its history, the seconds
 
-    def __init__(
-        self,
-        config: Any,
-        build: Callable[[int], nn.Module],
-        methods: Mapping[str, Callable[[int, int], nn.Module]],
-        adapt: Callable[[nn.Module, Loader], nn.Module],
-    ) -> None:
-        self.build, self.methods, self.adapt = build, methods, adapt
-        self.folder = None
-        if config.target_dir:
-            there = locate(dataclasses.replace(config, dataset=config.target_dir), "--target-dir")
-            self.folder = read_once(load_source(there), there)
-        self.trained: dict[tuple[str, int], tuple] = {}
-
-    def __call__(self, arm: Arm, here: Data, config: Any, device: torch.device) -> Trial:
-        target = other_domain(source_of(here), self.folder, config.shift)
+    def train(arm: Arm, here: Data, config: Any, device: torch.device) -> Trial:
+        target = other_domain(source_of(here), folder, config.shift)
         there = make_data(target, config, device, (here.mean, here.std))
         method, _, new_statistics = arm.name.partition(" + ")
         key = method, config.seed
-        if key not in self.trained:
-            self.trained[key] = self._train(method, here, there, config, device)
-        model, history, seconds = self.trained[key]
+        if key not in nets:
+            nets[key] = learn(method, here, there, config, device)
+        model, history, seconds = nets[key]
         if new_statistics:
-            model = self.adapt(deepcopy(model), there.train)
+            model = adapt(deepcopy(model), there.train)
         return tested(f"{arm.name}, seed {config.seed}", model, there, history, seconds)
 
-    def _train(
-        self, method: str, here: Data, there: Data, config: Any, device: torch.device
-    ) -> tuple:
-        """The net, its history, the seconds."""
-        model = fresh(partial(self.build, here.num_classes), here, config, device)
+    def learn(method: str, here: Data, there: Data, config: Any, device: torch.device) -> tuple:
+        model = fresh(partial(build, here.num_classes), here, config, device)
         learner, loss_fn, data = model, nn.CrossEntropyLoss(), here
         if method == "oracle":  # the target's labels, and three times as long: to convergence
             longer = 1 if config.smoke else 3
@@ -119,9 +112,11 @@ class Adaptation:
         elif method != "source only":
             data = dataclasses.replace(here, train=PairLoader(here.train, there.train))
             width, steps = model.get_classifier().in_features, config.epochs * len(data.train)
-            learner, loss_fn = TwoDomains(model), self.methods[method](width, steps).to(device)
+            learner, loss_fn = TwoDomains(model), methods[method](width, steps).to(device)
         optimizer = make_optimizer(nn.ModuleList([learner, loss_fn]), config)  # a critic learns too
         schedule = make_schedule(optimizer, config, data.train)
         began = time.monotonic()
         history = fit(learner, data, loss_fn, optimizer, schedule, config, label=method)
         return model, history, time.monotonic() - began
+
+    return train
