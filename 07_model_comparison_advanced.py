@@ -496,7 +496,8 @@ class VisionTransformer(Classifier):
 
 # %%
 if live():
-    show(PatchEmbedding(64, patch_size=4, image_size=32)(digits(1, 48)).shape)
+    net = PatchEmbedding(64, patch_size=4, image_size=32)
+    show(net.position.shape, net.position_for(12, 12).shape, net(digits(1, 48)).shape)
 
 # %% [markdown]
 # ## The paper's table, and the timeline, as data
