@@ -20,7 +20,7 @@ What the experiments gave stands at the end of the file, so that you can guess f
 # %% [markdown]
 # **You will** build MBConv, the block of mobile nets, with squeeze-and-excitation and stochastic
 # depth; turn the paper's table into eight nets; test its claim; let evolution search for a net.
-# **You need** lesson 1: convolution, BatchNorm, the shortcut. **Time**: 45 minutes to read, 10 to
+# **You need** lesson 1: convolution, BatchNorm, the shortcut. **Time**: 45 minutes to read, 7 to
 # run, 90 for the exercises.
 #
 # <details><summary>1. Why does twice the width cost four times as much, twice the depth only
