@@ -8,6 +8,7 @@ import ast
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -134,6 +135,35 @@ sys.path.insert(0, {str(tmp_path)!r})
     other = tmp_path / "other"
     assert starter.main(["02", "--only", "1.3", "--out", str(other)]) == 2
     assert not other.exists(), "a lesson without a hole is its solution"
+
+
+@pytest.mark.parametrize(
+    ("lesson", "experiment"),
+    [
+        ("01", "skip-connections"),
+        ("02", ""),
+        ("04", "compound-scaling"),
+        ("05", "separable"),
+        ("06", "reuse"),
+    ],
+)
+def test_a_block_runs_under_all_names_that_its_hint_leaves_free(
+    lesson: str, experiment: str, tmp_path: Path
+) -> None:
+    text = lesson_path(lesson).read_text(encoding="utf-8")
+    for node in [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef)]:
+        hints = " ".join(e.hint for e in exercises(lesson).values() if node.name in e.parts)
+        fields = [n for n in ast.walk(node) if isinstance(n, ast.Attribute)]
+        own = {n.attr for n in fields if isinstance(n.ctx, ast.Store)} if hints else set()
+        block = renamed = ast.get_source_segment(text, node)
+        for name in own - set(re.findall(r"\w+", hints)):
+            renamed = re.sub(rf"\bself\.{name}\b", f"self.my_{name}", renamed)
+        text = text.replace(block, renamed)
+    path = tmp_path / file_name(lesson)
+    path.write_text(text, encoding="utf-8")
+    flags = f"--smoke --seeds 1 --dataset digits --experiment={experiment}".split()
+    code, _, err = Warm(tmp_path, str(path), *flags, "--run-dir", str(tmp_path / "runs")).join()
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
