@@ -140,7 +140,6 @@ sys.path.insert(0, {str(tmp_path)!r})
 @pytest.mark.parametrize(
     ("lesson", "experiment"),
     [
-        ("01", "skip-connections"),
         ("02", ""),
         ("04", "compound-scaling"),
         ("05", "separable"),
