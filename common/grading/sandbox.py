@@ -374,8 +374,8 @@ def _status(process: int | str) -> dict[str, str]:
 
 def _stat(process: int | str) -> list[str]:
     """From the state on: what stands before it, the program's name, may hold anything."""
-    text = Path(f"/proc/{process}/stat").read_text(errors="replace")
-    return text.rpartition(")")[2].split()
+    with open(f"/proc/{process}/stat", "rb", buffering=0) as file:  # of every process, every time
+        return file.read().decode(errors="replace").rpartition(")")[2].split()
 
 
 def _descendants(ancestor: int) -> list[int]:
