@@ -487,14 +487,14 @@ def test_a_signal_in_the_last_save_is_not_lost(
 
         def fsync(handle: int, number: int = number, saves: list = saves) -> None:
             saves.append(handle)
-            # config.json, the first save and its folder, best.pt and its folder, history.csv
-            if len(saves) == 7:  # the last save
+            # config.json, the first save, best.pt, history.csv: each and its folder
+            if len(saves) == 9:  # the last save
                 os.kill(os.getpid(), number)
             real(handle)
 
         monkeypatch.setattr(os, "fsync", fsync)
         returned, out, err = cli("01", *flags, "--run-dir", str(tmp_path / str(code)))
         assert returned == code and len(err.splitlines()) == 1, err
-        assert len(saves) == 8 and "--resume" in err and "test  " not in out
+        assert len(saves) == 10 and "--resume" in err and "test  " not in out
         (run,) = (tmp_path / str(code) / "01_resnet_beginner").iterdir()
         assert checkpoint.load(run / "last.pt")["meter"]["epoch"] == 1
