@@ -36,10 +36,9 @@ def digits(count: int = 8, size: int = 8) -> Tensor:
 
     from common.engine.sources import load_digits
 
-    pixels = load_digits().train.pixels
-    labels = load_digits().train.labels
-    rows = [int((labels == i % 10).nonzero()[i // 10]) for i in range(count)]
-    x = pixels[rows].float() / 127.5 - 1
+    train = load_digits().train
+    rows = [int((train.labels == i % 10).nonzero()[i // 10]) for i in range(count)]
+    x = train.pixels[rows].float() / 127.5 - 1
     return x if size == 8 else F.interpolate(x, size=(size, size), mode="bilinear")
 
 

@@ -89,5 +89,4 @@ def profile(
         device=describe(x.device),
         batch_size=batch_size,
         dtype=str(x.dtype).removeprefix("torch."),
-        input_size=tuple(input_size),
     )

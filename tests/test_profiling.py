@@ -81,7 +81,6 @@ def test_profile_measures_on_the_device_at_hand() -> None:
     cost = profile(small_net(), (3, 16, 16), batch_size=4, seconds=0.05)
     assert (cost.params, cost.macs, cost.batch_size) == (PARAMS, MACS, 4)
     assert cost.latency_ms > 0 and cost.latency_iqr_ms >= 0 and cost.dtype == "float32"
-    assert cost.images_per_second == pytest.approx(4000 / cost.latency_ms)
 
 
 def test_thop_counts_batchnorm_too_and_leaves_no_trace() -> None:

@@ -72,8 +72,3 @@ class Profile:
     device: str
     batch_size: int
     dtype: str
-    input_size: tuple[int, int, int]  # (C, H, W)
-
-    @property
-    def images_per_second(self) -> float:
-        return 1000 * self.batch_size / self.latency_ms
