@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from common.engine.errors import UserError
-from common.engine.processes import local_rank
 
 
 def pick_device(name: str) -> torch.device:
@@ -40,7 +39,7 @@ def pick_device(name: str) -> torch.device:
                 f"--device {name}: torch {torch.__version__} finds no CUDA GPU here; "
                 "use --device cpu, or see 'Troubleshooting' in the README"
             )
-        index = local_rank() if device.index is None else device.index
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(
                 f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0"
@@ -182,17 +181,10 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """The state of every generator that a run may draw from, as plain values and tensors."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, *rest = np.random.get_state()
     return {
-        "python": [version, list(words), gauss],
-        "numpy": [
-            name,
-            torch.from_numpy(keys.astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "mps": torch.mps.get_rng_state() if device.type == "mps" else None,
@@ -202,8 +194,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

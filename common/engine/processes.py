@@ -34,10 +34,6 @@ def world_size() -> int:
     return dist.get_world_size() if _joined() else 1
 
 
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def is_main() -> bool:
     """Whether this process is the one that prints and writes."""
     return rank() == 0
