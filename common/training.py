@@ -18,9 +18,8 @@ from common.config import TrainConfig
 from common.data import Data, Loader
 from common.engine import checkpoint, processes
 from common.engine.device import amp_dtype, autocast, restore_rng_state, rng_state
-from common.engine.guard import Guard
+from common.engine.guard import Guard, with_less_memory
 from common.engine.keeper import Keeper
-from common.engine.memory import with_less_memory
 from common.engine.meter import Meter
 from common.engine.records import EpochRecord
 from common.evaluation import score
