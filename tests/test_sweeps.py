@@ -50,10 +50,10 @@ def test_the_lowest_of_all_sweeps_counts(tmp_path: Path, monkeypatch: pytest.Mon
     """And the halves are compared: here a and b change places between them."""
     seen = {"a": iter((9.0, 4.0, 2.0, 5.0)), "b": iter((3.0, 8.0, 7.0, 6.0))}
 
-    def disturbed(entry: Entry, *rest: object) -> Candidate:
+    def disturbed(bench: Bench, entry: Entry, *rest: object) -> Candidate:
         return candidate(entry.candidate.model, next(seen[entry.candidate.model]))
 
-    monkeypatch.setattr(sweeps, "measure", disturbed)
+    monkeypatch.setattr(Bench, "timed", disturbed)
     store, bar = Store(tmp_path / "profiles.json", {}), Bar(8, "test", show=False)
     bench = Bench(TrainConfig(), torch.device("cpu"), store, bar, large_batch=0)
     rows, told = bench.sweeps([Entry(nn.Identity, candidate(name)) for name in "ab"])
@@ -90,7 +90,7 @@ def test_what_is_measured_is_kept_and_counts_are_not(
     assert first.batch_size == 4 and first.dtype == "float32"
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweeps, "measure", None)  # would fail if it were called
+        patch.setattr(Bench, "timed", None)  # would fail if it were called
         [again], _ = bench().sweeps([Entry(build, candidate("lenet5", macs=999))])
     assert again.latency_ms == first.latency_ms and again.macs == 999
 
@@ -145,12 +145,12 @@ def test_times_of_folded_nets_are_kept_apart(
         store = Store(tmp_path / "profiles.json", {})
         return Bench(TrainConfig(), torch.device("cpu"), store, bar, 0, seconds=0.0, fold=fold)
 
-    def norms_as_ms(entry: Entry, device: torch.device, way: Way, *rest: object) -> Candidate:
+    def norms_as_ms(bench: Bench, entry: Entry, way: Way, *rest: object) -> Candidate:
         """A clock that can't be disturbed: the latency is the number of norms."""
-        norms = norms_of(sweeps.prepared(entry, device, way))
+        norms = norms_of(sweeps.prepared(entry, bench.device, way))
         return candidate("resnet20", latency_ms=norms)
 
-    monkeypatch.setattr(sweeps, "measure", norms_as_ms)
+    monkeypatch.setattr(Bench, "timed", norms_as_ms)
     monkeypatch.setattr(sweeps, "SHOWN_WAYS", ("resnet20",))
     monkeypatch.setattr(sweeps, "agreement", lambda *_: "alike")  # zeros have no logarithm
     for _ in range(2):  # measured, then read back
@@ -185,8 +185,8 @@ def test_a_pass_above_the_limit_is_not_timed() -> None:
         raise AssertionError("should not be built")
 
     entry = Entry(unbuildable, candidate("large", macs=10**9))
-    measured = sweeps.measure(entry, torch.device("cpu"), Way(), 0, limit=1e8, seconds=0.1)
-    assert measured.latency_ms is None
+    bench = Bench(TrainConfig(), torch.device("cpu"), None, None, 0, limit=1e8, seconds=0.1)
+    assert bench.timed(entry, Way(), more=True).latency_ms is None
 
 
 def test_a_damaged_store_is_one_clear_line(tmp_path: Path) -> None:

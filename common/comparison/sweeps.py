@@ -115,39 +115,6 @@ def prepared(entry: Entry, device: torch.device, way: Way) -> nn.Module:
     return model
 
 
-def measure(
-    entry: Entry,
-    device: torch.device,
-    way: Way,
-    large_batch: int,
-    limit: float,
-    seconds: float,
-    more: bool = True,
-) -> Candidate:
-    """The candidate with latency for one image, and `more`: throughput of a large batch, and peak
-    memory. A pass of more multiply-adds than `limit` is left out.
-    """
-    candidate = entry.candidate
-    if candidate.macs > limit:
-        return candidate
-    model = prepared(entry, device, way)
-    layout = torch.channels_last if way.channels_last else torch.contiguous_format
-
-    def images(count: int) -> Tensor:
-        size = (count, 3, candidate.input_px, candidate.input_px)
-        return torch.zeros(size, device=device).contiguous(memory_format=layout)
-
-    median, spread = time_passes(model, images(1), way.amp, seconds)
-    found = {"latency_ms": median, "latency_iqr_ms": spread}
-    found |= {"device": describe(device), "dtype": way.dtype}
-    if more:
-        found["memory_mb"] = peak_memory(model, images(1), way.amp) / 2**20
-    if more and large_batch and candidate.macs * large_batch <= limit:
-        median, _ = time_passes(model, images(large_batch), way.amp, seconds)
-        found |= {"batch_size": large_batch, "images_per_second": 1000 * large_batch / median}
-    return replace(candidate, **found)
-
-
 class Bench(NamedTuple):
     """Where and how much is measured, and where it is kept."""
 
@@ -183,12 +150,36 @@ class Bench(NamedTuple):
         c = entry.candidate
         key = f"{c.task}, {c.model}, {c.params} parameters, {c.input_px} px, {sweep}"
         if self.store.get(key) is None:
-            limits = (self.large_batch, self.limit, self.seconds)
-            self.store.put(key, measure(entry, self.device, way, *limits, more))
+            self.store.put(key, self.timed(entry, way, more))
         self.bar.advance(1, c.model)
         # Counts come from the definition as it is now, times from the store.
         kept = self.store.get(key)
         return replace(c, **{name: kept[name] for name in MEASURED})
+
+    def timed(self, entry: Entry, way: Way, more: bool) -> Candidate:
+        """The candidate with latency for one image, and `more`: throughput of a large batch, and
+        peak memory. A pass of more multiply-adds than the limit is left out.
+        """
+        candidate = entry.candidate
+        if candidate.macs > self.limit:
+            return candidate
+        model = prepared(entry, self.device, way)
+        layout = torch.channels_last if way.channels_last else torch.contiguous_format
+
+        def images(count: int) -> Tensor:
+            size = (count, 3, candidate.input_px, candidate.input_px)
+            return torch.zeros(size, device=self.device).contiguous(memory_format=layout)
+
+        median, spread = time_passes(model, images(1), way.amp, self.seconds)
+        found = {"latency_ms": median, "latency_iqr_ms": spread}
+        found |= {"device": describe(self.device), "dtype": way.dtype}
+        if more:
+            found["memory_mb"] = peak_memory(model, images(1), way.amp) / 2**20
+        n = self.large_batch
+        if more and n and candidate.macs * n <= self.limit:
+            median, _ = time_passes(model, images(n), way.amp, self.seconds)
+            found |= {"batch_size": n, "images_per_second": 1000 * n / median}
+        return replace(candidate, **found)
 
     def sweeps(self, entries: Sequence[Entry]) -> tuple[list[Candidate], str]:
         """All models, SWEEPS times over; of the latencies of each the lowest, and in words how far
