@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -224,20 +225,13 @@ def fit(
     farewell = run.farewell if run else lambda: "interrupted; nothing was saved"
     keeper = Keeper(save if run else None, config.save_every, farewell)
     aids = Aids(amp, scaler, average, meter, guard, keeper, on_step)
+    epoch = partial(train_one_epoch, trained, data.train, loss_fn, optimizer, schedule, aids)
 
     with keeper:
         while meter.epoch < config.epochs and not _out_of_patience(history, config.patience):
             # ---- epoch
             title = f"{label} epoch {meter.epoch + 1}".lstrip()
-            with_less_memory(
-                lambda: train_one_epoch(trained, data.train, loss_fn, optimizer, schedule, aids),
-                data.train,
-                meter,
-                optimizer,
-                config.auto_batch,
-                title,
-                scaler,
-            )
+            with_less_memory(epoch, data.train, optimizer, aids, config.auto_batch, title)
             train_loss, train_top1 = meter.means()
             seconds = meter.elapsed()
             if show and meter.epoch == 0 and not data.in_memory:

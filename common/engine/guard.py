@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,11 @@ from torch.optim import Optimizer
 
 from common.engine import processes
 from common.engine.errors import Diverged, UserError
-from common.engine.meter import Lagging, Meter
+from common.engine.meter import Lagging
 from common.engine.progress import Bar
+
+if TYPE_CHECKING:
+    from common.training import Aids
 
 
 class Guard:
@@ -87,13 +90,7 @@ class Guard:
 
 
 def with_less_memory(
-    train: Callable[[], None],
-    loader: Any,
-    meter: Meter,
-    optimizer: Optimizer,
-    halve: bool,
-    title: str,
-    scaler: torch.amp.GradScaler,
+    train: Callable[[], None], loader: Any, optimizer: Optimizer, aids: Aids, halve: bool, name: str
 ) -> None:
     """Run `train`, an epoch, under a bar; out of CUDA memory go on with half the images a batch and
     twice as many batches per step.
@@ -101,10 +98,11 @@ def with_less_memory(
     Raises:
         UserError: memory is out and batches may not, or can't, be halved.
     """
+    meter, scaler = aids.meter, aids.scaler
     while True:
         done = meter.batch * loader.images_per_batch
         try:
-            with Bar(loader.images_per_epoch, title, "img", done, show=meter.show) as bar:
+            with Bar(loader.images_per_epoch, name, "img", done, show=meter.show) as bar:
                 meter.begin_epoch(bar)
                 return train()
         except torch.OutOfMemoryError as error:
