@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.engine.device import describe, evaluating
-from common.engine.fold import fold_batchnorm
-from common.engine.measure import peak_memory, time_passes
+from common.engine.measure import fold_batchnorm, peak_memory, time_passes
 from common.engine.records import Profile
 
 
