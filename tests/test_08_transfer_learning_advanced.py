@@ -36,14 +36,13 @@ from common.transfer import (
     calibration,
     deployment,
     embedding,
-    export,
     flags,
     images,
     origins,
     parts,
     task,
 )
-from common.transfer.export import export_model
+from common.transfer.deployment import export_model
 from common.transfer.images import choose_classes, few_labels, long_tail, shifted
 from common.transfer.origins import Catalogue, TorchvisionModel
 from common.transfer.parts import TwoDomains
@@ -487,7 +486,7 @@ def test_exported_files_give_the_models_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transformer: bool
 ) -> None:
     """... for any number of images."""
-    monkeypatch.delitem(export.WRITERS, "model.onnx")  # the next test reads that
+    monkeypatch.delitem(deployment.WRITERS, "model.onnx")  # the next test reads that
     net = partial(lesson("07").MODELS["vit_xs_16"], num_classes=5, small_input=True)
     model, side = (net().eval(), 32) if transformer else (small_net().eval(), 8)
     mean_std = torch.tensor([0.4] * 3), torch.tensor([0.2] * 3)
@@ -529,7 +528,7 @@ def test_a_script_without_the_course_says_of_a_picture_what_predict_says(
         picture.save(tmp_path / f"{name}.png")
         paths.append(str(tmp_path / f"{name}.png"))
     if not pixels:
-        monkeypatch.delitem(export.WRITERS, "model.pt2")  # the test before has made that
+        monkeypatch.delitem(deployment.WRITERS, "model.pt2")  # the test before has made that
     model, side = small_net().eval(), 96
     mean_std = torch.tensor([0.3, 0.4, 0.5]), torch.tensor([0.2] * 3)
     knows = calibration.Calibration(temperature=0.05)  # so that a small difference shows
@@ -568,7 +567,7 @@ def test_pictures_are_scaled_and_cut_in_the_file_as_they_are_here(
     (theirs,), _ = load_images([str(tmp_path / "a.png")], side)
     mean, std = torch.tensor([0.3, 0.4, 0.5]), torch.tensor([0.2, 0.3, 0.4])
     net = calibration.Trained(Looks(), (), (mean, std), side)
-    export.FromPixels(net)(torch.from_numpy(pixels)[None])
+    deployment.FromPixels(net)(torch.from_numpy(pixels)[None])
     ours = 255 * (seen[0][0] * std.view(3, 1, 1) + mean.view(3, 1, 1))
     off = (ours - theirs).abs()
     assert off.max() < 1.01 and (off > 0.5).float().mean() < 0.1
@@ -592,7 +591,7 @@ def test_export_refuses_a_file_that_says_something_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = {"model.pt2": lambda model, x, path, _: path.touch() or (lambda x: model(x) + 0.01)}
-    monkeypatch.setattr(export, "WRITERS", wrong)
+    monkeypatch.setattr(deployment, "WRITERS", wrong)
     net = calibration.Trained(small_net(), "abcde", (torch.ones(3),) * 2, 8)
     with pytest.raises(UserError, match="answers otherwise"):
         export_model(net, tmp_path)

@@ -22,7 +22,8 @@ from common.engine.errors import UserError
 from common.engine.sources import load_digits
 from common.lessons import all_models
 from common.profiling import count_macs
-from common.transfer import calibration, embedding, export, flags, origins, parts, prediction, task
+from common.transfer import deployment, embedding, flags, origins, parts, prediction, task
+from common.transfer.calibration import Trained
 from tests.conftest import lesson
 
 CPU = torch.device("cpu")
@@ -264,10 +265,10 @@ def test_a_range_test_knows_torchvisions_names(
 def test_no_script_without_the_file_that_it_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(deployment.importlib.util, "find_spec", lambda name: None)
     net = lesson("01").cifar_resnet(8, num_classes=3)
-    known = calibration.Trained(net, "abc", (torch.zeros(3), torch.ones(3)), 8)
-    export.export_model(known, tmp_path)
+    known = Trained(net, "abc", (torch.zeros(3), torch.ones(3)), 8)
+    deployment.export_model(known, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.pt2"]
 
 

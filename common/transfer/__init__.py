@@ -8,7 +8,6 @@ arms          trainings of the experiments that are no plain ones
 flags         the lesson's command line
 prediction    what a trained model says of picture files
 calibration   how sure it is, and when it should say that it isn't
-export        a trained model as files that run without the course
-deployment    both, after a training or of a past run
+deployment    a trained model put to use, also as files that run without the course
 embedding     features as points in the plane
 """
