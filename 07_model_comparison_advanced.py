@@ -125,7 +125,7 @@ from common.engine.progress import Bar
 from common.engine.signals import stop_says
 from common.engine.sources import load_source
 from common.experiments import Arm, open_store
-from common.lessons import all_models, get_model
+from common.lessons import Models, get_model
 from common.live import digits, live, show
 from common.profiling import count_parameters
 from common.runs import Run
@@ -664,7 +664,7 @@ def run(config: Config) -> list[Table]:
     with stop_says(run.farewell):
         if config.eval_imagenet:
             return reproduce(config, device, run, entry, pareto_front)
-        everyone = [] if config.experiment else chosen_names(config.model, list(all_models()))
+        everyone = [] if config.experiment else chosen_names(config.model, list(Models()))
         trained = chosen_names(config.model, [default_model(family) for family in FAMILIES])
         with Bar(steps(everyone, trained), "measuring", "steps", seconds=15) as bar:
             small = small_entries(trained, config, len(source.class_names), bar, FAMILIES, entry)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.engine.errors import unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
     from torch import nn
@@ -47,19 +48,29 @@ def load_lesson(name: str) -> ModuleType:
         return importlib.import_module(module_name)
 
 
-def all_models() -> dict[str, Callable[..., nn.Module]]:
+class Models(Mapping):
     """Every model of lessons 01 to 07 by name, in the lessons' order.
 
-    Raises:
-        ValueError: two lessons use one name.
+    A lesson is imported when one of its models is asked for and not before.
     """
-    models: dict[str, Callable[..., nn.Module]] = {}
-    for lesson in lesson_names():
-        found = getattr(load_lesson(lesson), "MODELS", {}) if lesson < "08" else {}
-        if twice := models.keys() & found.keys():
-            raise ValueError(f"{lesson} defines {min(twice)} again")
-        models |= found
-    return models
+
+    def __getitem__(self, name: str) -> Callable[..., nn.Module]:
+        for models in self._lessons():
+            if name in models:
+                return models[name]
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        for models in self._lessons():
+            yield from models
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _lessons(self) -> Iterator[Mapping[str, Callable[..., nn.Module]]]:
+        for lesson in lesson_names():
+            if lesson < "08":
+                yield getattr(load_lesson(lesson), "MODELS", {})
 
 
 def get_model(name: str) -> Callable[..., nn.Module]:
@@ -68,7 +79,7 @@ def get_model(name: str) -> Callable[..., nn.Module]:
     Raises:
         UserError: there is no such model; the message names the closest one.
     """
-    models = all_models()
+    models = Models()
     if name not in models:
         raise unknown("model", name, models)
     return models[name]

@@ -41,7 +41,7 @@ from common.engine.files import Store
 from common.engine.progress import Bar
 from common.engine.sources import load_source
 from common.experiments import Arm, Trial
-from common.lessons import all_models, get_model, lesson_names, load_lesson
+from common.lessons import Models, get_model, lesson_names, load_lesson
 from common.pretrained import load_pretrained, load_torchvision_state
 from common.profiling import count_macs, count_parameters
 from common.runs import Run
@@ -161,9 +161,9 @@ def test_lessons_are_found_by_number_and_by_name() -> None:
 
 
 def test_all_models_holds_every_lessons() -> None:
-    models = all_models()
-    for name in lesson_names()[:7]:
-        assert set(load_lesson(name).MODELS) <= set(models)
+    models, lessons = Models(), [load_lesson(name).MODELS for name in lesson_names()[:7]]
+    assert [name for of_one in lessons for name in of_one] == list(models)
+    assert len(set(models)) == len(models), "two lessons use one name"
     assert get_model("lenet5") is lesson.MODELS["lenet5"]
 
 
@@ -228,7 +228,7 @@ def test_size_on_paper_is_the_size_of_the_file(tmp_path: Path) -> None:
 
 
 def test_every_model_has_its_place_on_the_timeline() -> None:
-    years = {name: lesson.era(name).year for name in all_models()}
+    years = {name: lesson.era(name).year for name in Models()}
     assert years["lenet5"] == 1998 and years["resnet110"] == 2015 and years["se_resnet50"] == 2017
     assert [name for name, year in years.items() if year is None] == ["simple_cnn"]
 
@@ -321,7 +321,7 @@ def test_a_comparison_from_start_to_report_and_on_with_more_seeds(
 
 def test_the_folder_of_many_models_has_a_short_name(tmp_path: Path) -> None:
     """A list of all names would be longer than the 255 bytes that a file system takes."""
-    many = ",".join(all_models())
+    many = ",".join(Models())
     assert len(many) > 255
     config = lesson.Config(model=many, dataset="digits", run_dir=str(tmp_path))
     folder = Run.open(config, lesson.LESSON).folder

@@ -20,7 +20,7 @@ from common import experiments, inspection, plotting
 from common.engine import device
 from common.engine.errors import UserError
 from common.engine.sources import load_digits
-from common.lessons import all_models
+from common.lessons import Models
 from common.profiling import count_macs
 from common.transfer import deployment, embedding, flags, origins, parts, prediction, task
 from common.transfer.calibration import Trained
@@ -32,7 +32,7 @@ transfer = lesson("08")
 
 def test_a_transformers_tokens_are_drawn_as_maps() -> None:
     torch.manual_seed(0)
-    net = all_models()["vit_xs_16"](num_classes=5, small_input=True)
+    net = Models()["vit_xs_16"](num_classes=5, small_input=True)
     nn.init.normal_(net.get_classifier().weight)  # zeros at the start
     x = torch.randn(3, 3, 32, 32)
     maps = inspection.stage_activations(net, x[:1])

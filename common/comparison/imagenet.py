@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from common.engine.errors import UserError
 from common.engine.file_loader import from_workers, worker_count
 from common.engine.progress import Bar
-from common.lessons import all_models
+from common.lessons import Models
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
@@ -45,7 +45,7 @@ def published() -> dict[str, Published]:
     from torchvision import models
 
     known = set(models.list_models())
-    return {name: described(name, "IMAGENET1K_V1") for name in all_models() if name in known}
+    return {name: described(name, "IMAGENET1K_V1") for name in Models() if name in known}
 
 
 def described(name: str, version: str) -> Published:

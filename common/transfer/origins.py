@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from common.engine import checkpoint
 from common.engine.errors import UserError, unknown
 from common.engine.files import write_json
 from common.engine.weights import find_bundle
-from common.lessons import lesson_names, load_lesson
+from common.lessons import Models, load_lesson
 from common.pretrained import load_pretrained
 from common.transfer.flags import EXTERNAL
 
@@ -26,31 +26,13 @@ MADE = "made.json"  # how the net of a run was built that started from another r
 # ------------------------------------------------------------------------------------------- models
 
 
-class Catalogue(Mapping):
-    """Every model of lessons 01 to 07 by name, and torchvision's as `torchvision:NAME`.
-
-    A lesson is imported when one of its models is asked for and not before.
-    """
+class Catalogue(Models):
+    """Every model of lessons 01 to 07 by name, and torchvision's as `torchvision:NAME`."""
 
     def __getitem__(self, name: str) -> Callable[..., nn.Module]:
         if name.startswith(EXTERNAL):
             return partial(TorchvisionModel, name.removeprefix(EXTERNAL))
-        for models in self._lessons():
-            if name in models:
-                return models[name]
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        for models in self._lessons():
-            yield from models
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def _lessons(self) -> Iterator[Mapping[str, Callable[..., nn.Module]]]:
-        for lesson in lesson_names():
-            if lesson < "08":
-                yield getattr(load_lesson(lesson), "MODELS", {})
+        return super().__getitem__(name)
 
 
 class TorchvisionModel(nn.Module):
