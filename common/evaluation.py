@@ -59,9 +59,8 @@ def evaluate(model: nn.Module, loader: Loader, class_names: list[str]) -> Evalua
     top5 = 1.0
     if len(classes) > 5:
         top5 = float(top_k_accuracy_score(labels, probabilities, k=5, labels=classes))
-    normalised = probabilities.astype(np.float64) / probabilities.sum(
-        1, keepdims=True, dtype=np.float64
-    )
+    normalised = probabilities.astype(np.float64)
+    normalised /= normalised.sum(1, keepdims=True)
     return Evaluation(
         loss=float(log_loss(labels, normalised, labels=classes)),
         top1=float((predicted == labels).mean()),

@@ -218,12 +218,8 @@ def draw_figures(
     run.figure("confusion_matrix", plotting.confusion_matrix(test, names))
     run.figure("filters", plotting.filters(inspection.first_filters(model)))
     one = np.array([0])
-    run.figure(
-        "activations",
-        plotting.activations(
-            pictures(one)[0], inspection.stage_activations(model, data.test.take(one))
-        ),
-    )
+    stages = inspection.stage_activations(model, data.test.take(one))
+    run.figure("activations", plotting.activations(pictures(one)[0], stages))
     # One image of each of the first classes, so that the maps can be compared.
     shown = np.array([np.flatnonzero(test.targets == c)[0] for c in np.unique(test.targets)[:8]])
     maps = inspection.grad_cam(model, data.test.take(shown))
@@ -231,11 +227,5 @@ def draw_figures(
     worst = most_wrong(test)
     images = pictures(worst) if len(worst) else np.zeros((0, data.image_size, data.image_size, 3))
     wrong = int((test.predictions != test.targets).sum())
-    run.figure(
-        "most_wrong",
-        plotting.image_grid(
-            images,
-            [said(r) for r in worst],
-            f"Most confidently wrong: {len(worst)} of {wrong} mistakes",
-        ),
-    )
+    heading = f"Most confidently wrong: {len(worst)} of {wrong} mistakes"
+    run.figure("most_wrong", plotting.image_grid(images, [said(r) for r in worst], heading))

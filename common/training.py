@@ -192,17 +192,16 @@ def fit(
     best: dict[str, Any] = {"top1": -1.0, "loss": math.inf, "epoch": 0}
 
     def save() -> None:
-        run.save(
-            {
-                **{name: part.state_dict() for name, part in parts.items()},
-                "config": config.to_dict(),
-                "data": data.fingerprint,
-                "history": [asdict(record) for record in history],
-                "best": best,
-                "rng": processes.from_all(rng_state(device)),
-                "batching": [data.train.batch_size, data.train.accumulate],
-            }
-        )
+        state = {
+            **{name: part.state_dict() for name, part in parts.items()},
+            "config": config.to_dict(),
+            "data": data.fingerprint,
+            "history": [asdict(record) for record in history],
+            "best": best,
+            "rng": processes.from_all(rng_state(device)),
+            "batching": [data.train.batch_size, data.train.accumulate],
+        }
+        run.save(state)
 
     # ---- resume
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "meter": meter}
@@ -241,18 +240,17 @@ def fit(
             processes.share_buffers(model, evaluated)
             val_loss, val_top1 = score(evaluated, data.val)
             guard.settle(val_loss)
-            history.append(
-                EpochRecord(
-                    epoch=meter.epoch + 1,
-                    lr=schedule.last_lr,
-                    train_loss=train_loss,
-                    train_top1=train_top1,
-                    val_loss=val_loss,
-                    val_top1=val_top1,
-                    seconds=meter.elapsed(),
-                    images_per_second=data.train.images_per_epoch / seconds,
-                )
+            record = EpochRecord(
+                epoch=meter.epoch + 1,
+                lr=schedule.last_lr,
+                train_loss=train_loss,
+                train_top1=train_top1,
+                val_loss=val_loss,
+                val_top1=val_top1,
+                seconds=meter.elapsed(),
+                images_per_second=data.train.images_per_epoch / seconds,
             )
+            history.append(record)
             schedule.epoch_end(val_loss)
             meter.end_epoch()
 
@@ -263,7 +261,7 @@ def fit(
                     run.save_best(evaluated, best, data)
             if run is not None:
                 run.note_epoch(history, config.epochs)
-                meter.announce(history[-1].seconds * config.epochs)
+                meter.announce(record.seconds * config.epochs)
             done = meter.epoch == config.epochs or _out_of_patience(history, config.patience)
             keeper.pause(now=done)
     if run is not None:
