@@ -233,11 +233,8 @@ def tested(
     right = (probabilities.argmax(1) == labels).numpy()
     last, top1 = history[-1], float(right.mean())
     if processes.is_main():
-        print(
-            f"{name:<24} train loss {last.train_loss:.4f}  train {last.train_top1:6.2%}  test "
-            f"{top1:6.2%}  {seconds:.1f} s",
-            flush=True,
-        )
+        scores = f"train {last.train_top1:6.2%}  test {top1:6.2%}  {seconds:.1f} s"
+        print(f"{name:<24} train loss {last.train_loss:.4f}  {scores}", flush=True)
     costs = count_parameters(model), count_macs(model, data.input_size)
     return Trial(*costs, top1, seconds, history, model, right)
 

@@ -80,16 +80,12 @@ def banner(
     print(f"device     {device.type}: {describe(device)}{together}, {precision}")
     print(f"data       {data.describe()}")
     macs = count_macs(model, data.input_size) / 1e6
-    print(
-        f"model      {config.model}, {count_parameters(model):,} parameters, {macs:,.1f} M "
-        f"multiply-adds an image"
-    )
+    size = f"{count_parameters(model):,} parameters, {macs:,.1f} M multiply-adds an image"
+    print(f"model      {config.model}, {size}")
     steps = len(data.train) // data.train.accumulate
-    print(
-        f"recipe     {config.epochs} epochs of {steps} steps of {data.train.images_per_step} "
-        f"images, "
-        f"{config.schedule} from lr {config.lr:.3g}, augment {config.augment}, seed {config.seed}"
-    )
+    length = f"{config.epochs} epochs of {steps} steps of {data.train.images_per_step} images"
+    rate = f"{config.schedule} from lr {config.lr:.3g}"
+    print(f"recipe     {length}, {rate}, augment {config.augment}, seed {config.seed}")
     print(f"folder     {run.folder}", flush=True)
 
 
@@ -115,13 +111,10 @@ class Run(RunFolder):
                 if name != "epoch":
                     self.tensorboard.add_scalar(name, value, r.epoch)
             self.tensorboard.flush()
-        print(
-            f"epoch {r.epoch:>{len(str(epochs))}}/{epochs}  loss {r.train_loss:.4f}  train "
-            f"{r.train_top1:6.2%}  "
-            f"val {r.val_top1:6.2%}  lr {r.lr:<8.3g} {r.seconds:.1f} s  "
-            f"{r.images_per_second:,.0f} images/s",
-            flush=True,
-        )
+        scores = f"loss {r.train_loss:.4f}  train {r.train_top1:6.2%}  val {r.val_top1:6.2%}"
+        speed = f"{r.seconds:.1f} s  {r.images_per_second:,.0f} images/s"
+        number = f"{r.epoch:>{len(str(epochs))}}/{epochs}"
+        print(f"epoch {number}  {scores}  lr {r.lr:<8.3g} {speed}", flush=True)
 
     def figure(self, name: str, figure: Any) -> Path:
         path = plotting.save(figure, self.folder / f"{name}.png")

@@ -120,8 +120,5 @@ def with_less_memory(
         torch.cuda.empty_cache()
         loader.rebatch(loader.batch_size // 2, 2 * loader.accumulate)
         meter.batch, meter.batch_at_step = 2 * meter.batch, 2 * meter.batch
-        print(
-            f"out of memory: going on with --batch-size {loader.batch_size} --accumulate "
-            f"{loader.accumulate}, the same images per step",
-            flush=True,
-        )
+        flags = f"--batch-size {loader.batch_size} --accumulate {loader.accumulate}"
+        print(f"out of memory: going on with {flags}, the same images per step", flush=True)
