@@ -112,10 +112,8 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
         else:
             options["type"] = kinds[0]
             options["nargs"] = spec.metadata.get("nargs")
-            options["metavar"] = (
-                "|".join(filter(None, spec.metadata.get("choices") or ()))
-                or kinds[0].__name__.upper()
-            )
+            choices = "|".join(filter(None, spec.metadata.get("choices") or ()))
+            options["metavar"] = choices or kinds[0].__name__.upper()
         mine = spec is not shared.get(spec.name)
         flags = "--" + spec.name.replace("_", "-"), spec.metadata.get("short")
         (own if mine else group).add_argument(*filter(None, flags), **options)

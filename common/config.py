@@ -312,9 +312,8 @@ class TrainConfig:
         if self.warmup is None:  # a short run must not be all warm-up
             config = dataclasses.replace(config, warmup=min(config.warmup, config.epochs / 5))
         if config.cutout is None:
-            config = dataclasses.replace(
-                config, cutout=config.image_size // 4 if config.augment == "strong" else 0
-            )
+            side = config.image_size // 4 if config.augment == "strong" else 0
+            config = dataclasses.replace(config, cutout=side)
         if config.smoke:
             config = dataclasses.replace(config, epochs=1, warmup=0)
         if config.lr is None:

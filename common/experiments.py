@@ -525,9 +525,8 @@ def draw(results: Results) -> Figure:
     """
     firsts = [records[0] for records in results.records.values()]
     record = max(firsts, key=len)
-    lists = sorted(
-        (k for k, v in record.items() if isinstance(v, list)), key=lambda k: k != "losses"
-    )
+    lists = [k for k, v in record.items() if isinstance(v, list)]
+    lists.sort(key=lambda k: k != "losses")
     if len(firsts) > 1:  # arms that share one training have one curve, which compares nothing
         lists = [k for k in lists if any(r.get(k) != record[k] for r in firsts)]
     measures = list(dict.fromkeys(c.measure for c in results.experiment.claims)) or ["test_top1"]

@@ -58,9 +58,8 @@ def prepare(config: ConfigT) -> tuple[ConfigT, torch.device]:
     if config.pretrained:
         # The stems of official weights are made for large images; below about 96 px little is left
         # of them.
-        image_size = size_for_weights(
-            config.model, config.image_size, 224 if device.type == "cuda" else 96
-        )
+        official = 224 if device.type == "cuda" else 96
+        image_size = size_for_weights(config.model, config.image_size, official)
     config = config.resolve(name, image_size, processes.world_size(), images)
     if why and processes.is_main():
         print(f"dataset    {why}", flush=True)

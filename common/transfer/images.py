@@ -113,10 +113,8 @@ def other_domain(here: Source, there: Source | None, kind: str) -> Source:
         return there
     if here.train.pixels is None:
         raise UserError("--experiment domain-adaptation: name the other folder by --target-dir")
-    splits = {
-        name: shifted(getattr(here, name), kind, seed)
-        for seed, name in enumerate(("train", "val", "test"))
-    }
+    seeds = {"train": 0, "val": 1, "test": 2}
+    splits = {name: shifted(getattr(here, name), kind, seed) for name, seed in seeds.items()}
     return dataclasses.replace(here, name=f"{here.name}, {kind}", **splits)
 
 
