@@ -35,6 +35,8 @@ def torchvision_twin(
     torchvision's own initialisation takes seconds for the large models.
     """
     generator = torch.Generator().manual_seed(seed)
+    # Drawn once; each weight is pieces of it from random places, in a fifth of the time.
+    numbers = torch.randn(1_000_003, generator=generator)
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None, **options)
     model = model.to_empty(device="cpu")
@@ -44,7 +46,9 @@ def torchvision_twin(
             # std sqrt(2 / fan_in) keeps the variance through a ReLU; vectors are set below or stay
             # small.
             std = (2 / fan_in) ** 0.5 if parameter.dim() > 1 else 0.1
-            parameter.normal_(0, std, generator=generator)
+            for piece in parameter.view(-1).split(900_001):
+                start = torch.randint(len(numbers) - len(piece) + 1, (), generator=generator)
+                torch.mul(numbers[start : start + len(piece)], std, out=piece)
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         for module in model.modules():
             if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
