@@ -111,11 +111,16 @@ def test_every_parameter_gets_a_gradient(number: str, model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "model"), [("01", "resnet20"), ("02", "vgg11_bn"), ("03", "googlenet")]
+    ("number", "model", "options"),
+    [
+        ("01", "resnet20", {}),
+        ("02", "vgg11_bn", {}),
+        ("03", "googlenet", {"width_mult": 0.25}),
+    ],
 )
-def test_one_batch_can_be_overfitted(number: str, model: str) -> None:
+def test_one_batch_can_be_overfitted(number: str, model: str, options: dict) -> None:
     torch.manual_seed(0)
-    net = builder(number, model)(num_classes=4, small_input=True).train()
+    net = builder(number, model)(num_classes=4, small_input=True, **options).train()
     x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 4
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     for _ in range(30):
