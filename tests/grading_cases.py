@@ -7,6 +7,7 @@ A case is an edit of a solution in `grading_solutions`, or a solution of its own
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import tempfile
@@ -14,7 +15,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,10 +34,6 @@ from common.grading.sandbox import Limits
 from common.starter import make_starter
 from tests.grading_hostile import HARM, PREFIX, THEFT
 from tests.grading_solutions import SOLUTIONS
-
-if TYPE_CHECKING:
-    from common.grading import probes
-    from common.grading.exercises import Exercise
 
 
 @dataclass(frozen=True)
@@ -599,24 +595,15 @@ def without_relu(seeds: Iterable[int]) -> list[int]:
         sides[-1].namespace = {"torch": torch, "nn": torch.nn}
         exec(code, sides[-1].namespace)
     overlooked = []
-    for seed in seeds:
+    for seed, (place, case) in itertools.product(seeds, enumerate(exercise.cases)):
         for draw in range(References.DRAWS):
-            seen = [_observed(sides[0], exercise, seed + 1000 * draw, careful=True)]
-            if not any(observation["silent"] for observation in seen[0]):
+            given = case.expression, case.inputs, case.as_list, seed + place + 1000 * draw
+            right = sides[0].observe(*given, careful=True)
+            if not right["silent"]:
                 break
-        seen.append(_observed(sides[1], exercise, seed + 1000 * draw, careful=False))
-        if any(agree(a["eval"], b["eval"]) for a, b in zip(*seen)):
+        if agree(right["eval"], sides[1].observe(*given)["eval"]):
             overlooked.append(seed)
     return overlooked
-
-
-def _observed(
-    side: probes.Submission, exercise: Exercise, seed: int, careful: bool
-) -> list[dict[str, Any]]:
-    return [
-        side.observe(case.expression, case.inputs, case.as_list, seed + i, careful=careful)
-        for i, case in enumerate(exercise.cases)
-    ]
 
 
 _PLACES = ("/tmp", "/var/tmp", "/dev/shm", ".", "/run/lock")

@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from common import grade, starter
+from common.grading import marking
 from common.grading.checks import CHECKS
 from common.grading.exercises import (
     LEVELS,
@@ -264,6 +266,16 @@ def test_every_activation_matters_whatever_the_draw() -> None:
     """1.3 without its ReLU, for many seeds; without a sandbox, which would take minutes."""
     missing = grading_cases.without_relu(range(20))
     assert missing == []
+
+
+def test_the_least_silent_of_all_draws_is_taken() -> None:
+    """And the first without silence ends them."""
+    for silent, at, asked in (([2, 1, 0, 0], 2, 3), ([3, 1, 2, 1], 1, 4)):
+        worker = mock.Mock()
+        worker.ask.side_effect = [{"silent": ["a ReLU"] * n} for n in silent]
+        seen = marking._drawn(worker, {"seed": 7}, len(silent))
+        assert (seen["seed"], len(seen["silent"])) == (7 + 1000 * at, silent[at])
+        assert worker.ask.call_count == asked
 
 
 # ---------------------------------------------------------------------------------- messages

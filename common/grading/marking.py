@@ -19,7 +19,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -271,10 +271,10 @@ class Grader(contextlib.AbstractContextManager):
         late = "not marked: the time for the whole lesson is used up" if left <= 0 else ""
         if why := self.hopeless.get(key) or late:
             return _all_lost(exercise, why)
-        seed, theirs = self.references.get(exercise, self.host)
+        seeds, theirs = self.references.get(exercise, self.host)
         started = time.monotonic()
         mine, self.hopeless[key] = observe(
-            self.host, exercise, filename, data, seed, started + left, theirs
+            self.host, exercise, filename, data, seeds, started + left, theirs
         )
         self.seconds[key] -= time.monotonic() - started  # to name the mistakes is our time
         return self._judge(exercise, mine, theirs, started)
@@ -325,7 +325,7 @@ class References:
     foresee; and what they would do with known mistakes in them.
     """
 
-    DRAWS = 20  # seeds to try until each activation matters
+    DRAWS = 20  # seeds to try for a case, until each activation matters
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = secrets.randbits(31) if seed is None else seed
@@ -339,33 +339,24 @@ class References:
                 self._kept[key] = make(*args)
             return self._kept[key]
 
-    def get(self, exercise: Exercise, host: Host) -> tuple[int, list[Seen]]:
-        """The seed, and what was seen with it.
+    def get(self, exercise: Exercise, host: Host) -> tuple[list[int], list[Seen]]:
+        """The seed of each case, and what was seen with it.
 
         Raises: RuntimeError, if the lesson itself fails: then nobody can be marked.
         """
         return self._once((exercise.number,), self._look, exercise, host)
 
-    def _look(self, exercise: Exercise, host: Host) -> tuple[int, list[Seen]]:
-        """Drawn again, if an activation makes no difference to the numbers that were drawn: who
-        leaves it out shall be found whatever the draw.
-        """
-        path = lesson_path(exercise.lesson)
-        looks: list[tuple[int, int, list[Seen]]] = []
-        for draw in range(self.DRAWS):
-            seed = self.seed + 1000 * draw
-            given = host, exercise, path.name, path.read_bytes(), seed
-            found, _ = observe(*given, careful=True, counted=looks and looks[-1][2])
-            for case, seen in zip(exercise.cases + exercise.unseen, found):
-                if error := seen.get("error") or seen.get("forward_error"):
-                    raise RuntimeError(
-                        f"exercise {exercise.number}, the reference itself: {case}: {error}"
-                    )
-            silent = [len(seen.get("silent", ())) for seen in found[: len(exercise.cases)]]
-            looks.append((sum(silent), seed, found))
-            if not any(silent):
-                break
-        return min(looks, key=lambda look: look[0])[1:]
+    def _look(self, exercise: Exercise, host: Host) -> tuple[list[int], list[Seen]]:
+        path, cases = lesson_path(exercise.lesson), exercise.cases + exercise.unseen
+        seeds = [self.seed + i for i in range(len(cases))]
+        given = host, exercise, path.name, path.read_bytes(), seeds
+        found, _ = observe(*given, draws=self.DRAWS)
+        for case, seen in zip(cases, found):
+            if error := seen.get("error") or seen.get("forward_error"):
+                raise RuntimeError(
+                    f"exercise {exercise.number}, the reference itself: {case}: {error}"
+                )
+        return [seen.get("seed", seed) for seen, seed in zip(found, seeds)], found
 
     def name(
         self, exercise: Exercise, trials: list[checks.Trial], trial: checks.Trial, check: str,
@@ -424,21 +415,25 @@ def _explains(trial: checks.Trial, check: str, known: Seen) -> bool:
     return not agree(mine["train"], theirs["train"]) and any(gives(m, trained) for m in modes)
 
 
-def manifest_mistakes(host: Host, exercise: Exercise, seed: int) -> list[tuple[str, list[Seen]]]:
+def manifest_mistakes(
+    host: Host, exercise: Exercise, seeds: list[int]
+) -> list[tuple[str, list[Seen]]]:
     """What is seen of each case with the wrong code that the manifest has."""
     path = lesson_path(exercise.lesson)
     source = path.read_text(encoding="utf-8")
     aided = replace(exercise, setup=f"{exercise.setup}\n{exercise.aids}")
     return [
-        (name, observe(host, aided, path.name, put_in(source, code).encode(), seed)[0])
+        (name, observe(host, aided, path.name, put_in(source, code).encode(), seeds)[0])
         for name, code in exercise.mistakes
     ]
 
 
-def made_mistakes(host: Host, exercise: Exercise, seed: int, place: int) -> list[tuple[str, Seen]]:
+def made_mistakes(
+    host: Host, exercise: Exercise, seeds: list[int], place: int
+) -> list[tuple[str, Seen]]:
     """What comes out of one case with one step of the reference's done wrong."""
     path = lesson_path(exercise.lesson)
-    question = _question((exercise.cases + exercise.unseen)[place], seed + place)
+    question = _question((exercise.cases + exercise.unseen)[place], seeds[place])
     try:
         with contextlib.closing(Worker(host)) as worker:
             _load(worker, exercise, path.name, path.read_bytes())
@@ -453,19 +448,19 @@ def observe(
     exercise: Exercise,
     filename: str,
     data: bytes,
-    seed: int,
+    seeds: list[int],
     deadline: float = float("inf"),
     theirs: list[Seen] | None = None,
-    careful: bool = False,
-    counted: Sequence[Seen] = (),
+    draws: int = 1,
 ) -> tuple[list[Seen], str]:
     """Try all cases of one exercise in a worker of its own: what was seen of each, the hidden ones
     last, and why the file could not be run at all, so that no other exercise need try.
     Whatever a submission does is an observation.  Raises: SandboxUnavailable.
 
     Where the numbers are not `theirs`, the reference's, every other assignment of the weights that
-    the shapes allow is tried. `careful`: see `probes`. `counted`: an observation with another seed,
-    which is the same where numbers are not drawn.
+    the shapes allow is tried. With several `draws` a case that is not hidden is drawn again while
+    an activation makes no difference to its numbers: who leaves it out shall be found whatever the
+    draw. What was seen then names its seed.
     """
     cases = exercise.cases + exercise.unseen
     seen: list[Seen] = []
@@ -477,13 +472,11 @@ def observe(
                 return [{"error": _clean(answer["error"])}] * len(cases), ""
             loaded = True
             for i, case in enumerate(cases):
-                if counted and case.probe == "count":
-                    seen.append(counted[i])
-                    continue
-                question = _question(case, seed + i)
-                if case.probe == "observe":
-                    question["careful"] = careful
-                answer = worker.ask(question, host.limits.case_seconds, deadline)
+                question = _question(case, seeds[i])
+                if draws > 1 and case.probe == "observe" and i < len(exercise.cases):
+                    answer = _drawn(worker, {**question, "careful": True}, draws)
+                else:
+                    answer = worker.ask(question, host.limits.case_seconds, deadline)
                 if theirs is not None and case.probe == "observe":
                     answer = _arranged(worker, question, answer, theirs[i], deadline)
                 seen.append({k: _clean(v) if k.endswith("error") else v for k, v in answer.items()})
@@ -524,6 +517,18 @@ def _question(case: Case, seed: int) -> dict[str, Any]:
     return question
 
 
+def _drawn(worker: Worker, question: dict[str, Any], draws: int) -> Seen:
+    """The first of so many seeds with which no activation is silent, else the one with fewest."""
+    looks = []
+    for draw in range(draws):
+        seed = question["seed"] + 1000 * draw
+        answer = worker.ask({**question, "seed": seed}, worker.limits.case_seconds)
+        looks.append({**answer, "seed": seed})
+        if not answer.get("silent"):
+            break
+    return min(looks, key=lambda seen: len(seen.get("silent", ())))
+
+
 def _arranged(
     worker: Worker, question: dict[str, Any], answer: Seen, theirs: Seen, deadline: float
 ) -> Seen:
@@ -535,14 +540,13 @@ def _arranged(
     whole = len(theirs["slots"]) > 60  # a net, of which the parts are the reference's own
     if whole or not same or "eval" not in answer or agree(answer["eval"], theirs["eval"]):
         return answer
-    asked = {k: v for k, v in question.items() if k != "careful"} | {"slots": theirs["slots"]}
+    question = {**question, "slots": theirs["slots"]}
     seconds = worker.limits.case_seconds
-    tried = worker.ask({**asked, "probe": "arrange"}, 4 * seconds, deadline).get("tried")
+    tried = worker.ask({**question, "probe": "arrange"}, 4 * seconds, deadline).get("tried")
     wanted = checks.sketch_of(theirs["eval"], SKETCH)
     for number, outputs in enumerate(tried if isinstance(tried, list) else ()):
         if agree(outputs, wanted):
-            question = {**question, "slots": theirs["slots"], "arrangement": number}
-            return worker.ask(question, seconds, deadline)
+            return worker.ask({**question, "arrangement": number}, seconds, deadline)
     return answer
 
 
