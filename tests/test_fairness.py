@@ -334,16 +334,6 @@ def test_pytest_marks_no_variant_as_the_lesson(tmp_path: Path) -> None:
     assert code == 4 and "variant 7" in err, err
 
 
-def test_a_conftest_beside_the_submission_does_not_run(tmp_path: Path) -> None:
-    shown = tmp_path / "it ran"
-    (tmp_path / "conftest.py").write_text(f"open({str(shown)!r}, 'w').close()\n")
-    (tmp_path / file_name("05")).write_text("")
-    run = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    flags = "-p", "no:cacheprovider", "tests/grading", "--submission", tmp_path, "--lessons", "05"
-    code, out, _ = Warm(tmp_path, "-c", run, *flags).join()
-    assert code == 1 and "total" in out and not shown.exists()
-
-
 @pytest.mark.parametrize("lines", [
     "from torchvision import datasets\ntrain = datasets.CIFAR10('data')\n"
     "for images, labels in torch.utils.data.DataLoader(train):\n    print(images.shape)\n",

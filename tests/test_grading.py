@@ -5,6 +5,7 @@ wrong solutions.
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
 import json
 import os
@@ -409,20 +410,21 @@ KEEP_POINTS = {  # who does no harm to the other exercises keeps their points
 def mark_all(
     folder: Path, out: Path, by: grade.Grader, limits: Limits | None = None, **options: object
 ) -> list[grade.Grade]:
-    """With `limits` two hosts are started; else `by`'s own does it, one submission at a time."""
-    found, make = grade.find_submissions(folder, out), grade.Grader
+    """With `limits` a host is started beside `by`'s own; else that marks one at a time."""
+    found, make, warm = grade.find_submissions(folder, out), grade.Grader, [by.host]
 
     def borrow(lessons: tuple[str, ...], *rest: object) -> grade.Grader:
-        one = make(lessons, None, by.references)
-        one.host = by.host
+        one = make(lessons, limits, by.references)
+        with contextlib.suppress(IndexError):
+            one.host = warm.pop()
         return one
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grade, "References", lambda: by.references)  # the lessons were observed
-        if not limits:
-            patch.setattr(grade, "Grader", borrow)
-            patch.setattr(by.host, "close", lambda: None)
+        patch.setattr(grade, "Grader", borrow)
+        patch.setattr(by.host, "close", lambda: None)
         jobs, limits = 2 if limits else 1, limits or Limits()
+        patch.setattr(by.host, "limits", limits)
         return grade.mark_class(found, out, ("05",), jobs, limits, quiet=True, **options)
 
 
@@ -497,19 +499,21 @@ def max_score(tests: list[dict]) -> float:
 
 def test_results_json_and_junit_from_pytest(tmp_path: Path) -> None:
     """A starter through the command line, and only some of the tests: the total stays that of the
-    table.
+    table. And a conftest.py beside the submission does not run.
     """
     import xml.etree.ElementTree as ET
 
-    submission, results, junit = (
-        tmp_path / name for name in (file_name("05"), "results.json", "junit.xml")
-    )
-    submission.write_text(starter.make_starter("05", ["5.1"]), encoding="utf-8")
+    submission, results, junit = (tmp_path / name for name in ("ann", "results.json", "junit.xml"))
+    submission.mkdir()
+    text = starter.make_starter("05", ["5.1"])
+    (submission / file_name("05")).write_text(text, encoding="utf-8")
+    shown = tmp_path / "it ran"
+    (submission / "conftest.py").write_text(f"open({str(shown)!r}, 'w').close()\n")
     run = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     flags = ["-p", "no:cacheprovider", "--submission", submission, "--grade-json", results]
-    flags += ["--junitxml", junit, "-k", "not 5.3"]
+    flags += ["--junitxml", junit, "-k", "not 5.3", "--lessons", "05"]
     code, out, err = Warm(tmp_path, "-c", run, "tests/grading", *flags).join()
-    assert code == 1, out + err
+    assert code == 1 and "total" in out and not shown.exists(), out + err
     rows = worth(("05",))
 
     report = json.loads(results.read_text())
