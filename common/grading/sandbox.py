@@ -458,10 +458,10 @@ def _sweep(user: int) -> None:
 def _reap(pid: int) -> int:
     """Exit code of the dead worker. Its orphans are our children now: kill and bury them all."""
     _, status = os.waitpid(pid, 0)
-    while True:
-        _kill_descendants()
+    while True:  # without a child there is nobody to look for
         try:
             if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                _kill_descendants()
                 time.sleep(0.005)
         except ChildProcessError:
             return os.waitstatus_to_exitcode(status)
