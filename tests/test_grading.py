@@ -542,7 +542,8 @@ def test_results_json_and_junit_from_pytest(tmp_path: Path) -> None:
 
 def test_results_json_is_valid_after_the_grader_was_killed(tmp_path: Path) -> None:
     submission, results = tmp_path / file_name("05"), tmp_path / "results.json"
-    submission.write_text(LESSON_5 + "\nwhile True:\n    pass\n")
+    loop = "\nopen('begun', 'w').close()\nwhile True:\n    pass\n"
+    submission.write_text(LESSON_5 + loop)
     command = [sys.executable, "-m", "common.grade", submission, "--grade-json", results]
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -553,8 +554,7 @@ def test_results_json_is_valid_after_the_grader_was_killed(tmp_path: Path) -> No
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TMPDIR": str(scratch)})
     try:
         wait_until(results.exists)
-        # Now a worker runs the endless loop.
-        wait_until(lambda: list(scratch.glob("grader-*/submission-*")))
+        wait_until(lambda: list(scratch.glob("grader-*/submission-*/begun")))
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
