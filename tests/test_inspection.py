@@ -101,6 +101,23 @@ def test_grad_cam_is_zero_where_nothing_speaks_for_the_class(model: TinyModel, x
     assert heat.shape == (5, 4, 4) and not heat.any()
 
 
+def test_grad_cam_shows_the_places_of_the_maxima_where_the_head_takes_maxima(
+    model: TinyModel, x: Tensor
+) -> None:
+    model.head[0] = nn.AdaptiveMaxPool2d(1)
+    features = model.eval().forward_features(x).detach()
+    expected = np.zeros((5, 4, 4), np.float32)
+    classes = [0, 1, 2, 1, 0]
+    for n, k in np.ndindex(5, 4):  # each channel's maximum times its weight, where it lies
+        place = np.unravel_index(int(features[n, k].argmax()), (4, 4))
+        weight = model.head[-1].weight[classes[n], k].detach()
+        expected[n][place] += float(weight * features[n, k].max())
+    expected = expected.clip(min=0)
+    expected /= expected.max(axis=(1, 2), keepdims=True).clip(min=1e-30)
+    assert expected.any()
+    np.testing.assert_allclose(inspection.grad_cam(model, x, classes), expected, atol=1e-5)
+
+
 def test_grad_cam_takes_an_earlier_stage_where_the_last_map_is_too_small(
     model: TinyModel, x: Tensor
 ) -> None:
