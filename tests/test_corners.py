@@ -197,6 +197,8 @@ def test_a_picture_with_the_separator_in_its_name(tmp_path: Path) -> None:
         Image.new("L", (8, 8)).save(path)
     assert prediction.paths_of(f"{plain}{os.pathsep}{odd}") == [str(plain), str(odd)]
     assert prediction.paths_of(f"none{os.pathsep}{odd}") == ["none", str(odd)]
+    address = "https://example.org/a.jpg"
+    assert prediction.paths_of(f"none{os.pathsep}{address}") == ["none", address]
 
 
 def test_forgetting_counts_steps_and_knows_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:

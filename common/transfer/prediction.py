@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ EVERY_PICTURE = (
 
 
 def paths_of(joined: str) -> list[str]:
-    """The paths of `--predict`, joined by `os.pathsep`; one that has it in its name stays whole."""
-    parts, paths = joined.split(os.pathsep), []
+    """The paths of `--predict`, joined by `os.pathsep`; one that has it in its name stays whole.
+    So does an address, which isn't fetched: the error then names what was typed.
+    """
+    parts, paths = re.split(f"(?<!http)(?<!https){os.pathsep}|{os.pathsep}(?!//)", joined), []
     while parts:
         ends = range(1, min(len(parts), 8) + 1)
         end = next((n for n in ends if os.path.exists(os.pathsep.join(parts[:n]))), 1)
