@@ -65,7 +65,7 @@ class Config(TrainConfig):
     shortcut: str = knob("", "A pads, B projects, C always does (sec. 4.1)", ("A", "B", "C", ""),
                          without=("plainnet", "resnet9"))  # fmt: skip
     zero_init_residual: bool = knob(True, "start each residual branch at zero")
-    deep: int = knob(5, "blocks per stage of the experiment's deeper nets", low=4, high=200)
+    deep: int = knob(5, "blocks per stage of the deeper nets", (), 4, 200, only="skip-connections")
     RECIPES = {"digits": {"image_size": 8, "epochs": 18, "batch_size": 64, "base_lr": 0.2}}
 
 

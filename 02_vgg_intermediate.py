@@ -69,7 +69,7 @@ class Config(TrainConfig):
 
     model: str = knob("vgg11_bn", "a name of MODELS: vgg11, vgg13, vgg16, vgg19, vgg16_bn, ...")
     dropout: float = knob(0.5, "of the head for images above 64 px", low=0, high=0.95)
-    field_images: int = knob(4, "noise images of --experiment receptive-field", low=1, high=4096)
+    field_images: int = knob(4, "noise images to send through", (), 1, 4096, only="receptive-field")
 
     # What differs from the defaults of common/config.py; the record was measured with these. Digits
     # are enlarged to 16 pixels, so that the first three blocks have a map to show.

@@ -70,9 +70,9 @@ class Config(TrainConfig):
     width_mult: float = knob(1.0, "makes the model so many times as wide", low=0.05, high=8)
     depth_mult: float = knob(1.0, "makes the model so many times as deep", low=0.05, high=8)
     stochastic_depth: float = knob(0.2, "drop rate of blocks at the net's end", low=0, high=0.95)
-    nets: int = knob(16, "search: nets that each trains on a proxy task", low=7, high=1000)
-    proxy_epochs: int = knob(3, "search: epochs of such a training", low=1, high=1000)
-    budget: float = knob(1.0, "search: target cost, over that of B0's rows", low=0.05, high=100)
+    nets: int = knob(16, "nets that each way trains on a proxy task", (), 7, 1000, only="search")
+    proxy_epochs: int = knob(3, "epochs of such a training", (), 1, 1000, only="search")
+    budget: float = knob(1.0, "target cost, over that of B0's rows", (), 0.05, 100, only="search")
     # At 8 px, the digits' own size, most stages would make maps of 2x2 or 1x1.
     RECIPES = {"digits": {"image_size": 16, "epochs": 8, "batch_size": 64, "base_lr": 0.2}}
 

@@ -78,19 +78,19 @@ class Config(TrainConfig):
         ("scratch", "features", "last-stage", "full", "progressive"),
     )
     compare: bool | None = knob(None, "try all strategies, then take the best (default: on digits)")
+    seeds: int | None = knob(None, "trainings of each way (default: 3, on digits more)", (), 1, 100)
     fraction: float | None = knob(None, "share of the target's labels to use", low=1e-4, high=1)
     optimizer: str = knob("sgd", "what takes the steps; each part at its own rate", ("sgd",))
     rate_decay: float = knob(1.6, "how many times slower each part learns", low=1, high=100)
     unfreeze_by: float = knob(0.5, "share of the epochs after which all is awake", low=0, high=1)
-    predict: str = knob(
-        "", "images to classify afterwards; with --from, without training", nargs="+"
-    )
+    predict: str = knob("", "images to classify then; with --from, without training", nargs="+")
     export: bool = knob(False, "write torch.export and ONNX files, and check them")
     export_pixels: bool = knob(False, "the same, from a picture of any size to probabilities")
-    fractions: str = knob("0.05,0.2,1", "shares of the labels to compare at", low=0.0001, high=1)
-    imbalance: float = knob(30.0, "images of the largest class for one of the smallest", (), 1, 1e4)
-    shift: str = knob("textured", "of the target's look", ("textured", "noisy", "inverted"))
-    target_dir: str = knob("", "or the folder of the target's images")
+    fractions: str = knob("0.05,0.2,1", "shares of the labels", (), 1e-4, 1, only="fractions")
+    imbalance: float = knob(30.0, "images, largest class to smallest", (), 1, 1e4, only="imbalance")
+    shift: str = knob("textured", "of the target's look", ("textured", "noisy", "inverted"),
+                      only="domain-adaptation")  # fmt: skip
+    target_dir: str = knob("", "or its images' folder", only="domain-adaptation")
 
     RECIPES = {
         "digits": {"fraction": 0.05, "compare": True, "source_epochs": 12, "base_lr": 1.6},

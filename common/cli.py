@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from common.config import TrainConfig, knob_types
+from common.config import TrainConfig, knob_types, refuse_idle
 from common.engine import signals
 from common.engine.errors import UserError, unknown
 from common.engine.signals import on_leave
@@ -102,6 +102,8 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
         help_text = spec.metadata.get("help", "").replace("%", "%%")
         if spec.metadata.get("without"):
             help_text += f"; not of {', '.join(spec.metadata['without'])}"
+        if only := spec.metadata.get("only"):
+            help_text += f"; for {only}"
         if spec.default not in (None, "", False):
             help_text += f" (default: {spec.default})"
         elif spec.default is None:
@@ -178,13 +180,13 @@ def main(
             sys.stdout.reconfigure(errors="backslashreplace")
         if config.model not in models:
             raise unknown("model", config.model, models)
+        if not config.resume:
+            refuse_idle(config)
         if config.summary:
             from common.inspection import print_summary
 
             print_summary(config, build)
             return
-        if config.summary_depth:
-            raise UserError("--depth is for --summary; a model's name says how deep it is")
         if config.experiment and config.experiment not in experiments:
             raise unknown("experiment", config.experiment, experiments)
         known = build is not None and models[config.model] is not None

@@ -35,6 +35,7 @@ def knob(
     high: float | None = None,
     short: str = "",
     nargs: str | None = None,
+    only: str = "",
     without: tuple[str, ...] = (),
 ) -> Any:
     """A field that is also a flag: its default, its line in --help, what it may be.
@@ -44,10 +45,12 @@ def knob(
             text that has them is a list such as 20,56, and they hold for each number in it.
         short: another name of the flag.
         nargs: "+" for a text that is typed as several words; `os.pathsep` joins them.
+        only: the experiment, or the flag such as `--summary`, without which it would do nothing.
         without: how the names of models begin that have no such thing.
     """
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "short": short}
-    metadata |= {"nargs": nargs, "without": without}
+    only = only if only.startswith("--") or not only else f"--experiment {only}"
+    metadata |= {"nargs": nargs, "only": only, "without": without}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -79,6 +82,23 @@ def fits(value: object, kinds: tuple[type, ...]) -> bool:
         return bool in kinds
     wider = {int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}
     return any(isinstance(value, wider.get(kind, kind)) for kind in kinds)
+
+
+def refuse_idle(config: TrainConfig) -> None:
+    """A flag that would do nothing is a mistake, which nobody would see.
+
+    Raises:
+        UserError: a knob is set without that for which it is `only`.
+    """
+    for spec in dataclasses.fields(config):
+        needs = spec.metadata.get("only")
+        if not needs or getattr(config, spec.name) == spec.default:
+            continue
+        flag, _, name = needs.partition(" ")
+        there = getattr(config, flag.removeprefix("--"))
+        if not there or there != (name or there):
+            mine = spec.metadata["short"] or "--" + spec.name.replace("_", "-")
+            raise UserError(f"{mine} is for {needs}, and would do nothing here")
 
 
 @dataclass(frozen=True)
@@ -182,7 +202,7 @@ class TrainConfig:
     skip_broken: bool = knob(False, "leave out images that can't be read, and count them")
     summary: bool = knob(False, "print the layer table and stop")
     summary_depth: int = knob(
-        0, "with --summary: levels of modules to show, 0: all", low=0, high=20, short="--depth"
+        0, "levels of modules to show, 0: all", low=0, high=20, short="--depth", only="--summary"
     )
     find_lr: bool = knob(
         False, "raise the learning rate step by step and draw the loss, instead of training"
@@ -195,6 +215,7 @@ class TrainConfig:
         "more on digits where a training takes seconds",
         low=1,
         high=100,
+        only="--experiment",
     )
     smoke: bool = knob(
         False, "two batches of everything, to see that a long run won't fail at its end"

@@ -93,7 +93,7 @@ def load_pretrained(model: nn.Module, name: str, class_names: list[str] | None =
         model.reset_classifier(theirs)
     if bundle:
         same = class_names == bundle.class_names
-        _copy_bundle(model, bundle)
+        copy_bundle(model, bundle)
         if processes.is_main():
             classifier = "kept: the classes are the same" if same else "new"
             print(f"weights    {bundle.describe()}; its classifier is {classifier}", flush=True)
@@ -113,7 +113,12 @@ def load_pretrained(model: nn.Module, name: str, class_names: list[str] | None =
     return model
 
 
-def _copy_bundle(model: nn.Module, bundle: Bundle) -> None:
+def copy_bundle(model: nn.Module, bundle: Bundle) -> None:
+    """Put the course's own weights into a model of as many classes as they know.
+
+    Raises:
+        UserError: they are of another form of the model.
+    """
     shapes, slots = (
         {(name, value.shape) for name, value in state.items()}
         for state in (bundle.state, model.state_dict())

@@ -51,6 +51,12 @@ def values(number: str, knob: str) -> st.SearchStrategy[str]:
     return st.one_of(some)
 
 
+def company(number: str, knob: str) -> list[str]:
+    """The flags without which a knob would do nothing."""
+    needs = lesson(number).Config.__dataclass_fields__[knob].metadata["only"].split()
+    return [*needs, next(iter(lesson(number).EXPERIMENTS))] if needs == ["--experiment"] else needs
+
+
 def told(number: str, *argv: str) -> tuple[int, str]:
     """Exit code and stderr of a lesson that is told to do nothing once its flags are accepted."""
     module = lesson(number)
@@ -99,7 +105,8 @@ def counted_once() -> Iterator[None]:
 @pytest.mark.parametrize(("number", "knob"), list(knobs()))
 @pytest.mark.timeout(3600 if DRAWS > 10 else 60)
 def test_any_value_is_taken_or_refused_in_one_line(number: str, knob: str, tmp_path: Path) -> None:
-    flag = "--" + knob.replace("_", "-")
+    flag, more = "--" + knob.replace("_", "-"), company(number, knob)
+    more *= more != ["--summary"]  # it would be printed
 
     @settings(
         max_examples=DRAWS,
@@ -110,7 +117,7 @@ def test_any_value_is_taken_or_refused_in_one_line(number: str, knob: str, tmp_p
     )
     @given(values(number, knob))
     def check(value: str) -> None:
-        code, err = told(number, "--dataset", "digits", "--device", "cpu", f"{flag}={value}")
+        code, err = told(number, "--dataset=digits", "--device=cpu", *more, f"{flag}={value}")
         lines = [line for line in err.split("\n") if line]
         CODES[code] += 1
         assert code in (0, 2), (value, code, err)
@@ -118,6 +125,19 @@ def test_any_value_is_taken_or_refused_in_one_line(number: str, knob: str, tmp_p
         assert code == 0 or err.startswith("error: "), (value, err)
 
     check()
+
+
+@pytest.mark.parametrize(("number", "knob"), [k for k in knobs() if company(*k)])
+def test_what_would_do_nothing_is_refused(number: str, knob: str) -> None:
+    flags, spec = company(number, knob), lesson(number).Config.__dataclass_fields__[knob]
+    value = {"shift": "noisy", "target_dir": "."}.get(knob)
+    value = value or next(
+        v for v in (spec.metadata[k] for k in ("low", "high")) if v != spec.default
+    )
+    flag = f"--{knob.replace('_', '-')}={value}"
+    code, err = told(number, flag)
+    assert code == 2 and f"is for {spec.metadata['only']}, " in err
+    assert told(number, *flags, flag) == (0, "")
 
 
 # What once ended in a traceback, was taken without a word, or never ended.

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.engine import checkpoint
+from common.engine import checkpoint, processes
 from common.engine.errors import UserError, unknown
 from common.engine.files import write_json
 from common.engine.weights import find_bundle
 from common.lessons import Models, load_lesson
-from common.pretrained import load_pretrained
+from common.pretrained import copy_bundle, load_pretrained
 from common.transfer.flags import EXTERNAL
 
 MADE = "made.json"  # how the net of a run was built that started from another run
@@ -239,9 +239,11 @@ def trained_origin(name: str, build: Callable[[int], nn.Module]) -> Origin:
         UserError: there are none, they can't be had, or they don't fit what `build` makes.
     """
     if bundle := find_bundle(name):
-        names = bundle.class_names
-        model = load_pretrained(build(len(names)), name, names)
-        mean_std = bundle.mean, bundle.std
-        return Origin(f"the course's own {name}", model, mean_std, names, bundle.top1)
+        model = build(len(bundle.class_names))
+        copy_bundle(model, bundle)
+        if processes.is_main():
+            print(f"weights    {bundle.describe()}", flush=True)
+        known = (bundle.mean, bundle.std), bundle.class_names, bundle.top1
+        return Origin(f"the course's own {name}", model, *known)
     model = load_pretrained(build(2), name.removeprefix(EXTERNAL))
     return Origin(f"official weights of {name}", model)
