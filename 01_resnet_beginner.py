@@ -364,7 +364,7 @@ TABLE: dict[str, Row] = {  # the block, how many of it each stage has, what it i
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(ResNet, block, n, **options) for name, (block, n, options) in TABLE.items()},
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
-    **RESNET9,  # resnet9 and resnet9_wide, which learn CIFAR-10 on a laptop: common/resnet9.py
+    **RESNET9,  # resnet9, _narrow and _wide, which learn CIFAR-10 on a laptop: common/resnet9.py
 }
 
 # %%

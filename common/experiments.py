@@ -145,6 +145,16 @@ class Results:
         known = [value for value in self.values(arm, measure) if value is not None]
         return mean(known) if known else math.nan
 
+    def edges(self) -> list[str]:
+        """A sentence on the arms whose rates were too few: at the edge nobody knows the best."""
+        edge = []
+        for arm in (arm for arm in self.experiment.arms if len(arm.rates) > 1):
+            chosen = self.records[arm.name][0]["lr"]
+            for which, end in (("least", min(arm.rates)), ("largest", max(arm.rates))):
+                edge += [f"{arm.name} ({which}, {chosen:.3g})"] * (chosen == end)
+        told = "best at the edge of the rates tried, so a better one may lie beyond"
+        return [f"{told}: {', '.join(edge)}"] if edge else []
+
     def evidence(self, claim: Claim) -> OverSeeds | OverImages:
         """What the trainings say about a claim."""
         first = self.records[claim.higher]
@@ -388,13 +398,14 @@ def train_arms(
 
     rates = {name: rate(arm) for name, arm in arms.items()}
     records: dict[str, list[Record]] = {name: [] for name in arms}
-    began = time.monotonic()
+    began, known = time.monotonic(), len(store.results)
     for seed in range(config.seed, config.seed + config.seeds):
         for name, arm in arms.items():
             records[name].append(one(arm, seed, **rates[name]))
-        if seed == config.seed and config.seeds > 1 and processes.is_main():
-            more, seconds = config.seeds - 1, time.monotonic() - began
-            print(f"expected   about {more * seconds:.0f} s more, for seeds: {more}", flush=True)
+        more, made = config.seeds - 1, len(store.results) - known  # what was kept took no time
+        if seed == config.seed and more and made and processes.is_main():
+            seconds = more * len(arms) * (time.monotonic() - began) / made
+            print(f"expected   about {seconds:.0f} s more, for seeds: {more}", flush=True)
     return Results(experiment, records)
 
 
@@ -406,7 +417,7 @@ def _outcome(run: Run, results: Results, seeds: int) -> dict[str, Any]:
         run.figure(name, (experiment.figure or draw)(results))
     verdicts = results.verdicts()
     sentences = [tell(c, v, seeds) for c, v in zip(experiment.claims, verdicts)]
-    sentences += experiment.notes(results) if experiment.notes else []
+    sentences += results.edges() + (experiment.notes(results) if experiment.notes else [])
     if wanted := [v.seeds_to_decide for v in verdicts if v.seeds_to_decide]:
         flags = "--resume", str(run.folder), "--seeds", str(min(max(wanted), 100))
         sentences.append(f"more seeds: {command(*flags)}")

@@ -153,6 +153,7 @@ class ResNet9(Classifier):
 
 RESNET9: dict[str, Callable[..., ResNet9]] = {
     "resnet9": ResNet9,
+    "resnet9_narrow": partial(ResNet9, (48, 192, 192)),  # for two cores without 16-bit arithmetic
     "resnet9_wide": partial(ResNet9, (96, 352, 352)),  # in float16 still below 10 MB
 }
 

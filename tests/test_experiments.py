@@ -51,6 +51,21 @@ def config_for(folder: Path, **more: object) -> TrainConfig:
 # -- what may be said
 
 
+def test_an_arm_whose_best_rate_is_the_last_tried_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of rates that move nothing and one that learns, the larger; between two extremes nobody."""
+
+    def rated(config: TrainConfig) -> Experiment:
+        arms = [Arm("few", net, rates=(1e-7, 0.1)), Arm("as it is", net, rates=(0.1,))]
+        arms += [Arm("enough", net, rates=(1e-7, 0.1, 99)), Arm("few again", net, rate_of="few")]
+        return Experiment("Rates", arms, [Claim("they differ", "few", "enough")])
+
+    run_experiment(LESSON, rated, config_for(tmp_path, smoke=False, seeds=1, epochs=3))
+    out = capsys.readouterr().out
+    assert "a better one may lie beyond: few (largest, 0.1)\n" in out
+
+
 def test_intervals_are_scipys() -> None:
     values = [0.01, 0.03, 0.02, 0.05]
     test = ttest_1samp(values, 0.005)

@@ -228,7 +228,7 @@ def conclude(
         budget = f"{config.budget} of training" if config.budget else epochs
         spread = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
         by = f"Test accuracy after {budget}, {spread}."
-        verdicts.append(f"{config.dataset}: {trained_verdict(rows, front)}")
+        verdicts += [f"{config.dataset}: {trained_verdict(rows, front)}", *trained.edges()]
         if any(c.top1 for c in rows):
             heading = f"{config.dataset}: each at its own best rate"
             figures["trained_cost"] = cost_figure(rows, heading, front)
