@@ -302,7 +302,9 @@ def test_a_students_copy_is_another_lesson(tmp_path: Path, monkeypatch: pytest.M
     assert seen[0] != seen[1] and {**seen[0], "lesson": ""} == {**seen[1], "lesson": ""}
 
 
-def test_what_is_stopped_goes_on_and_says_how(tmp_path: Path) -> None:
+def test_what_is_stopped_goes_on_and_says_how(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config, calls = config_for(tmp_path), []
 
     def stopping(config: TrainConfig, at: int) -> Experiment:
@@ -317,8 +319,10 @@ def test_what_is_stopped_goes_on_and_says_how(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match=r"3 finished trainings are kept.* --resume ") as stop:
         run_experiment(LESSON, partial(stopping, at=4), config)
     assert stop.value.signum == signal.SIGTERM
+    assert "for seeds: 1\n" in capsys.readouterr().out
     run_experiment(LESSON, partial(stopping, at=0), config)  # the same command again
     assert len(calls) == 5  # 3 done, one stopped, one more
+    assert "expected" not in capsys.readouterr().out  # no seconds of trainings that were kept
     assert len(list((tmp_path / LESSON).iterdir())) == 1
 
 
