@@ -163,7 +163,8 @@ def test_a_block_runs_under_all_names_that_its_hint_leaves_free(
         text = text.replace(block, renamed)
     path = tmp_path / file_name(lesson)
     path.write_text(text, encoding="utf-8")
-    flags = f"--smoke --seeds 1 --dataset digits --experiment={experiment}".split()
+    flags = "--smoke --dataset digits".split()
+    flags += ["--experiment", experiment, "--seeds", "1"] if experiment else []
     code, _, err = Warm(tmp_path, str(path), *flags, "--run-dir", str(tmp_path / "runs")).join()
     assert code == 0, err
 
