@@ -148,7 +148,7 @@ class Results:
     def edges(self) -> list[str]:
         """A sentence on the arms whose rates were too few: at the edge nobody knows the best."""
         edge = []
-        for arm in (arm for arm in self.experiment.arms if len(arm.rates) > 1):
+        for arm in (arm for arm in self.experiment.arms if len({*arm.rates}) > 1):
             chosen = self.records[arm.name][0]["lr"]
             for which, end in (("least", min(arm.rates)), ("largest", max(arm.rates))):
                 edge += [f"{arm.name} ({which}, {chosen:.3g})"] * (chosen == end)
