@@ -96,7 +96,7 @@ def refuse_idle(config: TrainConfig) -> None:
             continue
         flag, _, name = needs.partition(" ")
         there = getattr(config, flag.removeprefix("--"))
-        if not there or there != (name or there):
+        if not (there == name if name else there):
             mine = spec.metadata["short"] or "--" + spec.name.replace("_", "-")
             raise UserError(f"{mine} is for {needs}, and would do nothing here")
 

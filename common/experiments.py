@@ -148,10 +148,11 @@ class Results:
     def edges(self) -> list[str]:
         """A sentence on the arms whose rates were too few: at the edge nobody knows the best."""
         edge = []
-        for arm in (arm for arm in self.experiment.arms if len({*arm.rates}) > 1):
-            chosen = self.records[arm.name][0]["lr"]
-            for which, end in (("least", min(arm.rates)), ("largest", max(arm.rates))):
-                edge += [f"{arm.name} ({which}, {chosen:.3g})"] * (chosen == end)
+        for arm in self.experiment.arms:
+            chosen, rates = self.records[arm.name][0]["lr"], sorted({*arm.rates})
+            ends = {rates[0]: "least", rates[-1]: "largest"} if len(rates) > 1 else {}
+            if chosen in ends:
+                edge.append(f"{arm.name} ({ends[chosen]}, {chosen:.3g})")
         told = "best at the edge of the rates tried, so a better one may lie beyond"
         return [f"{told}: {', '.join(edge)}"] if edge else []
 

@@ -93,10 +93,8 @@ def load_pretrained(model: nn.Module, name: str, class_names: list[str] | None =
         model.reset_classifier(theirs)
     if bundle:
         same = class_names == bundle.class_names
-        copy_bundle(model, bundle)
-        if processes.is_main():
-            classifier = "kept: the classes are the same" if same else "new"
-            print(f"weights    {bundle.describe()}; its classifier is {classifier}", flush=True)
+        classifier = "kept: the classes are the same" if same else "new"
+        copy_bundle(model, bundle, f"; its classifier is {classifier}")
     else:
         same = theirs == ours
         try:
@@ -113,8 +111,8 @@ def load_pretrained(model: nn.Module, name: str, class_names: list[str] | None =
     return model
 
 
-def copy_bundle(model: nn.Module, bundle: Bundle) -> None:
-    """Put the course's own weights into a model of as many classes as they know.
+def copy_bundle(model: nn.Module, bundle: Bundle, more: str = "") -> None:
+    """Put the course's own weights into a model of as many classes as they know, and say so.
 
     Raises:
         UserError: they are of another form of the model.
@@ -130,3 +128,5 @@ def copy_bundle(model: nn.Module, bundle: Bundle) -> None:
             f"builds by default for {bundle.image_size} px"
         )
     model.load_state_dict(bundle.state)
+    if processes.is_main():
+        print(f"weights    {bundle.describe()}{more}", flush=True)

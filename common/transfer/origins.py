@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.engine import checkpoint, processes
+from common.engine import checkpoint
 from common.engine.errors import UserError, unknown
 from common.engine.files import write_json
 from common.engine.weights import find_bundle
@@ -241,8 +241,6 @@ def trained_origin(name: str, build: Callable[[int], nn.Module]) -> Origin:
     if bundle := find_bundle(name):
         model = build(len(bundle.class_names))
         copy_bundle(model, bundle)
-        if processes.is_main():
-            print(f"weights    {bundle.describe()}", flush=True)
         known = (bundle.mean, bundle.std), bundle.class_names, bundle.top1
         return Origin(f"the course's own {name}", model, *known)
     model = load_pretrained(build(2), name.removeprefix(EXTERNAL))
