@@ -72,7 +72,8 @@ class Config(TrainConfig):
     five_by_five: bool = knob(False, "a real 5x5 branch, as in the paper", without=("inception",))
     batch_norm: bool = knob(True, "off gives the net of 2014", without=("inception",))
     width_mult: float = knob(1.0, "factor on all channels", (), 0.05, 8, without=("inception",))
-    trial_width: float = knob(0.25, "width_mult of the nets", (), 0.05, 8, only="--experiment")
+    trial_width: float = knob(0.25, "width_mult of the nets", (), 0.05, 8,
+                              only="auxiliary, branches")  # fmt: skip
     clock: float = knob(0.5, "seconds for each module", (), 0, 60, only="bottleneck")
     # What differs from the defaults of common/config.py; the record was measured with these.
     RECIPES = {"digits": {"image_size": 8, "epochs": 10, "batch_size": 64, "base_lr": 0.2}}

@@ -68,7 +68,8 @@ class Config(TrainConfig):
 
     model: str = knob("mobilenet_v3_small", "a name of MODELS: mobilenet_v1, mobilenet_v2, ...")
     width_mult: float = knob(1.0, "factor on the channels of every layer", low=0.05, high=8)
-    trial_width: float = knob(0.25, "width_mult of compared nets", (), 0.05, 8, only="--experiment")
+    trial_width: float = knob(0.25, "width_mult of compared nets", (), 0.05, 8,
+                              only="separable, inverted-residual, multipliers")  # fmt: skip
     factors: str = knob("0.5", "on the width, or on the side", (), 0.05, 1, only="multipliers")
     # What differs from the defaults of common/config.py; the record was measured with these.
     RECIPES = {"digits": {"image_size": 8, "epochs": 15, "batch_size": 64, "base_lr": 0.2}}

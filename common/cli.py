@@ -160,7 +160,9 @@ def _resumed(config_class: type[ConfigT], given: dict[str, Any]) -> ConfigT:
         raise UserError(
             f"--resume {path}: made by another version, with {', '.join(set(saved) - known)}"
         )
-    return config_class(**{**saved, **given})
+    config = config_class(**{**saved, **given})
+    refuse_idle(config, given)  # what the run began with stays
+    return config
 
 
 def main(
@@ -180,6 +182,8 @@ def main(
             sys.stdout.reconfigure(errors="backslashreplace")
         if config.model not in models:
             raise unknown("model", config.model, models)
+        if config.experiment and config.experiment not in experiments:
+            raise unknown("experiment", config.experiment, experiments)
         if not config.resume:
             refuse_idle(config)
         if config.summary:
@@ -187,8 +191,6 @@ def main(
 
             print_summary(config, build)
             return
-        if config.experiment and config.experiment not in experiments:
-            raise unknown("experiment", config.experiment, experiments)
         known = build is not None and models[config.model] is not None
         if known and not (config.resume or config.pretrained):
             from common.limits import check_size

@@ -7,6 +7,7 @@ import functools
 import numbers
 import os
 import typing
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,7 +46,8 @@ def knob(
             text that has them is a list such as 20,56, and they hold for each number in it.
         short: another name of the flag.
         nargs: "+" for a text that is typed as several words; `os.pathsep` joins them.
-        only: the experiment, or the flag such as `--summary`, without which it would do nothing.
+        only: the experiments, with commas, or the flag such as `--summary`, without which it would
+            do nothing.
         without: how the names of models begin that have no such thing.
     """
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "short": short}
@@ -84,8 +86,11 @@ def fits(value: object, kinds: tuple[type, ...]) -> bool:
     return any(isinstance(value, wider.get(kind, kind)) for kind in kinds)
 
 
-def refuse_idle(config: TrainConfig) -> None:
+def refuse_idle(config: TrainConfig, names: Container[str] | None = None) -> None:
     """A flag that would do nothing is a mistake, which nobody would see.
+
+    Args:
+        names: of the knobs to look at; all if None.
 
     Raises:
         UserError: a knob is set without that for which it is `only`.
@@ -94,9 +99,10 @@ def refuse_idle(config: TrainConfig) -> None:
         needs = spec.metadata.get("only")
         if not needs or getattr(config, spec.name) == spec.default:
             continue
-        flag, _, name = needs.partition(" ")
+        flag, _, ones = needs.partition(" ")
         there = getattr(config, flag.removeprefix("--"))
-        if not (there == name if name else there):
+        served = there in ones.split(", ") if ones else there
+        if not served and (names is None or spec.name in names):
             mine = spec.metadata["short"] or "--" + spec.name.replace("_", "-")
             raise UserError(f"{mine} is for {needs}, and would do nothing here")
 

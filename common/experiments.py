@@ -15,6 +15,7 @@ it's done, and what was stopped goes on from there. How claims are judged: commo
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -349,7 +350,7 @@ def run_experiment(
         left = _left(config, lesson) if processes.is_main() and not config.resume else ""
         config = replace(config, resume=config.resume or processes.from_main(left))
         run = Run.open(config, lesson)
-    store = open_store(run, lesson, source.fingerprint, device)
+    store = open_store(run, lesson, source.fingerprint, device, design)
 
     def kept() -> str:
         kept = f"{len(store.results)} finished trainings are kept"
@@ -437,17 +438,25 @@ def _outcome(run: Run, results: Results, seeds: int) -> dict[str, Any]:
     )
 
 
-def open_store(run: Run, lesson: str, fingerprint: str, device: torch.device) -> Store:
-    """Trainings of the same settings, images, machine and text of the lesson."""
+def open_store(
+    run: Run,
+    lesson: str,
+    fingerprint: str,
+    device: torch.device,
+    design: Callable[[Any], Experiment] | None = None,
+) -> Store:
+    """Trainings of the same settings, images, machine and text of lesson and design."""
     config = run.config
     fixed = {k: v for k, v in config.to_dict().items() if k not in config.FREE_ON_RESUME}
     # A student who changes a block and runs again doesn't get the numbers of before. A copy of the
     # lesson may lie anywhere; of a notebook's cells there is no file.
     typed = Path(script())
     text = typed if typed.stem == lesson and typed.is_file() else ROOT / f"{lesson}.py"
-    code = hashlib.sha256(text.read_bytes()).hexdigest()[:16]
+    code = hashlib.sha256(text.read_bytes())
+    if design and design.__module__.startswith("common."):  # then its nets are there too
+        code.update(Path(inspect.getfile(design)).read_bytes())
     here = {"device": describe(device), "torch": torch.__version__}
-    settings = {**fixed, **here, "data": fingerprint, "lesson": code}
+    settings = {**fixed, **here, "data": fingerprint, "lesson": code.hexdigest()[:16]}
     return Store(run.folder / "trainings.json", settings, run.resumed and processes.is_main())
 
 

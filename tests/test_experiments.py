@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -291,15 +292,21 @@ class Infinite(nn.Module):
 
 
 def test_a_students_copy_is_another_lesson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a store keeps is for the text that was run, wherever it lies."""
-    copy = tmp_path / f"{LESSON}.py"
+    """What a store keeps is for the text that was run, wherever it lies, and for that of the
+    experiment, where it is at home in common."""
+    copy, home = tmp_path / f"{LESSON}.py", tmp_path / "resnet9.py"
     monkeypatch.setattr("common.experiments.script", lambda: str(copy))
     run = SimpleNamespace(config=config_for(tmp_path), folder=tmp_path, resumed=False)
-    seen = []
-    for text in ("a = 1", "a = 2"):
-        copy.write_text(text)
-        seen.append(open_store(run, LESSON, "images", torch.device("cpu")).settings)
-    assert seen[0] != seen[1] and {**seen[0], "lesson": ""} == {**seen[1], "lesson": ""}
+    names: dict[str, Any] = {"__name__": "common.resnet9"}
+    exec(compile("def bag(config): pass", home, "exec"), names)
+
+    def settings(path: Path, text: str, experiment: Callable) -> dict[str, object]:
+        path.write_text(text)
+        return open_store(run, LESSON, "images", torch.device("cpu"), experiment).settings
+
+    for path, experiment in ((copy, design), (home, names["bag"])):
+        one, same, other = (settings(path, text, experiment) for text in ("a = 1", "a = 1", "a"))
+        assert one == same != other and {**one, "lesson": ""} == {**other, "lesson": ""}
 
 
 def test_what_is_stopped_goes_on_and_says_how(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import sys
 from collections import Counter
@@ -53,7 +54,8 @@ def values(number: str, knob: str) -> st.SearchStrategy[str]:
 
 def company(number: str, knob: str) -> list[str]:
     """The flags without which a knob would do nothing."""
-    needs = lesson(number).Config.__dataclass_fields__[knob].metadata["only"].split()
+    needs = lesson(number).Config.__dataclass_fields__[knob].metadata["only"]
+    needs = needs.split(",")[0].split()  # any one of several experiments
     return [*needs, next(iter(lesson(number).EXPERIMENTS))] if needs == ["--experiment"] else needs
 
 
@@ -138,6 +140,20 @@ def test_what_would_do_nothing_is_refused(number: str, knob: str) -> None:
     code, err = told(number, flag)
     assert code == 2 and f"is for {spec.metadata['only']}, " in err
     assert told(number, *flags, flag) == (0, "")
+
+
+def test_what_would_do_nothing_on_the_way_is_refused_too(tmp_path: Path) -> None:
+    """A plain training has no seeds to add; one that was begun with some still goes on."""
+    begun = {"lesson": "01_resnet_beginner", **lesson("01").Config(deep=7).to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(begun))
+    assert told("01", "--resume", str(tmp_path)) == (0, "")
+    code, err = told("01", "--resume", str(tmp_path), "--seeds", "5")
+    assert code == 2 and "--seeds is for --experiment, " in err
+
+
+def test_a_name_that_does_not_exist_is_the_first_mistake() -> None:
+    code, err = told("04", "--experiment", "serach", "--nets", "20")
+    assert code == 2 and "serach" in err
 
 
 # What once ended in a traceback, was taken without a word, or never ended.
