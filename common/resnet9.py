@@ -15,12 +15,12 @@ one GPU, and others have gone on from there. Three ideas of the net let it learn
 Measured on CIFAR-10 (JPEG copy), seeds 0 and 1, two threads of an AMD EPYC (AVX512-BF16, no AMX),
 bfloat16, torch 2.14: test 90.34 and 90.49%, with views averaged 91.39 and 91.64%, 1,351 s (seed 1).
 On an Intel Xeon with AMX seed 0 gave 90.60 and 91.55%. resnet9_wide, 36 epochs and `--cutout 12`:
-91.37 and 92.25%, 105 s an epoch. resnet9_narrow, 13 epochs without cutout, on two threads with
-AVX2 alone: 89.16 and 89.20%, with views 90.42 and 90.53%, 1,830 s. resnet20 needs 40 epochs for
-86.55% and 150 for 89.05%. With one layer less in the last stage, and without cutout, ten epochs
-gave 89.45 and 90.35%. Narrower (64, 128, 256), with ReLU and a tenth of the images held back, ten
-gave 88.49%, and 45 with cutout 89.80%; what each of the three gives was not measured. In its
-last epoch resnet9 has 95% of the training images right, cutout and all.
+91.37 and 92.25%, 105 s an epoch. resnet9_narrow, 13 epochs without cutout, seeds 0 to 2, on two
+threads with AVX2 alone: 89.21 ± 0.06%, with views 90.51 ± 0.08%, half an hour. resnet20 needs 40
+epochs for 86.55% and 150 for 89.05%. With one layer less in the last stage, and without cutout, ten
+epochs gave 89.45 and 90.35%. Narrower (64, 128, 256), with ReLU and a tenth of the images held
+back, ten gave 88.49%, and 45 with cutout 89.80%; what each of the three gives was not measured. In
+its last epoch resnet9 has 95% of the training images right, cutout and all.
 
 What `bag-of-tricks` gave, in points of test accuracy, on two threads of an AMD EPYC in float32:
 
