@@ -533,9 +533,15 @@ def bench_accuracy(case: Case) -> None:
         cells = [reached.get(target, "not reached") for target in targets]
         lines.append([str(side), f"{macs:,.1f}", *cells, f"{top1:.2%}"])
     heads = ["seconds (epochs) to", "M multiply-adds", *(f"{t:.0%}" for t in targets), "last"]
-    print(f"\n{case.data.describe()}; accuracy on validation images")
+    computed = precision(case.device, case.args.amp is not False, case.data.image_size)
+    print(f"\n{case.data.describe()}; accuracy on validation images; {computed}")
     for line in [heads, *lines]:
         print(f"{line[0]:<32}" + "".join(f"{cell:>17}" for cell in line[1:]), flush=True)
+
+
+def precision(device: torch.device, amp: bool, image_size: int) -> str:
+    dtype = amp_dtype(device, amp, image_size)
+    return f"ours in {dtype}" if dtype else "both in float32"
 
 
 def synthetic(count: int, side: int) -> Source:
@@ -604,12 +610,13 @@ def main() -> None:
     ).resolve("cifar10")
     source = synthetic(60 * args.batch_size, args.image_size)
     data = make_data(source, config, device)
-    dtype = amp_dtype(device, config.amp, config.image_size)
-    precision = f"ours in {dtype}" if dtype else "both in float32"
-    print(
-        f"{device.type}: {describe(device)}, torch {torch.__version__}, {precision}; "
-        f"batch {args.batch_size}, {args.image_size} px, medians of {args.rounds} rounds"
-    )
+    whats = args.what or ["input", "parts", "epoch", "files"]
+    print(f"{device.type}: {describe(device)}, torch {torch.__version__}")
+    if set(whats) - {"accuracy"}:  # a race has sizes, batches and precision of its own
+        print(
+            f"{precision(device, config.amp, config.image_size)}; batch {args.batch_size}, "
+            f"{args.image_size} px, medians of {args.rounds} rounds"
+        )
     benches = {
         "input": bench_input,
         "parts": bench_parts,
@@ -618,7 +625,7 @@ def main() -> None:
         "utilisation": bench_utilisation,
         "profile": bench_profile,
     }
-    for what in args.what or ["input", "parts", "epoch", "files"]:
+    for what in whats:
         if what in benches:
             benches[what](Case(source.train, data, config, args, device))
         else:
