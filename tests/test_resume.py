@@ -217,8 +217,8 @@ def test_files_and_workers_resume_within_an_epoch(
 
 # SWEEP=0.05 pytest -s tests/test_resume.py -k any_instant: a signal every 50 ms, and the counts.
 EVERY = float(os.environ.get("SWEEP", 0))
-# Without it: soon, and after the training, however slow the machine is. In the training: above.
-SAMPLE = [(0.1, signal.SIGINT), ("epoch 2/2", signal.SIGHUP)]
+# Without it: soon, in the training and after it, however slow the machine is.
+SAMPLE = [(0.1, signal.SIGINT), ("epoch 1/2", signal.SIGTERM), ("epoch 2/2", signal.SIGHUP)]
 
 
 @pytest.mark.timeout(3600 if EVERY else 240)
