@@ -486,7 +486,9 @@ class Contestant:
         recipe = "fast" if self.model.startswith("resnet9") and not self.plain else ""
         amp = case.args.amp is not False and not self.plain
         config = TrainConfig(recipe=recipe, amp=amp, compile=case.args.compile, **settings)
-        config = config.resolve(case.args.dataset, case.data.image_size)
+        # A folder's pictures are small ones here: by the recipe for such.
+        small = "cifar10" if case.args.dataset == "folder" else case.args.dataset
+        config = config.resolve(small, case.data.image_size)
         data = make_data(case.pictures, config, case.device)
         case = dataclasses.replace(
             case, config=config, data=data, pictures=data.train.part.pictures
@@ -497,10 +499,7 @@ class Contestant:
             optimizer = torch.optim.SGD(
                 model.parameters(), config.lr, 0.9, weight_decay=5e-4, nesterov=True
             )
-            steps = len(data.train)
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda epoch: ours.schedule.factor((epoch + 1) * steps - 1)
-            )
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
             loader = plain_loader(case, case.args.workers)
         for _ in range(self.epochs):
             if self.plain:

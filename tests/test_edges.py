@@ -81,7 +81,7 @@ def test_a_class_too_rare_for_the_drawn_images_costs_no_result() -> None:
 
 
 def test_a_run_is_resumed_from_inside_and_from_anywhere(
-    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None
 ) -> None:
     assert cli("01", *TINY)[0] == 0
     (run,) = (tmp_path / "runs" / "01_resnet_beginner").iterdir()
@@ -155,7 +155,7 @@ def huge_png(side: int) -> bytes:
 
 
 def test_whatever_a_decoder_raises_is_a_broken_image(
-    cli: Callable, image_folder: Callable, monkeypatch: pytest.MonkeyPatch
+    cli: Callable, image_folder: Callable, monkeypatch: pytest.MonkeyPatch, no_figures: None
 ) -> None:
     """struct.error for a broken EXIF, RuntimeError for a broken AVIF, a bomb for 400 megapixels."""
     folder = image_folder()
@@ -199,7 +199,7 @@ def test_an_image_that_was_repaired_makes_other_splits_and_another_fingerprint(
 
 
 def test_the_command_that_goes_on_says_where_the_images_are_now(
-    cli: Callable, image_folder: Callable, tmp_path: Path
+    cli: Callable, image_folder: Callable, tmp_path: Path, no_figures: None
 ) -> None:
     old = image_folder()
     flags = ("--dataset", "folder", "--data-dir", str(old), *TINY[2:])
