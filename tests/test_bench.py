@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
 import torch
+from torch import nn
 
 from common.engine.device import keep_freed_memory
 from tests import bench
@@ -37,3 +39,22 @@ def test_the_race_to_an_accuracy_tells_seconds_and_multiply_adds(
     for line, side in zip(table, ("plain", "ours")):
         assert line.startswith(f"{side} resnet9, 1 epochs") and " 4.7 " in line
         assert " s (1)" in line and "not reached" in line
+
+
+def test_the_plain_side_of_a_race_has_the_cosine_that_everyone_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its rate was once that of each epoch's end, and so nothing in the last."""
+    rates: list[float] = []
+
+    def look(
+        model: nn.Module, batches: object, optimizer: torch.optim.Optimizer, *_: object
+    ) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(bench, "plain_epoch", look)
+    flags = "accuracy --sides plain:resnet9@4 --workers 0"
+    monkeypatch.setattr(sys, "argv", ["bench", *flags.split()])
+    bench.main()
+    cosine = [(1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
+    assert rates == pytest.approx([rates[0] * share for share in cosine]) and rates[0] > 0
