@@ -51,6 +51,7 @@ def test_the_plain_side_of_a_race_has_the_cosine_that_everyone_has(
         model: nn.Module, batches: object, optimizer: torch.optim.Optimizer, *_: object
     ) -> None:
         rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()  # without gradients: nothing moves, and the schedule sees a step
 
     monkeypatch.setattr(bench, "plain_epoch", look)
     flags = "accuracy --sides plain:resnet9@4 --workers 0"
