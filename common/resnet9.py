@@ -30,10 +30,11 @@ that were wrong the last time shown twice, in the place of as many right ones (a
 2 pixels, 88.74% with cutout of 8; with shifts of 4 and no cutout, as all the others, not tried.
 
 Jordan's airbench, version "muon" (no shortcuts, eight epochs of steps of 2,000 images, shifts of 2
-pixels, BatchNorm's gains fixed), has 94.0% with views on the original pictures; written again in
-float32, with 49,000 of the copy's, it had 89.55 and with views 90.60% in 1,723 s. With shortcuts,
-shifts of 3, and 6 of 10.5 epochs at 24 px: 89.83 and 90.81%, 1,679 s. With 11.5 epochs of all
-50,000, from 20 px by 24 to 32: 89.54 and 90.69%, 1,805 s. One seed each: no more than level.
+pixels, BatchNorm's gains fixed), has 94.0% with views on the original pictures. Written again in
+float32, on those two threads with AVX2, with 49,000 of the copy's images: 89.55 and with views
+90.60%, 1,723 s. The same with shortcuts, shifts of 3, and 6 of 10.5 epochs at 24 px: 89.83 and
+90.81%, 1,679 s; and in 11.5 epochs of all 50,000, from 20 px by 24 to 32: 89.54 and 90.69%,
+1,805 s. With one seed each (0), that is too little to tell the three apart.
 
 What `bag-of-tricks` gave, in points of test accuracy, on two threads of an AMD EPYC in float32:
 
