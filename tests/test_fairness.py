@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import unicodedata
 from pathlib import Path
 
@@ -379,11 +378,10 @@ def test_no_notebook_holds_up_the_grader() -> None:
         cells = [{"cell_type": "code", "source": source}]
         return code_of_notebook("a.ipynb", json.dumps({"cells": cells}).encode())
 
-    started = time.process_time()
-    read("(\n" + " " * 10**5 + "x")
+    wide = " " * 10**6 + "x"  # what looks at it once for each blank is at it for hours
+    assert read("(\n" + wide).endswith(wide.encode() + b"\n")
     with pytest.raises(ValueError, match="more than 1 MB of code"):
         read("x;" * 10**6)
-    assert time.process_time() - started < 5
 
 
 def test_of_layers_that_repeat_the_last_are_too_many() -> None:

@@ -180,14 +180,15 @@ def test_signals_save_and_say_how_to_go_on(
 
 
 def test_a_second_signal_exits_at_once(nursery: Nursery, tmp_path: Path) -> None:
-    child = nursery.start("--dataset", "digits", *FLAGS, "--run-dir", str(tmp_path), nap=5)
+    """In the middle of a step that takes longer than this test may."""
+    child = nursery.start("--dataset", "digits", *FLAGS, "--run-dir", str(tmp_path), nap=3600)
     child.wait_for("batch 1 ")
-    began = time.monotonic()
-    child.kill(signal.SIGINT)
-    time.sleep(0.2)
-    child.kill(signal.SIGINT)
-    code, _, _ = child.join()
-    assert code == 130 and time.monotonic() - began < 4
+    for _ in range(100):  # two that a busy machine brings together are heard as one
+        if child.process.is_alive():
+            child.kill(signal.SIGINT)
+            child.process.join(0.2)
+    code, out, err = child.join()
+    assert code == 130 and "batch 2 " not in out and "Traceback" not in err, err
 
 
 def test_files_and_workers_resume_within_an_epoch(
