@@ -18,6 +18,7 @@ from common.engine.device import seeded
 
 DRAWS = 8  # uniform numbers in [0, 1) per image: the columns below
 CROP_Y, CROP_X, FLIP, CUTOUT_Y, CUTOUT_X, OPERATION, MAGNITUDE, SIGN = range(DRAWS)
+PLACE = [CROP_Y, CROP_X]  # 0.5 in both is the middle, where images are tested
 
 
 def random_crop(padded: Tensor, index: Tensor, size: tuple[int, int], draws: Tensor) -> Tensor:

@@ -138,6 +138,9 @@ class TrainConfig:
     cutout: int | None = knob(
         None, "side in pixels of a blanked square in each training image", low=0, high=4096
     )
+    still: float | None = knob(
+        None, "last share of the epochs, in which small images are not shifted", low=0, high=1
+    )
 
     recipe: str = knob(
         "", "fast: few epochs, Muon, alternating flips, smoothed labels", ("", "fast")
@@ -254,6 +257,7 @@ class TrainConfig:
         "momentum": 0.9,
         "schedule": "cosine",
         "augment": "basic",
+        "still": 0.0,
         "weight_decay": 5e-4,
         "label_smoothing": 0.0,
         "warmup": 0,
@@ -275,6 +279,9 @@ class TrainConfig:
         "warmup": 0,
         "label_smoothing": 0.2,
         "augment": "alternating",
+        # The end is on images in their place, as they will be tested.  He et al. 2019, "Data
+        # augmentation revisited".
+        "still": 1 / 6,
         "batch_size": 500,
         "epochs": 10,
     }

@@ -92,10 +92,8 @@ def make_data(
     if min(len(p) for p in splits.values()) == 0:
         raise UserError(f"{source.name}: too few images to split into train, validation and test")
     in_memory = train.pixels is not None
-    if mean_std is None and in_memory:
-        mean_std = sources.channel_mean_std(train.pixels)
-    elif mean_std is None:
-        mean_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    imagenet = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    mean_std = mean_std or (sources.channel_mean_std(train.pixels) if in_memory else imagenet)
 
     parts = {
         name: Part(pictures, name, name == "train", source.flips, len(source.class_names), mean_std)
@@ -239,6 +237,8 @@ class ImageLoader(Loader):
         if self.config.augment == "alternating":
             order, seed = self.order(epoch), mixed_seed(self.config.seed, 6)
             draws[:, augmentation.FLIP] = augmentation.flip_in_turn(order, seed, epoch)
+        if self.config.epochs - epoch <= self.config.epochs * self.config.still:
+            draws[:, augmentation.PLACE] = 0.5
         return draws
 
     def seeds(self, epoch: int) -> list[int]:

@@ -466,3 +466,21 @@ def test_alternating_flips_follow_from_seed_epoch_and_image_alone() -> None:
     assert torch.equal(mirrored(2), first)
     late = [x for x, _ in data.train.batches(1, start=2)]  # as after --resume within an epoch
     assert all(torch.equal(a, x) for a, (x, _) in zip(late, list(data.train.batches(1))[2:]))
+
+
+def test_the_last_epochs_see_images_where_they_are_tested() -> None:
+    n = 24
+    pixels = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8)
+    every = Pictures(torch.arange(n), pixels)
+    source = Source("noise", [str(c) for c in range(n)], every, every, every, flips=True)
+    fast = TrainConfig(recipe="fast", epochs=13, batch_size=6, image_size=8).resolve("cifar10")
+    data = make_data(source, fast, CPU)
+    tested = data.test.take(np.arange(n))
+
+    def in_place(epoch: int) -> bool:
+        seen = [(x, tested[y]) for x, y in data.train.batches(epoch)]
+        same = [(a == b).flatten(1).all(1) | (a == b.flip(3)).flatten(1).all(1) for a, b in seen]
+        return bool(torch.cat(same).all())
+
+    assert [epoch for epoch in range(13) if in_place(epoch)] == [11, 12], "a sixth"
+    assert TrainConfig().resolve("cifar10").still == 0, "not of other recipes"
