@@ -78,7 +78,8 @@ def grad_cam(
     credits a channel in places that no maximum came from. There d score / d A is multiplied with A
     place by place (Draelos & Carin 2020, "HiResCAM"; for a head that takes means it is the same).
     With the brightest quarter of 200 CIFAR-10 test images greyed, resnet9_wide's mean probability
-    fell from 75% to 36%; by channel means to 48%, as with a random quarter, 49%.
+    (after its first 36 epochs) fell from 75% to 36%; by channel means to 48%, as with a random
+    quarter, 49%.
 
     NOTE: of small images the last feature map has a single place, or four, and shows nothing. Where
     it has less than `min_size` rows or columns, the last stage with as many is looked at instead.
