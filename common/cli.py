@@ -104,6 +104,8 @@ def _build_parser(config_class: type[TrainConfig]) -> argparse.ArgumentParser:
             help_text += f"; not of {', '.join(spec.metadata['without'])}"
         if only := spec.metadata.get("only"):
             help_text += f"; for {only}"
+        if never := spec.metadata.get("never"):
+            help_text += f"; not with {never}"
         if spec.default not in (None, "", False):
             help_text += f" (default: {spec.default})"
         elif spec.default is None:

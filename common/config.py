@@ -37,6 +37,7 @@ def knob(
     short: str = "",
     nargs: str | None = None,
     only: str = "",
+    never: str = "",
     without: tuple[str, ...] = (),
 ) -> Any:
     """A field that is also a flag: its default, its line in --help, what it may be.
@@ -48,11 +49,13 @@ def knob(
         nargs: "+" for a text that is typed as several words; `os.pathsep` joins them.
         only: the experiments, with commas, or the flag such as `--summary`, without which it would
             do nothing.
+        never: the flag, perhaps with one value as in `--augment none`, beside which it would do
+            nothing.
         without: how the names of models begin that have no such thing.
     """
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "short": short}
     only = only if only.startswith("--") or not only else f"--experiment {only}"
-    metadata |= {"nargs": nargs, "only": only, "without": without}
+    metadata |= {"nargs": nargs, "only": only, "never": never, "without": without}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -93,18 +96,24 @@ def refuse_idle(config: TrainConfig, names: Container[str] | None = None) -> Non
         names: of the knobs to look at; all if None.
 
     Raises:
-        UserError: a knob is set without that for which it is `only`.
+        UserError: a knob is set without that for which it is `only`, or beside what it is `never`.
     """
+
+    def there(flag: str) -> bool:
+        name, _, ones = flag.partition(" ")
+        given = getattr(config, name.removeprefix("--"))
+        return given in ones.split(", ") if ones else bool(given)
+
     for spec in dataclasses.fields(config):
-        needs = spec.metadata.get("only")
-        if not needs or getattr(config, spec.name) == spec.default:
+        value = getattr(config, spec.name)
+        if value == spec.default or not (names is None or spec.name in names):
             continue
-        flag, _, ones = needs.partition(" ")
-        there = getattr(config, flag.removeprefix("--"))
-        served = there in ones.split(", ") if ones else there
-        if not served and (names is None or spec.name in names):
-            mine = spec.metadata["short"] or "--" + spec.name.replace("_", "-")
+        mine = spec.metadata.get("short") or "--" + spec.name.replace("_", "-")
+        needs, beside = spec.metadata.get("only"), spec.metadata.get("never")
+        if needs and not there(needs):
             raise UserError(f"{mine} is for {needs}, and would do nothing here")
+        if value and beside and there(beside):
+            raise UserError(f"{mine} would do nothing beside {beside}")
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,11 @@ class TrainConfig:
         None, "side in pixels of a blanked square in each training image", low=0, high=4096
     )
     still: float | None = knob(
-        None, "last share of the epochs, in which small images are not shifted", low=0, high=1
+        None,
+        "last share of the epochs, in which small images are not shifted",
+        low=0,
+        high=1,
+        never="--augment none",
     )
 
     recipe: str = knob(
@@ -149,7 +162,11 @@ class TrainConfig:
     batch_size: int | None = knob(None, "images per forward pass and process", low=1, high=65_536)
     accumulate: int = knob(1, "batches per optimizer step", low=1, high=4096)
     base_lr: float | None = knob(
-        None, "peak learning rate per 256 images of an optimizer step", low=0, high=100
+        None,
+        "peak learning rate per 256 images of an optimizer step",
+        low=0,
+        high=100,
+        never="--lr",
     )
     lr: float | None = knob(
         None,
@@ -158,7 +175,9 @@ class TrainConfig:
         high=100,
     )
     optimizer: str | None = knob(None, "what takes the steps", ("sgd", "adamw", "muon"))
-    momentum: float | None = knob(None, "of SGD and Muon, Nesterov's form", low=0, high=0.9999)
+    momentum: float | None = knob(
+        None, "of SGD and Muon, Nesterov's form", low=0, high=0.9999, never="--optimizer adamw"
+    )
     weight_decay: float | None = knob(
         None, "on weights; biases and norms have none", low=0, high=100
     )

@@ -142,6 +142,21 @@ def test_what_would_do_nothing_is_refused(number: str, knob: str) -> None:
     assert told(number, *flags, flag) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("flags", "beside"),
+    [
+        (["--lr=0.1", "--base-lr=0.2"], "--lr"),
+        (["--optimizer=adamw", "--momentum=0.5"], "--optimizer adamw"),
+        (["--augment=none", "--still=0.5"], "--augment none"),
+    ],
+)
+def test_a_flag_that_another_makes_idle_is_refused(flags: list[str], beside: str) -> None:
+    code, err = told("01", "--dataset=digits", "--device=cpu", *flags)
+    assert code == 2 and f"would do nothing beside {beside}" in err
+    for flag in flags:
+        assert told("01", "--dataset=digits", "--device=cpu", flag) == (0, "")
+
+
 def test_what_would_do_nothing_on_the_way_is_refused_too(tmp_path: Path) -> None:
     """A plain training has no seeds to add; one that was begun with some still goes on."""
     begun = {"lesson": "01_resnet_beginner", **lesson("01").Config(deep=7).to_dict()}
