@@ -163,7 +163,8 @@ def _resumed(config_class: type[ConfigT], given: dict[str, Any]) -> ConfigT:
             f"--resume {path}: made by another version, with {', '.join(set(saved) - known)}"
         )
     config = config_class(**{**saved, **given})
-    refuse_idle(config, given)  # what the run began with stays
+    # What the run began with stays: there its recipe has filled in `lr` too, for one.
+    refuse_idle(config, {name for name, value in given.items() if value != saved.get(name)})
     return config
 
 

@@ -162,6 +162,9 @@ def test_what_would_do_nothing_on_the_way_is_refused_too(tmp_path: Path) -> None
     begun = {"lesson": "01_resnet_beginner", **lesson("01").Config(deep=7).to_dict()}
     (tmp_path / "config.json").write_text(json.dumps(begun))
     assert told("01", "--resume", str(tmp_path)) == (0, "")
+    begun |= lesson("01").Config(base_lr=0.1).resolve("digits").to_dict()  # with the rate it gives
+    (tmp_path / "config.json").write_text(json.dumps(begun))
+    assert told("01", "--resume", str(tmp_path), "--base-lr", "0.1") == (0, "")
     code, err = told("01", "--resume", str(tmp_path), "--seeds", "5")
     assert code == 2 and "--seeds is for --experiment, " in err
 
